@@ -1,0 +1,42 @@
+# Every target brings the machine to what it needs first (scripts/setup); that takes no time when nothing is missing.
+#
+#   make demo [ONCE=1] [PORT_BASE=n]     make test [TESTS="tests/unit -k ids"]     make lint     make format
+#   make bench [BENCH="..."]             make lock [UPGRADE=1]                      make clean
+
+TESTS ?= tests/unit tests/integration tests/system
+PYTHON := .venv/bin/python
+
+.PHONY: demo test lint format bench lock clean
+
+# make hands ONCE and PORT_BASE on by itself. The line stays without shell syntax: a shell in between would die of
+# Ctrl-C before the demo has ended.
+demo:
+	@scripts/setup python servers curl
+	@$(PYTHON) -m sandbox.demo
+
+test:
+	@scripts/setup python servers
+	@$(PYTHON) -m pytest $(TESTS)
+
+lint:
+	@scripts/setup python
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy --strict
+
+format:
+	@scripts/setup python
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench:
+	@scripts/setup python servers wrk
+	@$(PYTHON) -m bench $(BENCH)
+
+lock:
+	@scripts/setup python
+	PYTHON=$(PYTHON) scripts/lock
+
+clean:
+	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
