@@ -1,0 +1,130 @@
+"""The api process: configuration → logging → resources → tasks → run until signalled."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import sys
+
+from aiohttp import web
+
+from services.api import workers
+from services.api.access_log import AccessLine, AccessLogger
+from services.api.app import Application
+from services.api.batching import Lane
+from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
+from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from services.api.metrics import REGISTRY, batch_observer
+from services.api.server import BoundedServer
+from services.api.skip import SkipMethods
+from services.api.status import StatusPages
+from services.api.store_view import StoreView
+from shared.config import Settings, config_from_argv
+from shared.database import connect, make_engine
+from shared.errors import OperatorError
+from shared.keyring import Keyring
+from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
+from shared.logs import configure_logging, get_logger
+from shared.metrics import serve_metrics
+from shared.peer_directory import PeerDirectory
+from shared.system_ids import RemoteSystemIds
+
+_REFRESH_SECONDS = 1.0
+_BACKLOG = 4096
+
+_log = get_logger("api")
+
+
+def main() -> int:
+    """Console script ``skip-api``. Exit code 0 after a signal, 1 after a failure, 2 for a bad configuration."""
+    settings = config_from_argv("skip-api", sys.argv[1:], os.environ)
+    configure_logging(settings, "api")
+    if settings.api_workers > 1:
+        return workers.supervise(settings)
+    return run_service(functools.partial(serve, settings))
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Serves encryptors until ``stop``."""
+    keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
+    engine = make_engine(settings.mysql)
+    directory = PeerDirectory(engine, settings.local_system_id, RemoteSystemIds(settings.remote_system_ids))
+    sealer = Sealer(settings.local_system_id, keyring.identity, directory)
+    opener = Opener(keyring, directory)
+    view = StoreView(settings, engine, keyring, directory, sealer, opener)
+    issue = _issue_lane(settings, sealer)
+    claim = _claim_lane(settings, opener)
+    skip = SkipMethods(settings, directory, issue, claim)
+    server = _make_server(settings, Application(skip, StatusPages(settings, directory, view)))
+    serve_metrics(settings.metrics_port, REGISTRY)
+
+    runner = await _listen(settings, server)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
+            tasks.create_task(server.sweep(stop), name="connection sweep")
+            tasks.create_task(stop_group(stop), name="stop")
+    except* Stopped:
+        _log.info("draining")
+    finally:
+        await runner.cleanup()
+        await issue.close()
+        await claim.close()
+        engine.dispose()
+
+
+def _issue_lane(settings: Settings, sealer: Sealer) -> Lane[IssueRequest, IssuedKey]:
+    return Lane(
+        "issue",
+        functools.partial(IssueBatch, sealer, settings.key_ttl_seconds),
+        functools.partial(connect, settings.mysql, several_statements=True),
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        timeout_seconds=settings.request_timeout_seconds,
+        observe=batch_observer("issue"),
+    )
+
+
+def _claim_lane(settings: Settings, opener: Opener) -> Lane[ClaimRequest, ClaimedKey]:
+    return Lane(
+        "claim",
+        functools.partial(ClaimBatch, opener),
+        functools.partial(connect, settings.mysql, several_statements=True),
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        timeout_seconds=settings.request_timeout_seconds,
+        observe=batch_observer("claim"),
+    )
+
+
+def _make_server(settings: Settings, application: Application) -> BoundedServer:
+    AccessLogger.line = AccessLine({"service": "api", "system_id": settings.local_system_id, "pid": os.getpid()})
+    return BoundedServer(
+        application.handle,
+        access_log=logging.getLogger("skipbus.access"),
+        access_log_class=AccessLogger,
+        keepalive_timeout=settings.keepalive_seconds,
+        max_connections=settings.max_connections,
+        header_timeout_seconds=settings.header_timeout_seconds,
+    )
+
+
+async def _listen(settings: Settings, server: BoundedServer) -> web.ServerRunner:
+    runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
+    await runner.setup()
+    # Every api process of a KP binds the same port; the kernel spreads connections over them.
+    site = web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG, reuse_port=True)
+    try:
+        await site.start()
+    except OSError as error:
+        raise OperatorError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error} (SKIP_HOST, SKIP_PORT)"
+        ) from error
+    _log.info("listening", host=settings.host, port=settings.port)
+    return runner
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The access log: one line a request, with the reason of a refusal, since routers tell their operators nothing.
+
+Paths stand there as routes; of a keyId only the first 12 digits, enough to find a key again and too few to fetch
+it. A path that is no route is cut, and long runs of hex in it are masked. Query strings are not logged, only the
+remoteSystemID once it has been checked.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from logging import Logger
+
+import orjson
+from aiohttp.abc import AbstractAccessLogger
+from aiohttp.web import BaseRequest, StreamResponse
+
+from services.api.metrics import observe_request
+from shared.log_rendering import utc_timestamp
+from shared.logs import line_writer
+
+_SHOWN_KEY_ID_DIGITS = 12
+_LONG_HEX = re.compile(r"[0-9a-fA-F]{16,}")
+ENTRY = "skipbus.entry"
+
+
+class Entry:
+    """What the log says of one request beyond what HTTP says."""
+
+    __slots__ = ("correlation_id", "issued_as", "key_id", "reason", "remote_system_id", "route")
+
+    def __init__(self, correlation_id: str) -> None:
+        self.correlation_id = correlation_id
+        self.route: str | None = None
+        self.key_id: str | None = None
+        self.remote_system_id: str | None = None
+        self.reason: str | None = None
+        self.issued_as: str | None = None
+
+
+class AccessLine:
+    """Renders access lines; ``constant`` are the fields of every line of this process."""
+
+    def __init__(self, constant: dict[str, object]) -> None:
+        self._constant = constant
+
+    def render(self, request: BaseRequest, response: StreamResponse, seconds: float) -> dict[str, object]:
+        """The fields of one line."""
+        entry = request.get(ENTRY)
+        fields: dict[str, object] = {
+            "timestamp": utc_timestamp(time.time()),
+            "level": "info" if response.status < 400 else "warning",
+            "event": "request",
+            **self._constant,
+            "method": request.method[:16],
+            "path": shown_path(request, entry),
+            "status": response.status,
+            "duration_ms": round(seconds * 1000, 3),
+            "client": request.remote,
+        }
+        if entry is not None:
+            fields["correlation_id"] = entry.correlation_id
+            for name in ("remote_system_id", "reason", "issued_as"):
+                value = getattr(entry, name)
+                if value is not None:
+                    fields[name] = value
+        return fields
+
+
+def shown_path(request: BaseRequest, entry: Entry | None) -> str:
+    """The path as the log may show it."""
+    if entry is None:
+        return "-"
+    if entry.key_id is not None and entry.route is not None:
+        return f"{entry.route}/{entry.key_id[:_SHOWN_KEY_ID_DIGITS]}…"
+    if entry.route is not None:
+        return entry.route
+    path = request.raw_path.partition("?")[0][:64]
+    return _LONG_HEX.sub("…", path.encode("ascii", "backslashreplace").decode())
+
+
+class AccessLogger(AbstractAccessLogger):
+    """aiohttp's hook. The line goes out with the others of this turn of the event loop."""
+
+    line = AccessLine({})
+
+    def __init__(self, logger: Logger, log_format: str) -> None:
+        super().__init__(logger, log_format)
+        self._write = line_writer().write
+
+    def log(self, request: BaseRequest, response: StreamResponse, time: float) -> None:
+        """One line for one answered request; ``time`` is its duration in seconds."""
+        entry = request.get(ENTRY)
+        observe_request(entry.route if entry is not None else None, response.status, time)
+        self._write(orjson.dumps(self.line.render(request, response, time)))

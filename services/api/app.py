@@ -1,0 +1,83 @@
+"""From a request to its answer: routes, the correlation id, and errors turned into answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from services.api.access_log import ENTRY, Entry
+from services.api.responses import RouteError, error_response, reason_of
+from services.api.skip import SkipMethods
+from services.api.status import StatusPages
+from shared.errors import SkipbusError
+from shared.logs import CORRELATION_ID, get_logger, new_correlation_id
+
+_log = get_logger("app")
+_KEY_PREFIX = "/key/"
+Handler = Callable[[Entry, str], Awaitable[web.Response]]
+
+
+class Application:
+    """Dispatches on the path. All routes are GET and take no body (draft Table 2)."""
+
+    def __init__(self, skip: SkipMethods, status: StatusPages) -> None:
+        self._get_key_by_id = skip.get_key_by_id
+        self._routes: dict[str, Handler] = {
+            "/capabilities": skip.get_capabilities,
+            "/key": skip.get_key,
+            "/entropy": skip.get_entropy,
+            "/health": status.get_health,
+            "/status/sync": status.get_status_sync,
+        }
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The answer to one request; every error of skipbus is one, any other is a 500 and a traceback in the log."""
+        correlation_id = new_correlation_id()
+        CORRELATION_ID.set(correlation_id)
+        entry = request[ENTRY] = Entry(correlation_id)
+        try:
+            return await self._dispatch(request, entry)
+        except SkipbusError as error:
+            entry.reason = reason_of(error)
+            response = error_response(error, correlation_id)
+        except Exception as error:  # noqa: BLE001 -- the last door: nothing of it may reach the caller
+            _log.error("request failed", exc_info=error)
+            entry.reason = f"{type(error).__name__} (see the traceback with this correlation id)"
+            response = error_response(SkipbusError(), correlation_id)
+        if request.body_exists:
+            response.force_close()
+        return response
+
+    def _dispatch(self, request: web.BaseRequest, entry: Entry) -> Awaitable[web.Response]:
+        path, _, query = request.raw_path.partition("?")
+        handler = self._routes.get(path)
+        if handler is not None:
+            entry.route = path
+        else:
+            path = _plain_path(request, path)
+            handler = self._routes.get(path)
+            if handler is None and not path.startswith(_KEY_PREFIX):
+                raise RouteError(404, "there is no such path (see draft-cisco-skip-02, Table 2)")
+            entry.route = "/key" if handler is None else path
+        _check_method(request)
+        if handler is not None:
+            return handler(entry, query)
+        return self._get_key_by_id(entry, query, path[len(_KEY_PREFIX) :])
+
+
+def _plain_path(request: web.BaseRequest, path: str) -> str:
+    if not path.startswith("/"):
+        # The absolute form, as a proxy sends it (RFC 9112, 3.2.2).
+        path = request.rel_url.raw_path
+    return unquote(path, errors="surrogateescape") if "%" in path else path
+
+
+def _check_method(request: web.BaseRequest) -> None:
+    if request.method != "GET":
+        raise RouteError(405, "only GET is supported", Allow="GET")
+    if request.body_exists:
+        raise RouteError(413, "GET takes no body here")
+    if request.headers.get("Expect"):
+        raise RouteError(417, "no expectation is met here")

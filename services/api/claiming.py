@@ -1,0 +1,167 @@
+"""The target's side: claims a key record, opens it, and hands it out once.
+
+The record is deleted, and that is committed, before the answer leaves. Of several callers in one batch the first
+gets the key; callers in other batches or processes wait for the row's lock and then find nothing. A record that
+is another KP's, another source's, expired or damaged stays where it is. The caller is told the same for all of
+these but the last; the log says which.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pymysql.connections import Connection
+
+from shared import wire
+from shared.clock import now_ms
+from shared.envelopes import EnvelopeType
+from shared.errors import KeyNotAvailable, KeyringError, SealBroken, SkipbusError, StoreUnavailable
+from shared.keyring import Keyring
+from shared.peer_directory import PeerDirectory
+from shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey, open_wrapping_key
+from shared.store.keys import (
+    OutboxEvent,
+    commit_claimed,
+    end_without_change,
+    fetch_commit_token,
+    fetch_for_claim,
+    fetch_wrapping_keys,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """The key ``key_id`` that ``source_id`` issued for this KP."""
+
+    key_id: bytes
+    source_id: str
+    correlation_id: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ClaimedKey:
+    """A key in lower-case hex, gone from the store, and the correlation id of the request that issued it."""
+
+    key: str
+    issued_as: str
+
+
+def not_available(reason: str) -> KeyNotAvailable:
+    """The one sentence for every caller; ``reason`` is for the log only."""
+    error = KeyNotAvailable("no key with this keyId waits here for this remoteSystemID", parameter="keyId")
+    error.add_note(reason)
+    return error
+
+
+class Opener:
+    """The opened wrapping keys of one lane, kept until their epoch's private half is destroyed."""
+
+    def __init__(self, keyring: Keyring, directory: PeerDirectory) -> None:
+        self.local_id = keyring.system_id
+        self._keyring = keyring
+        self._directory = directory
+        self._opened: dict[bytes, WrappingKey] = {}
+
+    def load(self, connection: Connection, wrapping_key_ids: Iterable[bytes]) -> None:
+        """Fetches and opens those that are not open yet; one that does not open is left out, with its reason kept."""
+        missing = {i for i in wrapping_key_ids if i not in self._opened}
+        if missing:
+            for sealed in fetch_wrapping_keys(connection, missing):
+                self._opened[sealed.wrapping_key_id] = self._open(sealed)
+
+    def open(self, record: KeyRecord) -> bytes:
+        """The key in a record. Raises SealBroken."""
+        wrapping_key = self._opened.get(record.wrapping_key_id)
+        if wrapping_key is None:
+            raise SealBroken("the wrapping key of a key record is not in the store")
+        return wrapping_key.open(record)
+
+    def forget_ended(self, at_ms: int) -> None:
+        """Drops wrapping keys whose epoch's private half is destroyed by now."""
+        for wrapping_key_id, wrapping_key in list(self._opened.items()):
+            if wrapping_key.expires_ms <= at_ms:
+                del self._opened[wrapping_key_id]
+
+    def _open(self, sealed: SealedWrappingKey) -> WrappingKey:
+        source_public_key = self._directory.pin(sealed.source_id)
+        if source_public_key is None:
+            raise SealBroken(f"no identity is pinned for key provider {sealed.source_id}")
+        try:
+            epoch = self._keyring.read_epoch(sealed.epoch_id)
+        except KeyringError as error:
+            raise SealBroken(str(error)) from error
+        return open_wrapping_key(sealed, source_public_key, epoch.private_key)
+
+
+class ClaimBatch:
+    """One transaction that hands out several keys."""
+
+    def __init__(self, opener: Opener, requests: Sequence[ClaimRequest]) -> None:
+        self._opener = opener
+        self._requests = requests
+        self._token = secrets.token_bytes(16)
+        self._answers: list[ClaimedKey | SkipbusError] = []
+        self._seen: set[bytes] = set()
+
+    def run(self, connection: Connection) -> Sequence[ClaimedKey | SkipbusError]:
+        """Claims, opens, deletes and commits; an error stands in the place of those that cannot."""
+        at_ms = now_ms()
+        records = fetch_for_claim(connection, {request.key_id for request in self._requests})
+        mine = {i: r for i, r in records.items() if r.target_id == self._opener.local_id and r.expires_ms > at_ms}
+        claimed: list[KeyRecord] = []
+        self._answers = [self._claim_one(connection, request, records, mine, claimed) for request in self._requests]
+        if claimed:
+            self._seen.update(record.key_id for record in claimed)
+            key_ids = [record.key_id for record in claimed]
+            commit_claimed(connection, key_ids, self._events(claimed, at_ms), self._token)
+        else:
+            end_without_change(connection)
+        return self._answers
+
+    def committed(self, connection: Connection) -> Sequence[ClaimedKey | SkipbusError] | None:
+        """The answers of the interrupted commit, if it happened: its token then stands in the outbox."""
+        return self._answers if fetch_commit_token(connection, self._token) else None
+
+    def _claim_one(
+        self,
+        connection: Connection,
+        request: ClaimRequest,
+        records: dict[bytes, KeyRecord],
+        mine: dict[bytes, KeyRecord],
+        claimed: list[KeyRecord],
+    ) -> ClaimedKey | SkipbusError:
+        record = mine.get(request.key_id)
+        if record is None or record.source_id != request.source_id:
+            return self._refusal(request, records.get(request.key_id))
+        try:
+            self._opener.load(connection, [record.wrapping_key_id])
+            key = self._opener.open(record)
+        except SealBroken as error:
+            return error
+        # Whoever asks for it a second time in this batch finds it gone.
+        del mine[request.key_id]
+        claimed.append(record)
+        return ClaimedKey(key.hex(), record.correlation_id)
+
+    def _refusal(self, request: ClaimRequest, record: KeyRecord | None) -> SkipbusError:
+        if record is None:
+            if request.key_id in self._seen:
+                # Its commit was interrupted and it is gone now: by our hand or another's, nobody can tell.
+                return StoreUnavailable("the connection to the store broke while the key was handed out")
+            return not_available("unknown, expired and zeroized, or given out already")
+        if record.target_id != self._opener.local_id:
+            return not_available(f"the key is for key provider {record.target_id}")
+        if record.source_id != request.source_id:
+            return not_available(f"the key is from key provider {record.source_id}")
+        return not_available("given out just now" if record.expires_ms > now_ms() else "expired")
+
+    def _events(self, claimed: Sequence[KeyRecord], at_ms: int) -> list[OutboxEvent]:
+        by_source: dict[str, list[list[object]]] = {}
+        for record in claimed:
+            by_source.setdefault(record.source_id, []).append([record.key_id, at_ms, record.correlation_id])
+        return [
+            OutboxEvent(self._opener.local_id, source, EnvelopeType.KEY_RETRIEVED, wire.pack(items), len(items), at_ms)
+            for source, items in by_source.items()
+        ]

@@ -1,0 +1,149 @@
+"""The source's side: makes keys for a target, seals them, and places them where the target serves from.
+
+A key exists in clear only here, between the random numbers and the answer. Over a store link "placed" means
+that the sealed record is committed in the shared store. One lane, one thread, one set of wrapping keys.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pymysql.connections import Connection
+
+from shared import wire
+from shared.clock import now_ms
+from shared.envelopes import EnvelopeType
+from shared.epochs import current_epoch
+from shared.errors import NoEntropy, PeerNotReady, SkipbusError
+from shared.identity import Identity
+from shared.keys import new_key_id
+from shared.peer_directory import PeerDirectory
+from shared.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
+from shared.store.keys import OutboxEvent, commit_issued, fetch_commit_token
+
+
+@dataclass(frozen=True, slots=True)
+class IssueRequest:
+    """A fresh key of ``size_bits`` for the KP ``target_id``."""
+
+    target_id: str
+    size_bits: int
+    correlation_id: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class IssuedKey:
+    """A key that is placed: both parts in lower-case hex. Without a repr, so that no log can hold it."""
+
+    key_id: str
+    key: str
+
+
+@dataclass(slots=True)
+class _Current:
+    """The wrapping key in use for a target, and its sealed form for as long as the store may not have it."""
+
+    key: WrappingKey
+    unstored: SealedWrappingKey | None
+
+
+class Sealer:
+    """The wrapping keys of one lane, one for each target and epoch."""
+
+    def __init__(self, local_id: str, identity: Identity, directory: PeerDirectory) -> None:
+        self.local_id = local_id
+        self._identity = identity
+        self._directory = directory
+        self._current: dict[str, _Current] = {}
+
+    def wrapping_key_for(self, target_id: str, at_ms: int) -> _Current:
+        """The wrapping key for the target's epoch at ``at_ms``. Raises PeerNotReady where it has none."""
+        announcement = self._directory.get(target_id)
+        if announcement is None:
+            raise never_announced(target_id)
+        epoch = current_epoch(announcement.epochs, at_ms)
+        if epoch is None:
+            raise PeerNotReady(
+                f"key provider {target_id} has no epoch for the present time: its janitor has been away for too "
+                "long, or the clocks differ"
+            )
+        current = self._current.get(target_id)
+        if current is None or current.key.epoch_id != epoch.epoch_id or current.key.seals >= MAX_SEALS:
+            current = _Current(*make_wrapping_key(self._identity, self.local_id, target_id, epoch))
+            self._current[target_id] = current
+        return current
+
+    def forget_ended(self, at_ms: int) -> None:
+        """Drops wrapping keys whose epoch's private half is destroyed by now."""
+        for target_id, current in list(self._current.items()):
+            if current.key.expires_ms <= at_ms:
+                del self._current[target_id]
+
+
+def never_announced(target_id: str) -> PeerNotReady:
+    """The refusal for a KP that the list allows and that nobody has heard of yet."""
+    return PeerNotReady(
+        f"key provider {target_id} has not announced itself: no key can be sealed to it until it has started "
+        "once over this store"
+    )
+
+
+class IssueBatch:
+    """One transaction that places several keys."""
+
+    def __init__(self, sealer: Sealer, key_ttl_seconds: int, requests: Sequence[IssueRequest]) -> None:
+        self._sealer = sealer
+        self._ttl_ms = key_ttl_seconds * 1000
+        self._requests = requests
+        self._token = secrets.token_bytes(16)
+        self._answers: list[IssuedKey | SkipbusError] = []
+
+    def run(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError]:
+        """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot."""
+        at_ms = now_ms()
+        self._answers = []
+        used: dict[str, _Current] = {}
+        records: list[KeyRecord] = []
+        for request in self._requests:
+            try:
+                records.append(self._seal_one(request, at_ms, used))
+            except SkipbusError as error:
+                self._answers.append(error)
+        if not records:
+            return self._answers
+        unstored = [current.unstored for current in used.values() if current.unstored]
+        commit_issued(connection, records, unstored, self._events(records, at_ms), self._token)
+        for current in used.values():
+            current.unstored = None
+        return self._answers
+
+    def committed(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError] | None:
+        """The answers of the interrupted commit, if it happened: its token then stands in the outbox."""
+        return self._answers if fetch_commit_token(connection, self._token) else None
+
+    def _seal_one(self, request: IssueRequest, at_ms: int, used: dict[str, _Current]) -> KeyRecord:
+        current = used.get(request.target_id)
+        if current is None:
+            current = used[request.target_id] = self._sealer.wrapping_key_for(request.target_id, at_ms)
+        try:
+            key = os.urandom(request.size_bits // 8)
+            key_id = new_key_id()
+        except OSError as error:
+            raise NoEntropy("the random number generator of the operating system failed") from error
+        # A record must not outlive the private half that opens it.
+        expires_ms = min(at_ms + self._ttl_ms, current.key.expires_ms)
+        record = current.key.seal(key_id, key, expires_ms, request.correlation_id)
+        self._answers.append(IssuedKey(key_id.hex(), key.hex()))
+        return record
+
+    def _events(self, records: Sequence[KeyRecord], at_ms: int) -> list[OutboxEvent]:
+        by_target: dict[str, list[list[object]]] = {}
+        for r in records:
+            by_target.setdefault(r.target_id, []).append([r.key_id, r.size_bits, r.expires_ms, r.correlation_id])
+        return [
+            OutboxEvent(self._sealer.local_id, target, EnvelopeType.KEY_ISSUED, wire.pack(items), len(items), at_ms)
+            for target, items in by_target.items()
+        ]

@@ -1,0 +1,152 @@
+"""The HTTP server around the methods: limits, timeouts, malformed requests, and the end of a connection.
+
+aiohttp's low-level server does the protocol. What is added here: answers to broken HTTP in JSON, a bound on the
+number of connections (the one that has been idle for longest makes room), a timeout for a request that never
+ends, and one for a client that does not read its answer. The two overridden classes use aiohttp's own names for
+what a connection is doing; ``tests/system/test_hostile_clients.py`` holds that against the pinned version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from services.api.responses import RouteError, error_response
+from shared.logs import get_logger, new_correlation_id
+
+MAX_LINE_BYTES = 2048
+MAX_FIELD_BYTES = 4096
+MAX_HEADERS = 64
+ANSWER_TIMEOUT_SECONDS = 30.0
+_SWEEP_SECONDS = 1.0
+# Files that are not connections: the store, logs, libraries.
+_RESERVED_FILES = 128
+
+_log = get_logger("server")
+
+
+class Connection(RequestHandler):
+    """One client's connection."""
+
+    __slots__ = ("busy_count", "busy_since", "partial_since")
+
+    def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 -- handed through
+        super().__init__(*args, **options)
+        self.partial_since = 0.0
+        self.busy_since = 0.0
+        self.busy_count = -1
+
+    def data_received(self, data: bytes) -> None:
+        """Notes since when a request has been coming in that is not complete."""
+        super().data_received(data)
+        if self._messages:
+            self.partial_since = 0.0
+        elif not self.partial_since:
+            self.partial_since = self._loop.time()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002 -- aiohttp's words may quote what the client sent
+    ) -> web.StreamResponse:
+        """Answers what aiohttp could not parse, or an error that escaped, in JSON and without a stack trace."""
+        if status < 500:
+            error = RouteError(400, "the request is not well-formed HTTP, or a line or header of it is too long")
+        else:
+            error = RouteError(500, "internal error")
+            _log.error("request failed", exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer was begun already")
+        response = error_response(error, new_correlation_id())
+        response.force_close()
+        return response
+
+    @property
+    def idle(self) -> bool:
+        """Whether the connection waits for a request."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def overdue(self, now: float, header_timeout_seconds: float) -> str | None:
+        """Why the connection should be ended now, if it should."""
+        if self.idle:
+            self.busy_count = -1
+            if self.partial_since and now - self.partial_since > header_timeout_seconds:
+                return f"a request was not complete within {header_timeout_seconds:g} s"
+            return None
+        if self.busy_count != self._request_count:
+            self.busy_count, self.busy_since = self._request_count, now
+        elif now - self.busy_since > ANSWER_TIMEOUT_SECONDS:
+            return f"an answer was not taken within {ANSWER_TIMEOUT_SECONDS:g} s"
+        return None
+
+
+class BoundedServer(web.Server):
+    """Makes ``Connection`` objects, at most ``max_connections`` of them at a time."""
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401 -- handed through
+        max_connections: int,
+        header_timeout_seconds: float,
+        **options: Any,  # noqa: ANN401 -- handed through
+    ) -> None:
+        super().__init__(
+            *args,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_FIELD_BYTES,
+            max_headers=MAX_HEADERS,
+            # No method has a body, so there is never one to wait for.
+            lingering_time=0.0,
+            **options,
+        )
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_connections = max(1, min(max_connections, files - _RESERVED_FILES))
+        self._header_timeout_seconds = header_timeout_seconds
+        self.evicted = 0
+
+    def __call__(self) -> RequestHandler:
+        if len(self._connections) >= self.max_connections:
+            self._make_room()
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+    def _make_room(self) -> None:
+        # Connections stand in order of their beginning: the first idle one has been there for longest.
+        for connection in self._connections:
+            if isinstance(connection, Connection) and connection.idle:
+                # Its entry goes only when the loop has run; a second call in this turn must find another.
+                del self._connections[connection]
+                connection.force_close()
+                self.evicted += 1
+                return
+
+    async def sweep(self, stop: asyncio.Event) -> None:
+        """Ends overdue connections, every second, until ``stop``."""
+        while not stop.is_set():
+            now, evicted = self._loop.time(), self.evicted
+            for connection in self.connections:
+                reason = isinstance(connection, Connection) and connection.overdue(now, self._header_timeout_seconds)
+                if reason:
+                    _log.warning("connection ended", client=_client(connection), reason=reason)
+                    _abort(connection)
+            await asyncio.sleep(_SWEEP_SECONDS)
+            if self.evicted > evicted:
+                _log.warning("connections evicted", count=self.evicted - evicted, limit=self.max_connections)
+
+
+def _client(connection: RequestHandler) -> str:
+    peername = connection.peername
+    return str(peername[0]) if isinstance(peername, tuple) else "-"
+
+
+def _abort(connection: RequestHandler) -> None:
+    # close() would wait for the client to take what is written; one that does not read never does.
+    transport = connection.transport
+    connection.force_close()
+    if isinstance(transport, asyncio.WriteTransport):
+        transport.abort()

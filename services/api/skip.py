@@ -1,0 +1,79 @@
+"""The draft's methods, one coroutine each (Table 2)."""
+
+from __future__ import annotations
+
+import secrets
+
+import orjson
+from aiohttp import web
+
+from services.api import parameters
+from services.api.access_log import Entry
+from services.api.batching import Lane
+from services.api.claiming import ClaimedKey, ClaimRequest
+from services.api.issuing import IssuedKey, IssueRequest, never_announced
+from services.api.responses import prepared_response, secret_response
+from shared.config import Settings
+from shared.errors import NoEntropy
+from shared.peer_directory import PeerDirectory
+from shared.system_ids import RemoteSystemIds
+
+# What the earlier server says; routers show it to their operators (16 bytes are safe everywhere, draft 4.1).
+ALGORITHM = "pqc"
+
+
+class SkipMethods:
+    """Answers encryptors. ``issue`` and ``claim`` are the lanes to the store."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        directory: PeerDirectory,
+        issue: Lane[IssueRequest, IssuedKey],
+        claim: Lane[ClaimRequest, ClaimedKey],
+    ) -> None:
+        self._remote_ids = RemoteSystemIds(settings.remote_system_ids)
+        self._directory = directory
+        self._issue = issue
+        self._claim = claim
+        self._capabilities = orjson.dumps(
+            {
+                "entropy": True,
+                "key": True,
+                "algorithm": ALGORITHM,
+                "localSystemID": settings.local_system_id,
+                "remoteSystemID": list(settings.remote_system_ids),
+            }
+        )
+
+    async def get_capabilities(self, _entry: Entry, _query: str) -> web.Response:
+        """``GET /capabilities`` (draft 4.1). Needs nothing behind it: routers ask after every error."""
+        return prepared_response(self._capabilities)
+
+    async def get_key(self, entry: Entry, query: str) -> web.Response:
+        """``GET /key`` (draft 4.2): a fresh key, placed at the remote KP before it is answered."""
+        target = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
+        size_bits = parameters.key_size_bits(query)
+        if self._directory.get(target) is None:
+            raise never_announced(target)
+        issued = await self._issue.submit(IssueRequest(target, size_bits, entry.correlation_id))
+        entry.key_id = issued.key_id
+        return secret_response(b'{"keyId":"%b","key":"%b"}' % (issued.key_id.encode(), issued.key.encode()))
+
+    async def get_key_by_id(self, entry: Entry, query: str, key_id: str) -> web.Response:
+        """``GET /key/{keyId}`` (draft 4.2): the key that the remote KP issued, once."""
+        wanted = parameters.key_id(key_id)
+        entry.key_id = key_id
+        source = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
+        claimed = await self._claim.submit(ClaimRequest(wanted, source, entry.correlation_id))
+        entry.issued_as = claimed.issued_as
+        return secret_response(b'{"keyId":"%b","key":"%b"}' % (key_id.encode(), claimed.key.encode()))
+
+    async def get_entropy(self, _entry: Entry, query: str) -> web.Response:
+        """``GET /entropy`` (draft 4.3): random bytes that are used for nothing else."""
+        bits = parameters.entropy_size_bits(query)
+        try:
+            random = secrets.token_bytes(bits // 8).hex().upper()
+        except OSError as error:
+            raise NoEntropy("the random number generator of the operating system failed") from error
+        return secret_response(b'{"randomStr":"%b","minentropy":%d}' % (random.encode(), bits))

@@ -1,0 +1,99 @@
+"""The earlier server's extra pages: ``GET /health`` and ``GET /status/sync``. Both answer whatever is down."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from aiohttp import web
+
+from services.api.access_log import Entry
+from services.api.responses import json_response
+from services.api.store_view import Reading, StoreView
+from shared.clock import now_ms
+from shared.config import Settings, project_version
+from shared.liveness import peer_status
+from shared.peer_directory import PeerDirectory
+from shared.store.messages import PeerRow
+
+# Signs of life come once per heartbeat interval.
+_PROCESS_LATE_INTERVALS = 3
+
+
+class StatusPages:
+    """Shows what ``StoreView`` read last."""
+
+    def __init__(self, settings: Settings, directory: PeerDirectory, view: StoreView) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._view = view
+        self._version = project_version()
+
+    async def get_health(self, entry: Entry, _query: str) -> web.Response:
+        """200 while keys can be served, else 503; what is missing stands in the body and in the log."""
+        faults = self._faults()
+        entry.reason = "; ".join(faults) or None
+        worker_states = self._process_states(self._view.reading)
+        body = {
+            "status": "error" if faults else "ok" if set(worker_states.values()) == {"ok"} else "degraded",
+            "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "database": "ok" if self._view.store_present else "error",
+            "version": self._version,
+            "localSystemID": self._settings.local_system_id,
+            "epoch": "ok" if self._view.epoch_present else "missing",
+            **worker_states,
+            "faults": faults,
+        }
+        return json_response(body, 503 if faults else 200)
+
+    async def get_status_sync(self, _entry: Entry, _query: str) -> web.Response:
+        """Every peer: whether it lives, and how many keys were issued for it, wait, were retrieved, have expired."""
+        rows = {row.peer_id: row for row in self._view.reading.peers}
+        names = sorted(rows.keys() | set(self._directory.peers()))
+        at_ms = now_ms()
+        return json_response(
+            {
+                "sync_enabled": True,
+                "local_system_id": self._settings.local_system_id,
+                "peer_count": len(names),
+                "peers": {name: self._peer(name, rows.get(name), at_ms) for name in names},
+                "database": "ok" if self._view.store_present else "error",
+                "as_of": self._view.reading.at_ms / 1000,
+            }
+        )
+
+    def _faults(self) -> list[str]:
+        faults = []
+        if not self._view.store_present:
+            faults.append("the key store does not answer")
+        elif not self._view.epoch_present:
+            faults.append("this key provider has announced no epoch for the present time: is its janitor running?")
+        return faults
+
+    def _process_states(self, reading: Reading) -> dict[str, str]:
+        limit_ms = max(self._settings.heartbeat_seconds * _PROCESS_LATE_INTERVALS, 3) * 1000
+        states = {"syncer": "missing", "janitor": "missing"}
+        for seen in sorted(reading.processes, key=lambda process: process.seen_ms):
+            if now_ms() - seen.seen_ms <= limit_ms:
+                states[seen.role] = seen.detail or "ok"
+        return states
+
+    def _peer(self, name: str, row: PeerRow | None, at_ms: int) -> dict[str, object]:
+        heard_ms = row.last_heartbeat_ms if row else None
+        shown: dict[str, object] = {
+            "endpoint": row.endpoint if row else "",
+            "status": peer_status(heard_ms, row.heartbeat_interval_ms if row else 0, at_ms),
+            "last_heartbeat": heard_ms / 1000 if heard_ms is not None else None,
+            "link": "store",
+            "announced": self._directory.get(name) is not None,
+            "identity_conflict": name in self._directory.conflicts(),
+        }
+        if row is None:
+            return shown | _counts(0, 0, 0) | {"inbound": _counts(0, 0, 0)}
+        inbound = _counts(row.inbound_issued, row.inbound_retrieved, row.inbound_expired)
+        return shown | _counts(row.issued, row.retrieved, row.expired) | {"inbound": inbound}
+
+
+def _counts(issued: int, retrieved: int, expired: int) -> dict[str, int]:
+    # The three are told by different KPs at different times: a retrieval may be heard of before its issue.
+    waiting = max(0, issued - retrieved - expired)
+    return {"issued": issued, "waiting": waiting, "retrieved": retrieved, "expired": expired}

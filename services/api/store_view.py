@@ -1,0 +1,87 @@
+"""What this process knows of the store, read once a second in a thread, so that no request has to ask.
+
+Health, status and the choice of an epoch all come from the last reading. While the store is away the last
+reading stays, with its age. The store's schema is brought up to date by the first reading that reaches it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+
+from services.api.claiming import Opener
+from services.api.issuing import Sealer
+from shared.clock import now_ms
+from shared.config import Settings
+from shared.database import driver_errors
+from shared.epochs import current_epoch
+from shared.keyring import Keyring, check_pinned_identity
+from shared.migrate import bring_up_to_date
+from shared.peer_directory import PeerDirectory
+from shared.store.messages import PeerRow, fetch_peer_rows
+from shared.store.processes import ProcessSeen, fetch_processes
+
+# A reading every second: three missed ones, or one that hangs, and the store counts as away.
+STORE_AWAY_AFTER_MS = 3000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading: when (UTC ms), and what stood in the store."""
+
+    at_ms: int
+    peers: tuple[PeerRow, ...]
+    processes: tuple[ProcessSeen, ...]
+
+
+class StoreView:
+    """Reads the store for the api."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        keyring: Keyring,
+        directory: PeerDirectory,
+        sealer: Sealer,
+        opener: Opener,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._keyring = keyring
+        self._directory = directory
+        self._sealer = sealer
+        self._opener = opener
+        self._schema_checked = False
+        self.reading = Reading(0, (), ())
+
+    @property
+    def store_present(self) -> bool:
+        """Whether the store answered lately."""
+        return now_ms() - self.reading.at_ms < STORE_AWAY_AFTER_MS
+
+    @property
+    def epoch_present(self) -> bool:
+        """Whether this KP has announced an epoch for the present time, so that peers can seal to it."""
+        own = self._directory.get(self._settings.local_system_id)
+        return own is not None and current_epoch(own.epochs, now_ms()) is not None
+
+    async def refresh(self) -> None:
+        """One reading. Raises BackendError while the store is away, KeyringError for one it does not know."""
+        await asyncio.to_thread(self._refresh)
+
+    def _refresh(self) -> None:
+        at_ms = now_ms()
+        self._sealer.forget_ended(at_ms)
+        self._opener.forget_ended(at_ms)
+        if not self._schema_checked:
+            bring_up_to_date(self._settings.mysql)
+            self._schema_checked = True
+        self._directory.refresh(at_ms)
+        check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
+        with driver_errors(), self._engine.connect() as connection:
+            peers = tuple(fetch_peer_rows(connection, self._settings.local_system_id))
+            processes = tuple(fetch_processes(connection, self._settings.local_system_id))
+        self.reading = Reading(now_ms(), peers, processes)

@@ -1,0 +1,131 @@
+"""The janitor process: configuration → logging → resources → tasks → run until signalled.
+
+Several may run for one KP: a MySQL lock elects one, and the others wait for it to go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from sqlalchemy import Engine
+
+from services.janitor.epochs import EpochKeeper
+from services.janitor.expiry import Zeroizer
+from services.janitor.pruning import prune
+from shared.clock import now_ms
+from shared.config import Settings, config_from_argv
+from shared.database import driver_errors, make_engine
+from shared.election import Election
+from shared.keyring import Keyring
+from shared.lifecycle import Stopped, every, run_service, stop_group
+from shared.logs import configure_logging, get_logger
+from shared.metrics import serve_metrics
+from shared.migrate import bring_up_to_date
+from shared.store.processes import upsert_process
+
+_TICK_SECONDS = 1.0
+_SWEEP_EVERY_TICKS = 15
+
+_log = get_logger("janitor")
+
+
+def main() -> int:
+    """Console script ``skip-janitor``. Exit code 0 after a signal, 1 after a failure, 2 for a bad configuration."""
+    settings = config_from_argv("skip-janitor", sys.argv[1:], os.environ)
+    configure_logging(settings, "janitor")
+    return run_service(functools.partial(serve, settings))
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Zeroizes and keeps epochs until ``stop``."""
+    keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
+    engine = make_engine(settings.mysql)
+    janitor = Janitor(settings, engine, keyring, stop.is_set)
+    serve_metrics(settings.metrics_port, janitor.registry)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(every(stop, _TICK_SECONDS, "store", janitor.tick), name="janitor")
+            tasks.create_task(
+                every(stop, settings.heartbeat_seconds, "signs of life", janitor.tell), name="signs of life"
+            )
+            tasks.create_task(stop_group(stop), name="stop")
+    except* Stopped:
+        _log.info("draining")
+    finally:
+        janitor.close()
+        engine.dispose()
+
+
+class Janitor:
+    """One tick a second: be elected, keep epochs, zeroize; now and then sweep and prune."""
+
+    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, stopping: Callable[[], bool]) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._stopping = stopping
+        self._election = Election(settings.mysql, f"janitor {settings.local_system_id}")
+        self._epochs = EpochKeeper(settings, engine, keyring)
+        self._zeroizer = Zeroizer(engine, settings.local_system_id, self._go_on)
+        self._elected = False
+        self._schema_checked = False
+        self._ticks = 0
+        self.registry = CollectorRegistry()
+        self._zeroized = Counter("skipbus_keys_zeroized", "Expired keys deleted.", registry=self.registry)
+        self._elected_gauge = Gauge("skipbus_janitor_elected", "1 where this janitor works.", registry=self.registry)
+
+    async def tick(self) -> None:
+        """One round of work, if this janitor is the elected one. Raises BackendError while the store is away."""
+        await asyncio.to_thread(self._tick)
+
+    async def tell(self) -> None:
+        """A sign of life for /health."""
+        await asyncio.to_thread(self._tell)
+
+    def close(self) -> None:
+        """Gives up the election."""
+        self._election.release()
+
+    def _tick(self) -> None:
+        if not self._schema_checked:
+            bring_up_to_date(self._settings.mysql)
+            self._schema_checked = True
+        if not self._is_elected():
+            return
+        self._epochs.tend(now_ms())
+        self._zeroized.inc(self._zeroizer.zeroize_own(now_ms()))
+        if self._ticks % _SWEEP_EVERY_TICKS == 0:
+            self._zeroized.inc(self._zeroizer.zeroize_abandoned(now_ms()))
+            prune(self._engine, self._settings.local_system_id, now_ms(), self._go_on)
+        self._ticks += 1
+
+    def _is_elected(self) -> bool:
+        elected = self._election.held() or self._election.acquire()
+        if elected != self._elected:
+            _log.info("elected" if elected else "not elected", instance=_instance())
+        self._elected = elected
+        self._elected_gauge.set(elected)
+        return elected
+
+    def _go_on(self) -> bool:
+        return not self._stopping()
+
+    def _tell(self) -> None:
+        if not self._schema_checked:
+            return
+        with driver_errors(), self._engine.begin() as connection:
+            detail = "ok" if self._elected else "standby"
+            upsert_process(connection, self._settings.local_system_id, "janitor", _instance(), now_ms(), detail)
+
+
+def _instance() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Makes epochs ahead of time, announces them, and destroys those whose last key has expired.
+
+Order: an epoch's private half is on the disk before it is announced, so that nothing is ever sealed to an epoch
+that a crash could take away.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Engine
+
+from shared.announcements import Announcement, digest, sign_announcement
+from shared.config import Settings
+from shared.database import driver_errors
+from shared.epochs import PublicEpoch, missing_spans, new_epoch_id
+from shared.errors import KeyringError
+from shared.hybrid import HybridPrivateKey
+from shared.keyring import Keyring, PrivateEpoch, check_pinned_identity
+from shared.logs import get_logger
+from shared.store.peers import (
+    fetch_announcement_digests,
+    fetch_announcement_issued_ms,
+    insert_pin,
+    upsert_announcement,
+)
+
+ALGORITHM = "MLKEM1024-P384"
+
+_log = get_logger("epochs")
+
+
+class EpochKeeper:
+    """Keeps the keyring's epochs and the KP's announcement in the store as they should be."""
+
+    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._keyring = keyring
+        self._epochs: dict[bytes, PublicEpoch] = {}
+        self._announced: frozenset[bytes] | None = None
+        self._digest = b""
+
+    def tend(self, now_ms: int) -> None:
+        """Destroys, makes, announces. Raises KeyringError, OperatorError, StoreUnavailable, StoreRefused."""
+        self._read_new_files()
+        self._destroy_ended(now_ms)
+        self._make_missing(now_ms)
+        self._announce(now_ms)
+
+    def _read_new_files(self) -> None:
+        present = set(self._keyring.epoch_ids())
+        for gone in self._epochs.keys() - present:
+            del self._epochs[gone]
+        for epoch_id in present - self._epochs.keys():
+            try:
+                self._epochs[epoch_id] = self._keyring.read_epoch(epoch_id).public()
+            except KeyringError as error:
+                # One damaged file must not stop the making of new epochs; keys sealed to it are lost.
+                _log.error("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error))
+
+    def _destroy_ended(self, now_ms: int) -> None:
+        for epoch_id, epoch in list(self._epochs.items()):
+            if epoch.span.destroy_ms <= now_ms:
+                self._keyring.destroy_epoch(epoch_id)
+                del self._epochs[epoch_id]
+                _log.info("epoch destroyed", epoch=epoch_id.hex(), ended_ms=epoch.span.ends_ms)
+
+    def _make_missing(self, now_ms: int) -> None:
+        spans = missing_spans(
+            [epoch.span for epoch in self._epochs.values()],
+            now_ms,
+            self._settings.epoch_seconds,
+            self._settings.key_ttl_seconds,
+        )
+        for span in spans:
+            epoch = PrivateEpoch(new_epoch_id(), span, HybridPrivateKey.generate())
+            self._keyring.write_epoch(epoch)
+            self._epochs[epoch.epoch_id] = epoch.public()
+        if spans:
+            _log.info("epochs made", count=len(spans), from_ms=spans[0].starts_ms, until_ms=spans[-1].ends_ms)
+
+    def _announce(self, now_ms: int) -> None:
+        usable = {i: epoch for i, epoch in self._epochs.items() if epoch.span.ends_ms > now_ms}
+        current = frozenset(usable)
+        if current == self._announced and self._is_stored():
+            return
+        epochs = tuple(sorted(usable.values(), key=lambda epoch: epoch.span.starts_ms))
+        with driver_errors(), self._engine.begin() as connection:
+            local_id = self._settings.local_system_id
+            # Always newer than the one in the store, even when this host's clock was set back.
+            issued_ms = max(now_ms, fetch_announcement_issued_ms(connection, local_id) + 1)
+            announcement = Announcement(local_id, self._keyring.identity.public_key, issued_ms, ALGORITHM, epochs)
+            body = sign_announcement(announcement, self._keyring.identity)
+            pinned = insert_pin(connection, local_id, local_id, announcement.public_key, now_ms)
+            check_pinned_identity(self._keyring, pinned)
+            upsert_announcement(connection, announcement, body)
+        self._announced, self._digest = current, digest(body)
+        _log.info("announced", epochs=len(usable), octets=len(body))
+
+    def _is_stored(self) -> bool:
+        """Whether the store still has this very announcement: it may have been emptied, or an old one put back."""
+        with driver_errors(), self._engine.connect() as connection:
+            return fetch_announcement_digests(connection).get(self._settings.local_system_id) == self._digest

@@ -1,0 +1,87 @@
+"""Zeroizes expired keys: deletes their records in batches that hold locks for milliseconds, and tells their sources.
+
+The records of this KP go within a second of their expiry. Those of other KPs in the same store are left to their
+own janitors, and swept up only when they should have been gone for a minute: a KP that is gone for good must not
+leave its keys lying in a store that others go on using. What was sealed is unreadable all the same once its
+epoch's private half is destroyed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from sqlalchemy import Engine
+
+from shared import wire
+from shared.database import driver_errors
+from shared.envelopes import EnvelopeType
+from shared.logs import get_logger
+from shared.store.expiry import ExpiredKey, delete_expired_keys, fetch_expired_keys, fetch_targets
+from shared.store.messages import insert_outbox
+
+BATCH = 1000
+ABANDONED_AFTER_MS = 60_000
+# Between batches the api gets the store for itself for as long as a batch took.
+REST_RATIO = 1.0
+
+_log = get_logger("expiry")
+
+
+class Zeroizer:
+    """Deletes what has expired, one batch after another, as long as ``go_on`` says so."""
+
+    def __init__(self, engine: Engine, local_id: str, go_on: Callable[[], bool]) -> None:
+        self._engine = engine
+        self._local_id = local_id
+        self._go_on = go_on
+
+    def zeroize_own(self, now_ms: int) -> int:
+        """Deletes all records of this KP that had expired at ``now_ms``; how many."""
+        return self._zeroize(self._local_id, now_ms)
+
+    def zeroize_abandoned(self, now_ms: int) -> int:
+        """Deletes records of other KPs that expired over a minute ago; how many."""
+        with driver_errors(), self._engine.connect() as connection:
+            others = [target for target in fetch_targets(connection) if target != self._local_id]
+        return sum(self._zeroize(target, now_ms - ABANDONED_AFTER_MS) for target in others)
+
+    def _zeroize(self, target_id: str, until_ms: int) -> int:
+        total = 0
+        while self._go_on():
+            started = time.monotonic()
+            expired = self._one_batch(target_id, until_ms)
+            total += len(expired)
+            if len(expired) < BATCH:
+                break
+            time.sleep((time.monotonic() - started) * REST_RATIO)
+        if total:
+            _log.info("keys zeroized", target=target_id, count=total)
+        return total
+
+    def _one_batch(self, target_id: str, until_ms: int) -> list[ExpiredKey]:
+        with driver_errors(), self._engine.begin() as connection:
+            expired = fetch_expired_keys(connection, target_id, until_ms, BATCH)
+            if expired:
+                delete_expired_keys(connection, target_id, expired)
+            for source_id, keys in _by_source(expired).items():
+                # A peer is told by the KP that the keys were for; whoever sweeps up for another says nothing.
+                if target_id == self._local_id:
+                    payload = wire.pack([[k.key_id, k.expires_ms, k.correlation_id] for k in keys])
+                    insert_outbox(
+                        connection,
+                        target_id,
+                        source_id,
+                        EnvelopeType.KEY_EXPIRED,
+                        payload,
+                        len(keys),
+                        until_ms,
+                    )
+        return expired
+
+
+def _by_source(expired: list[ExpiredKey]) -> dict[str, list[ExpiredKey]]:
+    by_source: dict[str, list[ExpiredKey]] = {}
+    for key in expired:
+        by_source.setdefault(key.source_id, []).append(key)
+    return by_source

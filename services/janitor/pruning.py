@@ -1,0 +1,47 @@
+"""Prunes whatever else grows: stale wrapping keys, old outbox and inbox rows, processes that fell silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sqlalchemy import Connection, Engine
+
+from shared.database import driver_errors
+from shared.logs import get_logger
+from shared.store.expiry import delete_expired_wrapping_keys
+from shared.store.messages import (
+    INBOX_LIFETIME_MS,
+    OUTBOX_LIFETIME_MS,
+    delete_expired_inbox,
+    delete_expired_outbox,
+)
+from shared.store.processes import delete_expired_processes
+
+_ROWS = 1000
+_PROCESS_LIFETIME_MS = 3_600_000
+
+_log = get_logger("pruning")
+
+
+def prune(engine: Engine, local_id: str, now_ms: int, go_on: Callable[[], bool]) -> None:
+    """Deletes what nobody needs any more, a bounded batch a transaction. Raises StoreUnavailable, StoreRefused."""
+    _in_batches(engine, go_on, lambda c: delete_expired_wrapping_keys(c, now_ms, _ROWS))
+    _in_batches(engine, go_on, lambda c: delete_expired_inbox(c, local_id, now_ms - INBOX_LIFETIME_MS, _ROWS))
+    given_up = _in_batches(
+        engine, go_on, lambda c: delete_expired_outbox(c, local_id, now_ms - OUTBOX_LIFETIME_MS, _ROWS)
+    )
+    if given_up:
+        _log.warning("events given up", count=given_up, reason="a peer has not acknowledged them in their lifetime")
+    with driver_errors(), engine.begin() as connection:
+        delete_expired_processes(connection, local_id, now_ms - _PROCESS_LIFETIME_MS)
+
+
+def _in_batches(engine: Engine, go_on: Callable[[], bool], delete: Callable[[Connection], int]) -> int:
+    total = 0
+    while go_on():
+        with driver_errors(), engine.begin() as connection:
+            count = delete(connection)
+        total += count
+        if count < _ROWS:
+            break
+    return total

@@ -1,0 +1,105 @@
+"""Announcements: a KP's signed statement of its identity, its public epochs and its capabilities.
+
+Pure. An announcement proves only that its identity made it; whether that identity may speak for the
+system id is decided by the pin (``shared.store.peers`` learns it at first sight).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shared import wire
+from shared.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
+from shared.errors import SealBroken
+from shared.hybrid import PUBLIC_KEY_BYTES
+from shared.identity import CONTEXT_ANNOUNCEMENT, Identity, verify
+from shared.system_ids import validate_system_id
+
+T = TypeVar("T")
+VERSION = 1
+MAX_ANNOUNCEMENT_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What a KP says of itself; ``issued_ms`` (UTC ms) grows with every new one."""
+
+    system_id: str
+    public_key: bytes
+    issued_ms: int
+    algorithm: str
+    epochs: tuple[PublicEpoch, ...]
+
+
+def sign_announcement(announcement: Announcement, identity: Identity) -> bytes:
+    """The announcement's bytes as they are stored and sent."""
+    body = wire.pack(
+        {
+            "version": VERSION,
+            "system_id": announcement.system_id,
+            "public_key": announcement.public_key,
+            "issued_ms": announcement.issued_ms,
+            "algorithm": announcement.algorithm,
+            "epochs": [
+                [e.epoch_id, e.span.starts_ms, e.span.ends_ms, e.span.destroy_ms, e.public_key]
+                for e in announcement.epochs
+            ],
+        }
+    )
+    return wire.pack([body, identity.sign(body, CONTEXT_ANNOUNCEMENT)])
+
+
+def digest(data: bytes) -> bytes:
+    """What a heartbeat carries instead of the announcement: SHA-384 of its bytes."""
+    return hashlib.sha384(data).digest()
+
+
+def read_announcement(data: bytes) -> Announcement:
+    """The announcement in ``data``, its signature checked against the identity that it carries.
+
+    Raises SealBroken where it is malformed, too large, of an unknown version or not so signed.
+    """
+    if len(data) > MAX_ANNOUNCEMENT_BYTES:
+        raise SealBroken(f"an announcement has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")
+    try:
+        body, signature = wire.unpack(data)
+        fields = wire.unpack(body)
+        if fields["version"] != VERSION:
+            raise SealBroken(f"an announcement has version {fields['version']!r}; this release reads {VERSION}")
+        announcement = _from_fields(fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SealBroken("an announcement is malformed") from error
+    verify(announcement.public_key, signature, body, CONTEXT_ANNOUNCEMENT)
+    return announcement
+
+
+def _from_fields(fields: dict[str, object]) -> Announcement:
+    epochs = fields["epochs"]
+    if not isinstance(epochs, list):
+        raise TypeError("epochs")
+    return Announcement(
+        validate_system_id(_typed(fields["system_id"], str)),
+        _typed(fields["public_key"], bytes),
+        _typed(fields["issued_ms"], int),
+        _typed(fields["algorithm"], str),
+        tuple(_epoch(entry) for entry in epochs),
+    )
+
+
+def _epoch(entry: list[object]) -> PublicEpoch:
+    epoch_id, starts_ms, ends_ms, destroy_ms, public_key = entry
+    span = EpochSpan(_typed(starts_ms, int), _typed(ends_ms, int), _typed(destroy_ms, int))
+    epoch = PublicEpoch(_typed(epoch_id, bytes), span, _typed(public_key, bytes))
+    if len(epoch.epoch_id) != EPOCH_ID_BYTES or len(epoch.public_key) != PUBLIC_KEY_BYTES:
+        raise ValueError("epoch")
+    if not 0 < span.starts_ms < span.ends_ms <= span.destroy_ms:
+        raise ValueError("span")
+    return epoch
+
+
+def _typed(value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(kind.__name__)
+    return value

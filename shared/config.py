@@ -1,0 +1,288 @@
+"""Owns the settings: the one frozen object that every process starts with, how it is made and shown.
+
+Rules: parsed once, at start, from what is handed in; all problems are reported together, each with the
+variable, what is wrong and the fix, and exit code 2; no secret stands in a problem or in what is shown.
+Units stand in the names.
+Leaves to others: the list of options (`shared.options`) and where values come from
+(`shared.config_sources`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.config_sources import ENVIRONMENT, ProblemError, Raw, Sources, read_sources, shown
+from shared.errors import OperatorError
+from shared.options import CONFIG_FILE, OPTIONS, REMOTE_PREFIX, Option, remote_number
+from shared.secret import Secret
+from shared.system_ids import validate_pattern
+
+__all__ = [
+    "EXIT_BAD_CONFIGURATION",
+    "ConfigurationError",
+    "MySqlSettings",
+    "Secret",
+    "Settings",
+    "config_from_argv",
+    "describe",
+    "load_settings",
+    "load_settings_or_exit",
+    "project_version",
+]
+
+EXIT_BAD_CONFIGURATION = 2
+_DEFAULT = "default"
+# An announcement carries a public key for every epoch of a key's lifetime, so their number has to stay sane.
+_MAX_LIVE_EPOCHS = 2048
+_REMOTE_FIX = f"Set {REMOTE_PREFIX}1 and following to the ids, or globs of ids, of the key providers at the other ends."
+
+
+class ConfigurationError(OperatorError):
+    """The configuration cannot be used. `problems` holds a text for each fault, all of them at once."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class MySqlSettings:
+    """How this process reaches the store."""
+
+    host: str
+    port: int
+    user: str
+    password: Secret
+    database: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a process is told from outside. `origins` says where each value came from."""
+
+    environment: Literal["development", "production"]
+    debug: bool
+    local_system_id: str
+    remote_system_ids: tuple[str, ...]
+    mysql: MySqlSettings
+    rabbitmq_url: Secret
+    keyring_dir: Path
+    key_ttl_seconds: int
+    epoch_seconds: int
+    host: str
+    port: int
+    api_workers: int
+    heartbeat_seconds: float
+    request_timeout_seconds: float
+    header_timeout_seconds: float
+    keepalive_seconds: float
+    max_connections: int
+    max_batch: int
+    max_queue: int
+    metrics_port: int
+    log_level: str
+    config_file: str | None = None
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """Parse and check everything. Raises `ConfigurationError` with all problems."""
+    sources = read_sources(environ)
+    origins: dict[str, str] = {}
+    values = _read_options(sources, origins)
+    values["config_file"] = sources.toml_path
+    values["remote_system_ids"] = _read_remotes(sources, origins)
+    sources.problems.extend(_cross_check(values))
+    if sources.problems:
+        raise ConfigurationError(tuple(sources.problems))
+    return _assemble(values, origins)
+
+
+def _read_options(sources: Sources, origins: dict[str, str]) -> dict[str, Any]:
+    """Map fields to values; a field whose option has a problem is left out."""
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        try:
+            raw = sources.find(option) or _default(option)
+            values[option.field] = _parse(option, raw)
+            origins[option.name] = raw.origin
+        except ProblemError as problem:
+            sources.problems.append(str(problem))
+    return values
+
+
+def _default(option: Option) -> Raw:
+    if option.default is None:
+        raise ProblemError(f"{option.name} is missing. {option.fix}")
+    return Raw(option.default, option.name, _DEFAULT)
+
+
+def _parse(option: Option, raw: Raw) -> object:
+    try:
+        return option.kind.parse(raw.text)
+    except ValueError as error:
+        # A secret's kind says in a sentence of its own what is wrong, without the text.
+        value = "is refused" if option.secret else f"is '{shown(raw.text)}'"
+        raise ProblemError(
+            f"{raw.name} {value}: {str(error) or 'it is not ' + option.kind.wants}. {option.fix}"
+        ) from None
+
+
+def _read_remotes(sources: Sources, origins: dict[str, str]) -> tuple[str, ...]:
+    """The remote ids in their order, without those that have a problem."""
+    names: dict[str, str] = {}
+    found = sources.find_remotes()
+    if not found:
+        sources.problems.append(f"{REMOTE_PREFIX}1 is missing. {_REMOTE_FIX}")
+    for position, given in enumerate(found, 1):
+        try:
+            raw = _checked_remote(given, names)
+        except ProblemError as problem:
+            sources.problems.append(str(problem))
+            continue
+        names[raw.text] = raw.name
+        origins[raw.name if raw.origin == ENVIRONMENT else f"{REMOTE_PREFIX}{position}"] = raw.origin
+    return tuple(names)
+
+
+def _checked_remote(raw: Raw | ProblemError, names: Mapping[str, str]) -> Raw:
+    if isinstance(raw, ProblemError):
+        raise raw
+    if raw.text in names:
+        raise ProblemError(f"{raw.name} is '{shown(raw.text)}', as {names[raw.text]} is. Remove one of them.")
+    try:
+        validate_pattern(raw.text)
+    except ValueError as error:
+        raise ProblemError(f"{raw.name} is '{shown(raw.text)}': {error}. {_REMOTE_FIX}") from None
+    return raw
+
+
+def _cross_check(values: Mapping[str, object]) -> Iterator[str]:
+    """What only two options together show; a field with a problem of its own is not there to be judged."""
+    match values:
+        case {"key_ttl_seconds": int(ttl), "epoch_seconds": int(epoch)} if ttl > epoch * _MAX_LIVE_EPOCHS:
+            yield (
+                f"SKIP_EPOCH_SECONDS is {epoch}, so that a key's lifetime of {ttl} s spans more than"
+                f" {_MAX_LIVE_EPOCHS} epochs. Set it to {-(-ttl // _MAX_LIVE_EPOCHS)} or more."
+            )
+    match values:
+        case {"max_batch": int(batch), "max_queue": int(queue)} if batch > queue:
+            yield (
+                f"SKIP_MAX_QUEUE is {queue}, less than SKIP_MAX_BATCH, {batch}: a batch could never fill."
+                f" Set it to {batch} or more."
+            )
+    match values:
+        case {"port": int(port), "metrics_port": int(metrics), "api_workers": int(workers)} if metrics:
+            yield from _check_metrics_ports(port, metrics, workers)
+
+
+def _check_metrics_ports(port: int, metrics: int, workers: int) -> Iterator[str]:
+    """Each api worker is a process and serves its metrics on a port of its own, counted up from the first."""
+    if metrics <= port < metrics + workers:
+        yield f"SKIP_METRICS_PORT takes port {port} too, which is SKIP_PORT. Set it to another port."
+    if metrics + workers - 1 > 65535:
+        yield f"SKIP_METRICS_PORT is {metrics}: {workers} workers need {workers} ports. Set it lower."
+
+
+def _assemble(values: dict[str, Any], origins: dict[str, str]) -> Settings:
+    mysql = {field: values.pop(f"mysql.{field}") for field in ("host", "port", "user", "password", "database")}
+    if values["debug"]:
+        values["log_level"] = "debug"
+        origins["SKIP_LOG_LEVEL"] = "SKIP_DEBUG"
+    return Settings(mysql=MySqlSettings(**mysql), origins=origins, **values)
+
+
+def describe(settings: Settings) -> list[tuple[str, str, str]]:
+    """The effective configuration as (variable, value, origin) lines. Secrets show as `***`."""
+    values = {option.name: _shown_value(settings, option.field) for option in OPTIONS}
+    remote_names = [name for name in settings.origins if remote_number(name)]
+    values |= dict(zip(remote_names, settings.remote_system_ids, strict=True))
+    lines = [(name, value, settings.origins[name]) for name, value in values.items()]
+    if settings.config_file is not None:
+        lines.insert(0, (CONFIG_FILE, settings.config_file, ENVIRONMENT))
+    return lines
+
+
+def _shown_value(settings: Settings, field: str) -> str:
+    value = attrgetter(field)(settings)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def describe_text(settings: Settings) -> str:
+    """`describe` as aligned lines for a terminal."""
+    lines = describe(settings)
+    width = max(len(name) for name, _, _ in lines)
+    return "".join(f"{name:<{width}} = {value}  ({origin})\n" for name, value, origin in lines)
+
+
+def load_settings_or_exit(environ: Mapping[str, str], program: str) -> Settings:
+    """`load_settings`; where that fails, print every problem on stderr and exit with code 2."""
+    try:
+        return load_settings(environ)
+    except ConfigurationError as error:
+        sys.stderr.write(problems_text(error, program))
+        raise SystemExit(EXIT_BAD_CONFIGURATION) from None
+
+
+def problems_text(error: ConfigurationError, program: str) -> str:
+    """What an operator reads where the configuration cannot be used: one line a problem."""
+    count = len(error.problems)
+    head = f"{program}: the configuration has {count} problem{'s' if count > 1 else ''}:\n"
+    return head + "".join(f"  {problem}\n" for problem in error.problems)
+
+
+def config_from_argv(program: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """The settings for a service's `main`; `argv` is without the program's own name.
+
+    Exits with 0 after `--check-config`, `--help` and `--version`, with 2 for a bad configuration or argument.
+    """
+    arguments = _service_parser(program).parse_args(argv)
+    settings = load_settings_or_exit(environ, program)
+    if arguments.check_config:
+        sys.stdout.write(f"{program} {project_version()} would run with:\n{describe_text(settings)}")
+        raise SystemExit(0)
+    return settings
+
+
+def _service_parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Configured by environment variables and an optional TOML file, not by arguments.",
+        epilog=variables_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check-config", action="store_true", help="say what would run, and exit with 0 or 2")
+    parser.add_argument("--version", action="version", version=f"{program} {project_version()}")
+    return parser
+
+
+def variables_help() -> str:
+    """Every variable with its default and meaning, for `--help`."""
+    return "".join(f"{name}\n    {text}\n" for name, text in _variables())
+
+
+def _variables() -> Iterator[tuple[str, str]]:
+    for option in OPTIONS:
+        shown_default = "required" if option.default is None else f"default {option.default}"
+        name = f"{option.name}, {option.file_name}" if option.secret else option.name
+        yield name, f"{option.help} ({shown_default})"
+    yield (
+        f"{REMOTE_PREFIX}1..n",
+        "ids, or globs of ids, of the key providers at the other ends (one is required)",
+    )
+    yield CONFIG_FILE, "a TOML file for what is not set by variables; secrets have no place in it"
+
+
+def project_version() -> str:
+    """The installed distribution's version."""
+    try:
+        return metadata.version("skipbus")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

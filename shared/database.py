@@ -1,0 +1,117 @@
+"""Connections to the store: MySQL >= 8.4 or MariaDB >= 10.11, by PyMySQL and SQLAlchemy.
+
+Owns how a connection is set up (READ COMMITTED, strict, UTC, bounded waits) and how driver errors become
+ours. READ COMMITTED because a claim must not lock gaps: two callers who race for one key wait for that
+row and for nothing else. Knows no table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pymysql
+from pymysql.connections import Connection
+from pymysql.constants import CLIENT, CR, ER
+from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from shared.config import MySqlSettings
+from shared.errors import CommitUnknown, StoreRefused, StoreUnavailable
+
+CONNECT_TIMEOUT_SECONDS = 3
+STATEMENT_TIMEOUT_SECONDS = 10
+LOCK_WAIT_SECONDS = 3
+
+_SESSION = (
+    "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,"
+    f"ERROR_FOR_DIVISION_BY_ZERO', innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}"
+)
+_ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
+
+# What passes: the server restarts, is full, fails over, or two transactions met.
+RETRYABLE = frozenset(
+    {
+        0,  # PyMySQL's "(0, '')" for a connection that is closed already
+        CR.CR_CONN_HOST_ERROR,
+        CR.CR_SERVER_GONE_ERROR,
+        CR.CR_SERVER_LOST,
+        ER.CON_COUNT_ERROR,
+        ER.SERVER_SHUTDOWN,
+        ER.LOCK_WAIT_TIMEOUT,
+        ER.LOCK_DEADLOCK,
+        ER.TOO_MANY_USER_CONNECTIONS,
+        ER.OPTION_PREVENTS_STATEMENT,  # read-only while a replica is promoted
+        1927,  # MariaDB: connection was killed
+        3024,  # MySQL: a statement was interrupted by its time limit
+        1969,  # MariaDB: the same
+        4031,  # MySQL: the server disconnected an idle client
+        1317,  # query execution was interrupted
+    }
+)
+
+
+def connect(settings: MySqlSettings, *, several_statements: bool = False) -> Connection:
+    """A connection of one's own, autocommit off. Raises StoreUnavailable or StoreRefused."""
+    with driver_errors():
+        connection: Connection = pymysql.connect(
+            host=settings.host,
+            port=settings.port,
+            user=settings.user,
+            password=settings.password.reveal(),
+            database=settings.database,
+            charset="utf8mb4",
+            autocommit=False,
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            read_timeout=STATEMENT_TIMEOUT_SECONDS,
+            write_timeout=STATEMENT_TIMEOUT_SECONDS,
+            client_flag=CLIENT.MULTI_STATEMENTS if several_statements else 0,
+            init_command=_SESSION,
+        )
+        with connection.cursor() as cursor:
+            cursor.execute(_ISOLATION)
+        return connection
+
+
+def make_engine(settings: MySqlSettings, pool_size: int = 2) -> Engine:
+    """A SQLAlchemy engine whose connections are set up as ``connect`` does it."""
+    return create_engine(
+        URL.create("mysql+pymysql", database=settings.database),
+        creator=lambda: connect(settings),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=STATEMENT_TIMEOUT_SECONDS,
+        pool_pre_ping=True,
+        hide_parameters=True,
+    )
+
+
+@contextmanager
+def driver_errors() -> Iterator[None]:
+    """Turns PyMySQL's and SQLAlchemy's errors into StoreUnavailable or StoreRefused, cause kept."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise _translated(error.orig or error) from error
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"the store did not answer: {type(error).__name__}") from error
+    except (pymysql.err.Error, OSError) as error:
+        raise _translated(error) from error
+
+
+@contextmanager
+def commit_errors() -> Iterator[None]:
+    """As ``driver_errors``, but a connection that breaks here leaves unknown whether it was committed."""
+    try:
+        with driver_errors():
+            yield
+    except StoreUnavailable as error:
+        raise CommitUnknown("the connection to the store broke during a commit") from error
+
+
+def _translated(error: BaseException) -> StoreUnavailable | StoreRefused:
+    code = error.args[0] if error.args and isinstance(error.args[0], int) else None
+    if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
+        return StoreUnavailable(f"the store cannot be used now (MySQL error {code})")
+    # The server's own words may quote values of a statement; the code is enough to look it up.
+    return StoreRefused(f"the store refused a statement (MySQL error {code}, {type(error).__name__})")

@@ -1,0 +1,132 @@
+"""Envelopes: one signed, dated and numbered message between two KPs. Pure; the wire format is docs/wire.md.
+
+The bytes are MessagePack ``[protected, payload, signature]``, each a byte string. ``protected`` is
+``[version, type, sender, target, number, date_ms]``; the signature covers both byte strings as they
+stand, so nothing is ever packed again in order to be verified. A receiver reads the protected part,
+finds the sender's pinned identity, verifies, and only then looks into the payload.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shared import wire
+from shared.epochs import MAX_CLOCK_SKEW_MS
+from shared.errors import EnvelopeRefused, SealBroken
+from shared.identity import CONTEXT_ENVELOPE, Identity, verify
+from shared.system_ids import validate_system_id
+
+VERSION = 1
+MAX_ENVELOPE_BYTES = 4 * 1024 * 1024
+MAX_AGE_MS = 3_600_000
+_MAX_NUMBER = 2**63
+
+
+class EnvelopeType(StrEnum):
+    """What an envelope is about; an unknown type is refused."""
+
+    HEARTBEAT = "heartbeat"
+    CAPABILITIES = "capabilities"
+    KEY_ISSUED = "key.issued"
+    KEY_STORED = "key.stored"
+    KEY_RETRIEVED = "key.retrieved"
+    KEY_EXPIRED = "key.expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The protected part: who says it to whom, its number in the sender's count, and when (UTC ms)."""
+
+    type: EnvelopeType
+    sender: str
+    target: str
+    number: int
+    date_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignedEnvelope:
+    """An envelope as it came: the header is read, nothing is verified yet."""
+
+    header: Header
+    protected: bytes
+    payload: bytes
+    signature: bytes
+
+
+def sign_envelope(header: Header, payload: bytes, identity: Identity) -> bytes:
+    """The envelope's bytes, ready for the bus."""
+    protected = wire.pack([VERSION, header.type.value, header.sender, header.target, header.number, header.date_ms])
+    signature = identity.sign(_signed_bytes(protected, payload), CONTEXT_ENVELOPE)
+    return wire.pack([protected, payload, signature])
+
+
+def read_envelope(data: bytes) -> SignedEnvelope:
+    """The envelope in ``data``, unverified.
+
+    Raises EnvelopeRefused: too_large, malformed, unknown_version, unknown_type.
+    """
+    if len(data) > MAX_ENVELOPE_BYTES:
+        raise EnvelopeRefused("too_large", f"an envelope has {len(data)} bytes, more than {MAX_ENVELOPE_BYTES}")
+    try:
+        protected, payload, signature = wire.unpack(data, max_items=3)
+        header = _read_header(protected)
+    except (ValueError, TypeError) as error:
+        raise EnvelopeRefused("malformed", "an envelope is malformed") from error
+    if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
+        raise EnvelopeRefused("malformed", "an envelope is malformed")
+    return SignedEnvelope(header, protected, payload, signature)
+
+
+def _read_header(protected: object) -> Header:
+    if not isinstance(protected, bytes):
+        raise TypeError("protected")
+    fields = wire.unpack(protected, max_items=16)
+    if not isinstance(fields, list) or not fields:
+        raise TypeError("protected")
+    if fields[0] != VERSION:
+        raise EnvelopeRefused("unknown_version", f"an envelope has version {fields[0]!r}; this release reads {VERSION}")
+    _, kind, sender, target, number, date_ms = fields
+    if type(number) is not int or type(date_ms) is not int or not 0 <= number < _MAX_NUMBER:
+        raise TypeError("number or date")
+    if not isinstance(sender, str) or not isinstance(target, str) or not isinstance(kind, str):
+        raise TypeError("names")
+    try:
+        known_type = EnvelopeType(kind)
+    except ValueError as error:
+        raise EnvelopeRefused("unknown_type", f"an envelope has the unknown type {kind[:32]!r}") from error
+    return Header(known_type, validate_system_id(sender), validate_system_id(target), number, date_ms)
+
+
+def check_envelope(envelope: SignedEnvelope, local_id: str, sender_public_key: bytes, now_ms: int) -> None:
+    """Returns when the envelope is for ``local_id``, fresh, and signed by the sender's pinned identity.
+
+    Raises EnvelopeRefused: wrong_target, bad_signature, too_old, from_future. That the number is new is
+    checked by the inbox, in the transaction that has the envelope's effect.
+    """
+    header = envelope.header
+    if header.target != local_id:
+        raise EnvelopeRefused("wrong_target", f"an envelope from {header.sender} is for {header.target}")
+    try:
+        verify(
+            sender_public_key,
+            envelope.signature,
+            _signed_bytes(envelope.protected, envelope.payload),
+            CONTEXT_ENVELOPE,
+        )
+    except SealBroken as error:
+        raise EnvelopeRefused("bad_signature", f"an envelope is not signed by {header.sender}") from error
+    if header.date_ms < now_ms - MAX_AGE_MS:
+        age_seconds = (now_ms - header.date_ms) // 1000
+        raise EnvelopeRefused("too_old", f"an envelope from {header.sender} is {age_seconds} s old")
+    if header.date_ms > now_ms + MAX_CLOCK_SKEW_MS:
+        ahead_seconds = (header.date_ms - now_ms) // 1000
+        raise EnvelopeRefused(
+            "from_future",
+            f"an envelope from {header.sender} is dated {ahead_seconds} s ahead: compare the clocks of both KPs",
+        )
+
+
+def _signed_bytes(protected: bytes, payload: bytes) -> bytes:
+    return len(protected).to_bytes(4, "big") + protected + payload

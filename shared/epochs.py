@@ -1,0 +1,66 @@
+"""Epochs: spans of time for which a KP has one HPKE key pair. Pure arithmetic; time comes in as an argument.
+
+An epoch is used for sealing from ``starts_ms`` until ``ends_ms``; its private half is kept until
+``destroy_ms``, when the last key that may have been sealed to it has expired. Sources therefore never
+let a key outlive ``destroy_ms`` of the epoch that it is sealed to.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EPOCH_ID_BYTES = 16
+# How far the clocks of two key providers may be apart.
+MAX_CLOCK_SKEW_MS = 30_000
+# An announcement carries 1.7 kB for each epoch; this bounds it at about 220 kB.
+MAX_EPOCHS_AHEAD = 128
+
+
+@dataclass(frozen=True)
+class EpochSpan:
+    """When an epoch is used (UTC ms): sealed to from starts to ends, opened until destroy."""
+
+    starts_ms: int
+    ends_ms: int
+    destroy_ms: int
+
+
+@dataclass(frozen=True)
+class PublicEpoch:
+    """One announced epoch: ``public_key`` is 1,568 bytes of ML-KEM-1024 and 97 of P-384."""
+
+    epoch_id: bytes
+    span: EpochSpan
+    public_key: bytes
+
+
+def new_epoch_id() -> bytes:
+    """A fresh random epoch id."""
+    return secrets.token_bytes(EPOCH_ID_BYTES)
+
+
+def retention_ms(key_ttl_seconds: int) -> int:
+    """How long after its end an epoch's private half is kept: a key's lifetime, and room for skewed clocks."""
+    ttl_ms = key_ttl_seconds * 1000
+    return ttl_ms + min(MAX_CLOCK_SKEW_MS, ttl_ms)
+
+
+def missing_spans(have: Iterable[EpochSpan], now_ms: int, epoch_seconds: int, key_ttl_seconds: int) -> list[EpochSpan]:
+    """The spans still to be made so that now and one key lifetime ahead are covered without a gap."""
+    step_ms = epoch_seconds * 1000
+    ahead_ms = min(key_ttl_seconds * 1000 + step_ms, MAX_EPOCHS_AHEAD * step_ms)
+    covered_until = max((span.ends_ms for span in have), default=0)
+    start = max(covered_until, now_ms - now_ms % step_ms)
+    spans: list[EpochSpan] = []
+    while start <= now_ms + ahead_ms and len(spans) < MAX_EPOCHS_AHEAD:
+        end = start + step_ms - start % step_ms
+        spans.append(EpochSpan(start, end, end + retention_ms(key_ttl_seconds)))
+        start = end
+    return spans
+
+
+def current_epoch(epochs: Iterable[PublicEpoch], now_ms: int) -> PublicEpoch | None:
+    """The announced epoch to seal to now, if there is one."""
+    return next((e for e in epochs if e.span.starts_ms <= now_ms < e.span.ends_ms), None)

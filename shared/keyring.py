@@ -1,0 +1,206 @@
+"""A KP's private keys on its own host: its identity and its live epochs. Never in the store, never on the bus.
+
+One folder: ``keyring.json`` (whose it is), ``identity.pem`` (ML-DSA-87, PKCS#8) and ``epochs/<epoch id>.json``.
+Rules: the folders are mode 0700 and the files 0600, all owned by the user who runs the KP; anything else is
+refused. A keyring is only ever made by ``skipctl keyring init``: a process that finds none stops with a clear
+error, since a new identity made silently would lock the KP out of every peer that pinned the old one.
+
+An epoch is destroyed by overwriting its file, fsync, unlink, fsync of the folder. On copy-on-write or
+log-structured storage the overwrite may land elsewhere: put the keyring on a plain or an encrypted volume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
+from shared.errors import KeyringError
+from shared.hybrid import HybridPrivateKey
+from shared.identity import Identity, fingerprint
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PrivateEpoch:
+    """One epoch with its private half."""
+
+    epoch_id: bytes
+    span: EpochSpan
+    private_key: HybridPrivateKey
+
+    def public(self) -> PublicEpoch:
+        """What is announced of it."""
+        return PublicEpoch(self.epoch_id, self.span, self.private_key.public_bytes())
+
+
+class Keyring:
+    """An opened keyring: ``identity`` is in memory, epochs are read from their files when asked for."""
+
+    def __init__(self, path: Path, system_id: str, identity: Identity) -> None:
+        self.path = path
+        self.system_id = system_id
+        self.identity = identity
+        self._epochs = path / "epochs"
+
+    @classmethod
+    def create(cls, path: Path, system_id: str) -> Keyring:
+        """Makes a keyring with a new identity in a folder that holds none yet. Raises KeyringError."""
+        if path.exists() and any(path.iterdir()):
+            raise KeyringError(f"{path} is not empty; a keyring is made only in a new or empty folder")
+        identity = Identity.generate()
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        (path / "epochs").mkdir(mode=0o700)
+        _write_file(path / "identity.pem", identity.to_pem())
+        about = {
+            "version": VERSION,
+            "system_id": system_id,
+            "identity_fingerprint": fingerprint(identity.public_key),
+        }
+        # Written last: a keyring whose making was cut short has no keyring.json and is refused.
+        _write_file(path / "keyring.json", json.dumps(about, indent=2).encode() + b"\n")
+        return cls(path, system_id, identity)
+
+    @classmethod
+    def open(cls, path: Path, system_id: str) -> Keyring:
+        """The keyring of ``system_id``.
+
+        Raises KeyringError where it is missing, damaged, another's, or readable by others.
+        """
+        if not (path / "keyring.json").exists():
+            raise KeyringError(
+                f"there is no keyring in {path}: restore it from where it was kept, or, for a new key provider only, "
+                f"make one with 'skipctl keyring init' (peers that know {system_id} will refuse a new identity)"
+            )
+        for folder in (path, path / "epochs"):
+            _check_mode(folder, 0o700)
+        about = _read_json(path / "keyring.json")
+        if about.get("version") != VERSION:
+            raise KeyringError(f"the keyring in {path} has version {about.get('version')!r}, not {VERSION}")
+        if about.get("system_id") != system_id:
+            raise KeyringError(
+                f"the keyring in {path} belongs to {about.get('system_id')!r}, not to {system_id!r}: "
+                "correct SKIP_KEYRING_DIR or SKIP_LOCAL_SYSTEM_ID"
+            )
+        return cls(path, system_id, _read_identity(path, str(about.get("identity_fingerprint"))))
+
+    def epoch_ids(self) -> list[bytes]:
+        """The ids of all epochs whose private half is still here, in no order."""
+        names = (path.stem for path in self._epochs.glob("*.json"))
+        return [bytes.fromhex(name) for name in names if len(name) == 2 * EPOCH_ID_BYTES]
+
+    def read_epoch(self, epoch_id: bytes) -> PrivateEpoch:
+        """One live epoch. Raises KeyringError where it was destroyed, never was here, or is damaged."""
+        path = self._file(epoch_id)
+        if not path.exists():
+            raise KeyringError(f"epoch {epoch_id.hex()} is not in the keyring (destroyed, or another host's)")
+        fields = _read_json(path)
+        try:
+            span = EpochSpan(int(fields["starts_ms"]), int(fields["ends_ms"]), int(fields["destroy_ms"]))
+            key = HybridPrivateKey.from_bytes(bytes.fromhex(fields["private_key"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise KeyringError(f"{path} is damaged") from error
+        return PrivateEpoch(epoch_id, span, key)
+
+    def write_epoch(self, epoch: PrivateEpoch) -> None:
+        """Adds an epoch; it is on the disk when this returns."""
+        fields = {
+            "starts_ms": epoch.span.starts_ms,
+            "ends_ms": epoch.span.ends_ms,
+            "destroy_ms": epoch.span.destroy_ms,
+            "private_key": epoch.private_key.to_bytes().hex(),
+        }
+        _write_file(self._file(epoch.epoch_id), json.dumps(fields).encode())
+
+    def destroy_epoch(self, epoch_id: bytes) -> None:
+        """Overwrites and removes an epoch's private half; gone from the disk when this returns."""
+        path = self._file(epoch_id)
+        with path.open("r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            for filler in (os.urandom(size), bytes(size)):
+                file.seek(0)
+                file.write(filler)
+                file.flush()
+                os.fsync(file.fileno())
+        path.unlink()
+        _sync_folder(self._epochs)
+
+    def _file(self, epoch_id: bytes) -> Path:
+        return self._epochs / f"{epoch_id.hex()}.json"
+
+
+def check_pinned_identity(keyring: Keyring, pinned_key: bytes | None) -> None:
+    """Raises KeyringError where the store knows this KP by another identity than the keyring's."""
+    if pinned_key is None or pinned_key == keyring.identity.public_key:
+        return
+    raise KeyringError(
+        f"the store knows {keyring.system_id} by the identity {fingerprint(pinned_key)}, but the keyring in "
+        f"{keyring.path} holds {fingerprint(keyring.identity.public_key)}: restore the keyring, or, where the new "
+        f"one is meant, run 'skipctl identity accept {keyring.system_id}' here and at every peer"
+    )
+
+
+def _read_identity(path: Path, expected: str) -> Identity:
+    try:
+        identity = Identity.from_pem(_read_file(path / "identity.pem"))
+    except ValueError as error:
+        raise KeyringError(f"{path / 'identity.pem'} is damaged: restore it from where it was kept") from error
+    if fingerprint(identity.public_key) != expected:
+        raise KeyringError(f"{path / 'identity.pem'} is not the identity that {path / 'keyring.json'} names")
+    return identity
+
+
+def _check_mode(path: Path, wanted: int) -> None:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise KeyringError(f"{path} cannot be read: {error.strerror}") from error
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o077:
+        raise KeyringError(f"{path} may be read by others (mode {mode:04o}): chmod {wanted:o} {path}")
+    if found.st_uid not in (os.geteuid(), 0):
+        raise KeyringError(f"{path} belongs to user {found.st_uid}, not to the one who runs this process")
+
+
+def _read_file(path: Path) -> bytes:
+    _check_mode(path, 0o600)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KeyringError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_file(path))
+    except ValueError as error:
+        raise KeyringError(f"{path} is damaged") from error
+    if not isinstance(value, dict):
+        raise KeyringError(f"{path} is damaged")
+    return value
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """Whole or not at all, mode 0600, on the disk when this returns."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""Life and death of a process: one event loop, named tasks, a stop that drains, an exit code that tells.
+
+Rules: the first task that fails ends the process, non-zero, with its cause in the log, so that whatever
+supervises it (Compose, systemd, the demo) starts it anew. SIGTERM and SIGINT set ``stop``: tasks end by
+themselves within ``DRAIN_SECONDS``; after that the process ends all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NoReturn
+
+import uvloop
+
+from shared.errors import BackendError, OperatorError
+from shared.logs import get_logger
+
+DRAIN_SECONDS = 10.0
+EXIT_OK = 0
+EXIT_FAILED = 1
+
+_log = get_logger("lifecycle")
+
+
+class Stopped(Exception):
+    """Raised inside a task group to end it once a stop was asked for."""
+
+
+def run_service(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
+    """Runs ``serve(stop)`` on an event loop until it returns; the process's exit code."""
+    _raise_file_limit()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve_until_signalled(serve))
+    except KeyboardInterrupt:
+        return EXIT_OK
+    except BaseException as error:  # noqa: BLE001 -- whatever ended the process, its cause goes into the log
+        _log_failure(error)
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+async def _serve_until_signalled(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(serve(stop), name="serve")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not serving.done():
+        _log.info("stopping", drain_seconds=DRAIN_SECONDS)
+        await asyncio.wait({serving}, timeout=DRAIN_SECONDS)
+    if not serving.done():
+        _log.warning("not drained in time")
+        serving.cancel()
+        await asyncio.wait({serving}, timeout=1.0)
+        return
+    await serving
+
+
+async def pause(stop: asyncio.Event, seconds: float) -> bool:
+    """Waits until ``stop`` or for ``seconds``; whether to go on."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
+    return not stop.is_set()
+
+
+async def every(stop: asyncio.Event, seconds: float, what: str, action: Callable[[], Awaitable[None]]) -> None:
+    """Does ``action`` every ``seconds`` until ``stop``.
+
+    A backend that is away is logged once, and once when it is back; any other error ends the task.
+    """
+    away = False
+    while not stop.is_set():
+        try:
+            await action()
+        except BackendError as error:
+            if not away:
+                _log.warning("backend away", what=what, reason=str(error))
+            away = True
+        else:
+            if away:
+                _log.info("backend back", what=what)
+            away = False
+        await pause(stop, seconds)
+
+
+async def stop_group(stop: asyncio.Event) -> NoReturn:
+    """A task for a TaskGroup whose other tasks run for ever: ends them all at ``stop``."""
+    await stop.wait()
+    raise Stopped
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else hard
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _log_failure(error: BaseException) -> None:
+    for cause in _leaves(error):
+        if isinstance(cause, OperatorError):
+            _log.critical("cannot run", reason=str(cause))
+        else:
+            _log.critical("failed", reason=f"{type(cause).__name__}: {cause}", exc_info=cause)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]

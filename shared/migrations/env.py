@@ -1,0 +1,9 @@
+"""Alembic's entry point: migrations run on the connection that ``shared.migrate`` holds the lock with."""
+
+from __future__ import annotations
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"], transaction_per_migration=True)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,59 @@
+"""Owns `Secret`: a text that must not be seen, such as a password or a URL with a password in it.
+
+Rules: the text comes out by `reveal()` and by nothing else; `repr`, `str`, `format` and f-strings show
+`***`; pickling and serialising raise, so that a secret cannot leave the process by accident.
+Leaves to others: reading secrets (`shared.config_sources`) and keeping them out of log lines
+(`shared.logs`).
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import NoReturn
+
+HIDDEN = "***"
+
+
+class Secret:
+    """A text that shows as `***` everywhere but in `reveal()`."""
+
+    __slots__ = ("_text",)
+    _text: str
+
+    def __init__(self, text: str) -> None:
+        object.__setattr__(self, "_text", text)
+
+    def reveal(self) -> str:
+        """Return the text itself. Call it where the text is used, and keep the answer nowhere."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return HIDDEN
+
+    def __format__(self, spec: str) -> str:
+        return format(HIDDEN, spec)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        mine, theirs = _octets(self.reveal()), _octets(other.reveal())
+        return hmac.compare_digest(mine, theirs)
+
+    def __hash__(self) -> int:
+        return hash((Secret, self._text))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("a Secret cannot be changed")
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Secret:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a Secret cannot be pickled: load the settings again in the other process")
+
+
+def _octets(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")

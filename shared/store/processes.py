@@ -1,0 +1,39 @@
+"""Signs of life of a KP's own processes, for /health and for whoever is on call. All by primary key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, select
+from sqlalchemy.dialects.mysql import insert
+
+from shared.schema import PROCESSES as T
+
+
+@dataclass(frozen=True)
+class ProcessSeen:
+    """When (UTC ms) a process last said that it works, and what it said of itself."""
+
+    role: str
+    instance: str
+    seen_ms: int
+    detail: str
+
+
+def upsert_process(connection: Connection, local_id: str, role: str, instance: str, now_ms: int, detail: str) -> None:
+    """Says that a process works. Primary key."""
+    statement = insert(T).values(local_id=local_id, role=role, instance=instance, seen_ms=now_ms, detail=detail[:255])
+    connection.execute(
+        statement.on_duplicate_key_update(seen_ms=statement.inserted.seen_ms, detail=statement.inserted.detail)
+    )
+
+
+def fetch_processes(connection: Connection, local_id: str) -> list[ProcessSeen]:
+    """All processes of a KP that said something lately. Prefix of the primary key."""
+    rows = connection.execute(select(T.c.role, T.c.instance, T.c.seen_ms, T.c.detail).where(T.c.local_id == local_id))
+    return [ProcessSeen(row.role, row.instance, row.seen_ms, row.detail) for row in rows]
+
+
+def delete_expired_processes(connection: Connection, local_id: str, before_ms: int) -> int:
+    """Forgets processes that fell silent. Prefix of the primary key: a KP has a handful."""
+    return connection.execute(delete(T).where(T.c.local_id == local_id, T.c.seen_ms < before_ms)).rowcount

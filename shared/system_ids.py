@@ -1,0 +1,63 @@
+"""System ids of key providers and the globs that stand for several (draft section 4.1, Table 5).
+
+Owns what an id may look like and what a pattern matches. An id has 1 to 64 printable ASCII
+characters (the draft requires at least 32 bytes); it neither starts nor ends with a space, and has
+none of the characters that make a pattern. A pattern matches the whole id, case-sensitively.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+MAX_ID_LENGTH = 64
+_PRINTABLE = re.compile(r"[\x20-\x7e]{1,64}")
+_GLOB_CHARACTERS = frozenset("*?[]")
+
+
+def _validate_characters(text: str, what: str) -> str:
+    if not text:
+        raise ValueError(f"{what} is empty")
+    if len(text) > MAX_ID_LENGTH:
+        raise ValueError(f"{what} has {len(text)} characters; at most {MAX_ID_LENGTH} are allowed")
+    if not _PRINTABLE.fullmatch(text):
+        raise ValueError(f"{what} has a character that is not printable ASCII")
+    if text != text.strip(" "):
+        raise ValueError(f"{what} starts or ends with a space")
+    return text
+
+
+def validate_system_id(text: str) -> str:
+    """The id itself when it may name one key provider (draft 4.1.1); ValueError with a sentence otherwise."""
+    _validate_characters(text, "the system id")
+    if _GLOB_CHARACTERS.intersection(text):
+        raise ValueError("the system id has one of the pattern characters * ? [ ]")
+    return text
+
+
+def validate_pattern(text: str) -> str:
+    """The text itself when it is an id or a glob (draft 4.1.2); ValueError with a sentence otherwise."""
+    _validate_characters(text, "the remote system id")
+    if text.count("[") != text.count("]"):
+        raise ValueError("the remote system id has a [ or ] without its partner")
+    return text
+
+
+def is_pattern(text: str) -> bool:
+    """Whether the text stands for more than one id."""
+    return bool(_GLOB_CHARACTERS.intersection(text))
+
+
+class RemoteSystemIds:
+    """The configured list of remote KPs: exact ids and globs ``* ? [list] [!list]`` (draft Table 5)."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self.entries = tuple(validate_pattern(entry) for entry in entries)
+        self.exact = frozenset(entry for entry in self.entries if not is_pattern(entry))
+        self._patterns = tuple(re.compile(fnmatch.translate(entry)) for entry in self.entries if is_pattern(entry))
+
+    def __contains__(self, system_id: object) -> bool:
+        if not isinstance(system_id, str):
+            return False
+        return system_id in self.exact or any(p.match(system_id) for p in self._patterns)

@@ -1,0 +1,1 @@
+"""skipctl, the operator's command line."""

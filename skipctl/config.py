@@ -1,0 +1,25 @@
+"""Owns `skipctl config`: the effective configuration, as the services would start with it.
+
+Rules: secrets show as `***`.
+Leaves to others: reading and checking the configuration (`shared.config`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from shared.config import describe_text, load_settings
+from skipctl.command import Commands, add_command, add_group
+
+
+def register(commands: Commands) -> None:
+    """Add `config` and its subcommands."""
+    group = add_group(commands, "config", "look at the configuration")
+    add_command(group, "check", "print the effective configuration, with secrets hidden", check)
+
+
+def check(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Print each option with its value and its origin. Raises `ConfigurationError`."""
+    print(describe_text(load_settings(environ)), end="")
+    return 0

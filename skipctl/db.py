@@ -1,0 +1,37 @@
+"""``skipctl db upgrade|status``: the store's schema. Processes upgrade it by themselves; this is for those who plan."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from shared.config import load_settings
+from shared.migrate import head_revision, is_known, store_revision, upgrade_store
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser("db", help="the store's schema")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("upgrade", help="bring the store up to this release").set_defaults(handler=_upgrade)
+    commands.add_parser(
+        "status", help="compare the store with this release; exit code 1 where they differ"
+    ).set_defaults(handler=_status)
+
+
+def _upgrade(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = load_settings(environ)
+    changed = upgrade_store(settings.mysql)
+    print(f"the store is at revision {head_revision()}" + ("" if changed else " already"))
+    return 0
+
+
+def _status(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = load_settings(environ)
+    found, wanted = store_revision(settings.mysql), head_revision()
+    print(f"store    {found or 'empty'}")
+    print(f"release  {wanted}")
+    if found == wanted:
+        return 0
+    print("run 'skipctl db upgrade'" if is_known(found) else "the store belongs to a newer release")
+    return 1

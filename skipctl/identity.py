@@ -1,0 +1,67 @@
+"""``skipctl identity show|accept``: whom this KP believes to be whom, and an operator's word on a change."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from shared.announcements import read_announcement
+from shared.clock import now_ms
+from shared.config import Settings, load_settings
+from shared.database import driver_errors, make_engine
+from shared.errors import OperatorError
+from shared.identity import fingerprint
+from shared.keyring import Keyring
+from shared.store.peers import fetch_announcement, fetch_pin, fetch_pins, update_pin
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser("identity", help="the pinned identities of key providers")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("show", help="list the pins of this key provider").set_defaults(handler=_show)
+    accept = commands.add_parser("accept", help="accept the identity that a key provider presents now")
+    accept.add_argument("system_id", help="the key provider whose new identity is accepted")
+    accept.add_argument("--fingerprint", help="accept only this fingerprint, as its operator told you")
+    accept.set_defaults(handler=_accept)
+
+
+def _show(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = load_settings(environ)
+    with driver_errors(), make_engine(settings.mysql).connect() as connection:
+        pins = fetch_pins(connection, settings.local_system_id)
+    for system_id, pin in sorted(pins.items()):
+        print(f"{system_id}  {fingerprint(pin.public_key)}")
+        if pin.presented_key is not None:
+            print(f"  presents another one, refused: {fingerprint(pin.presented_key)}")
+    return 0
+
+
+def _accept(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = load_settings(environ)
+    accepted = _accept_presented(settings, arguments.system_id, arguments.fingerprint)
+    print(f"{settings.local_system_id} accepts {fingerprint(accepted)} as {arguments.system_id}")
+    return 0
+
+
+def _accept_presented(settings: Settings, system_id: str, wanted: str | None) -> bytes:
+    with driver_errors(), make_engine(settings.mysql).begin() as connection:
+        pin = fetch_pin(connection, settings.local_system_id, system_id)
+        presented = pin.presented_key if pin else None
+        if pin is None:
+            raise OperatorError(f"{settings.local_system_id} has never seen {system_id}; nothing is pinned")
+        body = fetch_announcement(connection, system_id)
+        if presented is None and body is not None:
+            presented = read_announcement(body).public_key
+        if system_id == settings.local_system_id and presented in (None, pin.public_key):
+            presented = _own_key(settings)
+        if presented is None or presented == pin.public_key:
+            raise OperatorError(f"{system_id} presents no other identity than the pinned one")
+        if wanted is not None and wanted != fingerprint(presented):
+            raise OperatorError(f"{system_id} presents {fingerprint(presented)}, not {wanted}; nothing was changed")
+        update_pin(connection, settings.local_system_id, system_id, presented, now_ms())
+    return presented
+
+
+def _own_key(settings: Settings) -> bytes:
+    return Keyring.open(settings.keyring_dir, settings.local_system_id).identity.public_key

@@ -1,0 +1,49 @@
+"""``skipctl keyring init|show``: makes a KP's keyring once, and shows what is in it without its secrets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from shared.clock import now_ms
+from shared.config import load_settings
+from shared.identity import fingerprint
+from shared.keyring import Keyring
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser("keyring", help="the key provider's own private keys")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("init", help="make a new identity in an empty folder").set_defaults(handler=_init)
+    commands.add_parser("show", help="show the identity and the live epochs").set_defaults(handler=_show)
+
+
+def _init(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = load_settings(environ)
+    keyring = Keyring.create(settings.keyring_dir, settings.local_system_id)
+    print(f"made a keyring for {keyring.system_id} in {keyring.path}")
+    print(f"identity {fingerprint(keyring.identity.public_key)}")
+    return 0
+
+
+def _show(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = load_settings(environ)
+    keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
+    print(f"key provider {keyring.system_id}")
+    print(f"keyring      {keyring.path}")
+    print(f"identity     {fingerprint(keyring.identity.public_key)}")
+    epochs = sorted((keyring.read_epoch(i) for i in keyring.epoch_ids()), key=lambda epoch: epoch.span.starts_ms)
+    for epoch in epochs:
+        span = epoch.span
+        state = "now" if span.starts_ms <= now_ms() < span.ends_ms else "ended" if span.ends_ms <= now_ms() else "ahead"
+        print(
+            f"epoch        {epoch.epoch_id.hex()}  {_utc(span.starts_ms)} to {_utc(span.ends_ms)}, "
+            f"destroyed at {_utc(span.destroy_ms)}  {state}"
+        )
+    return 0
+
+
+def _utc(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
