@@ -24,8 +24,8 @@ STATEMENT_TIMEOUT_SECONDS = 10
 LOCK_WAIT_SECONDS = 3
 
 _SESSION = (
-    "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,"
-    f"ERROR_FOR_DIVISION_BY_ZERO', innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}"
+    "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
+    f"innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}"
 )
 _ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
 
@@ -49,6 +49,16 @@ RETRYABLE = frozenset(
         1317,  # query execution was interrupted
     }
 )
+
+
+# What an operator can put right, by the server's error code.
+_HINTS: dict[int | None, str] = {
+    ER.ACCESS_DENIED_ERROR: "the account: check MYSQL_USER and MYSQL_PASSWORD",
+    ER.DBACCESS_DENIED_ERROR: "the account for this database: check its grants and MYSQL_DATABASE",
+    ER.BAD_DB_ERROR: "an unknown database: check MYSQL_DATABASE",
+    ER.TABLEACCESS_DENIED_ERROR: "a statement for want of a grant",
+    ER.NO_SUCH_TABLE: "a statement on a missing table: run 'skipctl db status'",
+}
 
 
 def connect(settings: MySqlSettings, *, several_statements: bool = False) -> Connection:
@@ -111,7 +121,8 @@ def commit_errors() -> Iterator[None]:
 
 def _translated(error: BaseException) -> StoreUnavailable | StoreRefused:
     code = error.args[0] if error.args and isinstance(error.args[0], int) else None
-    if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
-        return StoreUnavailable(f"the store cannot be used now (MySQL error {code})")
     # The server's own words may quote values of a statement; the code is enough to look it up.
-    return StoreRefused(f"the store refused a statement (MySQL error {code}, {type(error).__name__})")
+    told = f"MySQL error {code}" if code is not None else type(error).__name__
+    if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
+        return StoreUnavailable(f"the store cannot be used now ({told})")
+    return StoreRefused(f"the store refused {_HINTS.get(code, 'a statement')} ({told})")

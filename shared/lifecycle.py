@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import resource
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
@@ -22,6 +23,7 @@ from shared.logs import get_logger
 DRAIN_SECONDS = 10.0
 EXIT_OK = 0
 EXIT_FAILED = 1
+_PR_SET_DUMPABLE = 4
 
 _log = get_logger("lifecycle")
 
@@ -33,6 +35,7 @@ class Stopped(Exception):
 def run_service(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
     """Runs ``serve(stop)`` on an event loop until it returns; the process's exit code."""
     _raise_file_limit()
+    _keep_memory_private()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve_until_signalled(serve))
@@ -103,6 +106,13 @@ def _raise_file_limit() -> None:
     if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _keep_memory_private() -> None:
+    """Keys pass through this process's memory: no core dump, and no debugger of the same user (prctl(2))."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _log_failure(error: BaseException) -> None:

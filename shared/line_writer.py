@@ -45,12 +45,16 @@ class LineWriter:
 
         Outside of an event loop it is written at once.
         """
-        self._pending.append(line)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self.flush()
-            return
+            self.write_now(line)
+        else:
+            self.write_soon(line, loop)
+
+    def write_soon(self, line: bytes, loop: asyncio.AbstractEventLoop) -> None:
+        """As ``write``, for one who is called in ``loop``: asking which loop runs is a system call on Python 3.11."""
+        self._pending.append(line)
         if self._scheduled_on is not loop:
             self._scheduled_on = loop
             loop.call_soon(self._flush_scheduled)

@@ -50,9 +50,14 @@ def is_pattern(text: str) -> bool:
 
 
 class RemoteSystemIds:
-    """The configured list of remote KPs: exact ids and globs ``* ? [list] [!list]`` (draft Table 5)."""
+    """The configured list of remote KPs: exact ids and globs ``* ? [list] [!list]`` (draft Table 5).
 
-    def __init__(self, entries: Iterable[str]) -> None:
+    ``local_id`` itself is in the list only where it stands there by name.
+    """
+
+    def __init__(self, entries: Iterable[str], local_id: str | None = None) -> None:
+        # A lab with one KP lists its own id. A glob never means it: the draft's list is of remote KPs.
+        self._local_id = local_id
         self.entries = tuple(validate_pattern(entry) for entry in entries)
         self.exact = frozenset(entry for entry in self.entries if not is_pattern(entry))
         self._patterns = tuple(re.compile(fnmatch.translate(entry)) for entry in self.entries if is_pattern(entry))
@@ -60,4 +65,6 @@ class RemoteSystemIds:
     def __contains__(self, system_id: object) -> bool:
         if not isinstance(system_id, str):
             return False
-        return system_id in self.exact or any(p.match(system_id) for p in self._patterns)
+        if system_id in self.exact:
+            return True
+        return system_id != self._local_id and any(p.match(system_id) for p in self._patterns)

@@ -50,7 +50,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Serves encryptors until ``stop``."""
     keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
     engine = make_engine(settings.mysql)
-    directory = PeerDirectory(engine, settings.local_system_id, RemoteSystemIds(settings.remote_system_ids))
+    directory = PeerDirectory(
+        engine, settings.local_system_id, RemoteSystemIds(settings.remote_system_ids, settings.local_system_id)
+    )
     sealer = Sealer(settings.local_system_id, keyring.identity, directory)
     opener = Opener(keyring, directory)
     view = StoreView(settings, engine, keyring, directory, sealer, opener)
@@ -100,7 +102,10 @@ def _claim_lane(settings: Settings, opener: Opener) -> Lane[ClaimRequest, Claime
 
 
 def _make_server(settings: Settings, application: Application) -> BoundedServer:
-    AccessLogger.line = AccessLine({"service": "api", "system_id": settings.local_system_id, "pid": os.getpid()})
+    AccessLogger.line = AccessLine(
+        {"service": "api", "system_id": settings.local_system_id, "pid": os.getpid()},
+        readable=settings.environment == "development",
+    )
     return BoundedServer(
         application.handle,
         access_log=logging.getLogger("skipbus.access"),

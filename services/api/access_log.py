@@ -7,9 +7,12 @@ remoteSystemID once it has been checked.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import re
 import time
 from logging import Logger
+from time import perf_counter
 
 import orjson
 from aiohttp.abc import AbstractAccessLogger
@@ -27,10 +30,11 @@ ENTRY = "skipbus.entry"
 class Entry:
     """What the log says of one request beyond what HTTP says."""
 
-    __slots__ = ("correlation_id", "issued_as", "key_id", "reason", "remote_system_id", "route")
+    __slots__ = ("correlation_id", "issued_as", "key_id", "reason", "remote_system_id", "route", "started")
 
     def __init__(self, correlation_id: str) -> None:
         self.correlation_id = correlation_id
+        self.started = perf_counter()
         self.route: str | None = None
         self.key_id: str | None = None
         self.remote_system_id: str | None = None
@@ -39,13 +43,18 @@ class Entry:
 
 
 class AccessLine:
-    """Renders access lines; ``constant`` are the fields of every line of this process."""
+    """Renders access lines: JSON with ``constant`` in every one, or words for whoever develops."""
 
-    def __init__(self, constant: dict[str, object]) -> None:
+    def __init__(self, constant: dict[str, object], *, readable: bool = False) -> None:
         self._constant = constant
+        self._readable = readable
 
-    def render(self, request: BaseRequest, response: StreamResponse, seconds: float) -> dict[str, object]:
-        """The fields of one line."""
+    def render(self, request: BaseRequest, response: StreamResponse, seconds: float) -> bytes:
+        """One line, without its end."""
+        fields = self._fields(request, response, seconds)
+        return _readable(fields) if self._readable else orjson.dumps(fields)
+
+    def _fields(self, request: BaseRequest, response: StreamResponse, seconds: float) -> dict[str, object]:
         entry = request.get(ENTRY)
         fields: dict[str, object] = {
             "timestamp": utc_timestamp(time.time()),
@@ -67,6 +76,12 @@ class AccessLine:
         return fields
 
 
+def _readable(fields: dict[str, object]) -> bytes:
+    first = ("timestamp", "level", "method", "path", "status", "duration_ms")
+    rest = (f"{name}={value}" for name, value in fields.items() if name not in (*first, "event"))
+    return " ".join([*(str(fields[name]) for name in first), *rest]).encode()
+
+
 def shown_path(request: BaseRequest, entry: Entry | None) -> str:
     """The path as the log may show it."""
     if entry is None:
@@ -86,10 +101,12 @@ class AccessLogger(AbstractAccessLogger):
 
     def __init__(self, logger: Logger, log_format: str) -> None:
         super().__init__(logger, log_format)
-        self._write = line_writer().write
+        # One logger a connection: the loop is asked for once, not for every line.
+        self._write = functools.partial(line_writer().write_soon, loop=asyncio.get_running_loop())
 
     def log(self, request: BaseRequest, response: StreamResponse, time: float) -> None:
-        """One line for one answered request; ``time`` is its duration in seconds."""
+        """One line for one answered request; ``time`` is its duration in seconds, in whole milliseconds."""
         entry = request.get(ENTRY)
-        observe_request(entry.route if entry is not None else None, response.status, time)
-        self._write(orjson.dumps(self.line.render(request, response, time)))
+        seconds = time if entry is None else perf_counter() - entry.started
+        observe_request(entry.route if entry is not None else None, response.status, seconds)
+        self._write(self.line.render(request, response, seconds))

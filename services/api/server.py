@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from services.api.access_log import ENTRY, Entry
 from services.api.responses import RouteError, error_response
 from shared.logs import get_logger, new_correlation_id
 
@@ -63,7 +64,9 @@ class Connection(RequestHandler):
             _log.error("request failed", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer was begun already")
-        response = error_response(error, new_correlation_id())
+        entry = request[ENTRY] = Entry(new_correlation_id())
+        entry.reason = f"{error} ({type(exc).__name__})"
+        response = error_response(error, entry.correlation_id)
         response.force_close()
         return response
 

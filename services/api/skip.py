@@ -32,7 +32,7 @@ class SkipMethods:
         issue: Lane[IssueRequest, IssuedKey],
         claim: Lane[ClaimRequest, ClaimedKey],
     ) -> None:
-        self._remote_ids = RemoteSystemIds(settings.remote_system_ids)
+        self._remote_ids = RemoteSystemIds(settings.remote_system_ids, settings.local_system_id)
         self._directory = directory
         self._issue = issue
         self._claim = claim

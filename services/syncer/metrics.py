@@ -1,0 +1,26 @@
+"""Prometheus metrics of the syncer, in a registry of their own, served on ``SKIP_METRICS_PORT``."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+REGISTRY = CollectorRegistry()
+SENT = Counter(
+    "skipbus_envelopes_sent",
+    "Envelopes that the broker took, or returned because nobody listens.",
+    ["type", "outcome"],
+    registry=REGISTRY,
+)
+RECEIVED = Counter(
+    "skipbus_envelopes_received", "Envelopes handled, by what came of them.", ["type", "outcome"], registry=REGISTRY
+)
+REFUSED = Counter(
+    "skipbus_envelopes_refused",
+    "Envelopes refused and dead-lettered. Senders that are no peers share the label 'unknown'.",
+    ["reason", "sender"],
+    registry=REGISTRY,
+)
+OUTBOX = Gauge("skipbus_outbox_envelopes", "Envelopes that wait for their acknowledgement.", registry=REGISTRY)
+ELECTED = Gauge("skipbus_syncer_elected", "1 where this syncer relays and sends heartbeats.", registry=REGISTRY)
+BUS_UP = Gauge("skipbus_bus_up", "1 while the broker is connected.", registry=REGISTRY)
+PEERS = Gauge("skipbus_peers", "Peers by what their heartbeats say.", ["status"], registry=REGISTRY)

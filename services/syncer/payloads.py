@@ -1,0 +1,143 @@
+"""What stands in an envelope's payload, type by type. Pure; docs/wire.md is the same in prose.
+
+A payload is looked into only after its signature has been verified. It is read strictly all the same: a peer
+with a fault in it must not get anything into the store that somebody else trips over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from shared import wire
+from shared.announcements import MAX_ANNOUNCEMENT_BYTES
+from shared.envelopes import EnvelopeType
+from shared.errors import EnvelopeRefused
+
+MAX_EVENTS = 50_000
+MAX_ACKNOWLEDGED = 1_000
+MAX_INTERVAL_MS = 86_400_000
+SHOWN_CORRELATION_IDS = 20
+_MAX_NUMBER = 2**63
+_DIGEST_BYTES = 48
+_EVENT_TYPES = frozenset({EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_RETRIEVED, EnvelopeType.KEY_EXPIRED})
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """``key.issued``, ``key.retrieved``, ``key.expired``: how many keys, and the first requests they came from."""
+
+    count: int
+    correlation_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """``key.stored``: the numbers of envelopes whose effect is committed."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """``heartbeat``: when to expect the next one, and the SHA-384 of the sender's announcement if it has one."""
+
+    interval_ms: int
+    announcement_digest: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """``capabilities``: the sender's announcement, or a request for the receiver's."""
+
+    announcement: bytes | None
+    request: bool
+
+
+Payload = Events | Acknowledgement | Heartbeat | Capabilities
+
+
+def read_payload(kind: EnvelopeType, payload: bytes) -> Payload:
+    """What the payload says. Raises EnvelopeRefused: malformed_payload."""
+    try:
+        value = wire.unpack(payload, max_items=MAX_EVENTS)
+        if kind in _EVENT_TYPES:
+            return _read_events(kind, value)
+        return _READERS[kind](value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise EnvelopeRefused("malformed_payload", f"the payload of a {kind} envelope is malformed") from error
+
+
+def pack_events(payloads: Iterable[bytes]) -> bytes:
+    """One payload of the events of several outbox rows, in their order. Raises wire.Malformed."""
+    events: list[object] = []
+    for payload in payloads:
+        entries = wire.unpack(payload, max_items=MAX_EVENTS)
+        if not isinstance(entries, list):
+            raise wire.Malformed("the payload of an outbox row is not a list of events")
+        events += entries
+    return wire.pack(events)
+
+
+def pack_acknowledgement(numbers: list[int]) -> bytes:
+    """At most MAX_ACKNOWLEDGED numbers."""
+    return wire.pack({"numbers": numbers})
+
+
+def pack_heartbeat(interval_ms: int, announcement_digest: bytes | None, software: str) -> bytes:
+    return wire.pack({"interval_ms": interval_ms, "announcement": announcement_digest, "software": software})
+
+
+def pack_capabilities(announcement: bytes | None, *, request: bool) -> bytes:
+    return wire.pack({"announcement": announcement, "request": request})
+
+
+def _read_events(kind: EnvelopeType, value: Any) -> Events:  # noqa: ANN401 -- anything may come from the wire
+    _require(isinstance(value, list) and 0 < len(value) <= MAX_EVENTS)
+    width = 4 if kind is EnvelopeType.KEY_ISSUED else 3
+    for event in value:
+        _require(isinstance(event, list) and len(event) == width)
+        key_id, *times_and_sizes, correlation_id = event
+        _require(isinstance(key_id, bytes) and 0 < len(key_id) <= 64)
+        _require(all(_is_natural(number) for number in times_and_sizes))
+        _require(isinstance(correlation_id, str) and len(correlation_id) <= 64)
+    return Events(len(value), tuple(dict.fromkeys(e[-1] for e in value[:SHOWN_CORRELATION_IDS])))
+
+
+def _read_acknowledgement(value: Any) -> Acknowledgement:  # noqa: ANN401
+    numbers = value["numbers"]
+    _require(isinstance(numbers, list) and 0 < len(numbers) <= MAX_ACKNOWLEDGED)
+    _require(all(_is_natural(number) for number in numbers))
+    return Acknowledgement(tuple(numbers))
+
+
+def _read_heartbeat(value: Any) -> Heartbeat:  # noqa: ANN401
+    interval_ms, digest = value["interval_ms"], value["announcement"]
+    _require(_is_natural(interval_ms) and 0 < interval_ms <= MAX_INTERVAL_MS)
+    _require(digest is None or (isinstance(digest, bytes) and len(digest) == _DIGEST_BYTES))
+    return Heartbeat(interval_ms, digest)
+
+
+def _read_capabilities(value: Any) -> Capabilities:  # noqa: ANN401
+    announcement, request = value["announcement"], value["request"]
+    _require(announcement is None or isinstance(announcement, bytes))
+    _require(announcement is None or len(announcement) <= MAX_ANNOUNCEMENT_BYTES)
+    _require(isinstance(request, bool))
+    return Capabilities(announcement, request)
+
+
+_READERS = {
+    EnvelopeType.KEY_STORED: _read_acknowledgement,
+    EnvelopeType.HEARTBEAT: _read_heartbeat,
+    EnvelopeType.CAPABILITIES: _read_capabilities,
+}
+
+
+def _is_natural(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MAX_NUMBER
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError("payload")

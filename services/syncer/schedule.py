@@ -1,0 +1,29 @@
+"""When an envelope that was not acknowledged is sent again. Pure.
+
+The broker keeps an envelope for a peer that is down, so sending it again helps only against what neither kept:
+a broker that lost its disk, a peer that lost its store. While a peer is offline a copy in its queue is enough,
+renewed when the last one has run out; when it is back, what it has not acknowledged is sent anew.
+"""
+
+from __future__ import annotations
+
+from shared.envelopes import MAX_AGE_MS
+from shared.liveness import PeerStatus
+
+FIRST_RETRY_MS = 10_000
+LAST_RETRY_MS = 300_000
+
+
+def retry_after_ms(attempts: int) -> int:
+    """How long to wait for the acknowledgement after that many sendings: 10 s, doubling up to 5 min."""
+    doublings = min(max(attempts - 1, 0), 16)
+    return min(FIRST_RETRY_MS << doublings, LAST_RETRY_MS)
+
+
+def is_due(attempts: int, sent_ms: int | None, peer: PeerStatus, now_ms: int) -> bool:
+    """Whether to send an envelope now that was sent last at ``sent_ms`` (UTC ms, None for never)."""
+    if sent_ms is None:
+        return True
+    # A clock that was set back must not silence an envelope for as long as it was set back.
+    waited_ms = abs(now_ms - sent_ms)
+    return waited_ms >= (MAX_AGE_MS if peer == "offline" else retry_after_ms(attempts))

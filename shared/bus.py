@@ -1,0 +1,317 @@
+"""One KP's door to the broker: a connection that is made again whenever it is lost, and what is declared on it.
+
+Everything that this KP needs (exchanges, its queues, its dead-letter queue) is declared on every new connection,
+so a broker that comes back empty is put in order too. Deliveries of a lost connection are worthless: the broker
+hands them out again. A lost broker is logged once when it goes and once when it is back.
+
+Publishing is confirmed by the broker. Leaves to others: what envelopes say and which are sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aio_pika
+from aio_pika.abc import (
+    AbstractChannel,
+    AbstractConnection,
+    AbstractExchange,
+    AbstractIncomingMessage,
+    AbstractQueue,
+)
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
+from pamqp.common import FieldTable
+
+from shared.bus_names import (
+    DEAD_LETTERS,
+    ENVELOPES,
+    dead_queue_name,
+    live_queue_name,
+    live_routing_key,
+    queue_name,
+    routing_key,
+)
+from shared.errors import BusUnavailable
+from shared.logs import get_logger
+from shared.secret import Secret
+
+PREFETCH = 32
+DELIVERY_LIMIT = 5
+DEAD_LETTERS_KEPT = 10_000
+DEAD_LETTERS_KEPT_MS = 7 * 86_400_000
+LIVE_KEPT = 1_000
+LIVE_KEPT_BYTES = 32 * 1024 * 1024
+CONNECT_SECONDS = 5.0
+CONFIRM_SECONDS = 10.0
+RETRY_FIRST_SECONDS = 0.2
+RETRY_LAST_SECONDS = 5.0
+# How often the two ends of a connection tell each other that they are there (AMQP heartbeat).
+_AMQP_HEARTBEAT_SECONDS = 10
+_FAILURES = (*CONNECTION_EXCEPTIONS, TimeoutError)
+
+_log = get_logger("bus")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message that waits for an answer: ``ack`` or ``reject``. Both do nothing once the connection is lost."""
+
+    body: bytes
+    redelivered: bool
+    _message: AbstractIncomingMessage
+    _session: _Session
+
+    @property
+    def lost(self) -> bool:
+        """Whether the broker will deliver it anew, because its connection is gone."""
+        return self._session.lost.is_set()
+
+    async def ack(self) -> None:
+        """It is handled."""
+        with contextlib.suppress(*_FAILURES):
+            await self._message.ack()
+
+    async def reject(self) -> None:
+        """It is refused for good: the broker dead-letters it."""
+        with contextlib.suppress(*_FAILURES):
+            await self._message.reject(requeue=False)
+
+    async def requeue(self) -> None:
+        """It could not be handled now. The broker counts these and dead-letters it after DELIVERY_LIMIT."""
+        with contextlib.suppress(*_FAILURES):
+            await self._message.reject(requeue=True)
+
+
+class _Session:
+    """One connection, from its making to its loss."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self.connection = connection
+        self.lost = asyncio.Event()
+        connection.close_callbacks.add(self._on_loss)
+
+    async def channel(self) -> AbstractChannel:
+        """A channel whose end is the session's end: nothing is repaired piecemeal."""
+        channel = await self.connection.channel(publisher_confirms=True, on_return_raises=True)
+        channel.close_callbacks.add(self._on_loss)
+        underlay = await channel.get_underlay_channel()
+        # The broker takes a consumer away when its queue is deleted or moves.
+        underlay.on_consumer_cancel_callbacks.add(self._on_loss)
+        return channel
+
+    async def close(self) -> None:
+        self.lost.set()
+        with contextlib.suppress(*_FAILURES):
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self.connection.close()
+
+    async def _on_loss(self, *_: object) -> None:
+        self.lost.set()
+
+
+class Bus:
+    """Connects on entering ``connected``; ``publish`` and ``next_deliveries`` work whenever ``up`` is set."""
+
+    def __init__(self, url: Secret, local_id: str, name: str) -> None:
+        self._url = url
+        self._local_id = local_id
+        self._name = name
+        self._session: _Session | None = None
+        self._exchange: AbstractExchange | None = None
+        self._consumers: list[tuple[AbstractQueue, str]] = []
+        self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._lost_reason: str | None = None
+        self._consuming = True
+        self.up = asyncio.Event()
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Keeps a connection for as long as the block runs; returns at once, whether or not the broker is there."""
+        _hush_libraries()
+        keeper = asyncio.create_task(self._keep(), name="bus")
+        try:
+            yield
+        finally:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+
+    async def publish(self, target_id: str, body: bytes, *, lifetime_ms: int | None) -> bool:
+        """Sends to a KP's queue and waits until the broker has it; False where the KP has no such queue.
+
+        With ``lifetime_ms`` it is kept on the broker's disk for so long, for a KP that is down; with None it
+        reaches the KP only if that listens now. Raises BusUnavailable: it may or may not have been sent.
+        """
+        exchange = self._exchange
+        if exchange is None:
+            raise BusUnavailable("the broker is away")
+        key = live_routing_key(target_id) if lifetime_ms is None else routing_key(target_id)
+        try:
+            async with asyncio.timeout(CONFIRM_SECONDS):
+                await exchange.publish(_message(body, lifetime_ms), key, mandatory=True)
+        except PublishError:
+            return False
+        except _FAILURES as error:
+            raise BusUnavailable(f"the broker did not confirm a message: {type(error).__name__}") from error
+        except asyncio.CancelledError as error:
+            # The library ends whoever waits on a lost connection by cancelling; that is no order to this task.
+            if _cancelled_from_outside():
+                raise
+            raise BusUnavailable("the connection to the broker was lost") from error
+        return True
+
+    async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
+        """What has arrived, at most ``limit``; an empty list where nothing came within ``wait_seconds``."""
+        try:
+            found = [await asyncio.wait_for(self._deliveries.get(), wait_seconds)]
+        except TimeoutError:
+            return []
+        while len(found) < limit and not self._deliveries.empty():
+            found.append(self._deliveries.get_nowait())
+        return [delivery for delivery in found if not delivery.lost]
+
+    async def stop_consuming(self) -> None:
+        """Takes in no more; what was delivered already can still be handled and answered."""
+        self._consuming = False
+        consumers, self._consumers = self._consumers, []
+        for queue, tag in consumers:
+            with contextlib.suppress(*_FAILURES):
+                await queue.cancel(tag, timeout=CONNECT_SECONDS)
+
+    async def _keep(self) -> None:
+        delay_seconds = RETRY_FIRST_SECONDS
+        while True:
+            try:
+                await self._one_session()
+                delay_seconds = RETRY_FIRST_SECONDS
+                self._tell_lost("the connection was lost")
+            except _FAILURES as error:
+                self._tell_lost(f"{type(error).__name__}: {error}")
+            except asyncio.CancelledError:
+                if _cancelled_from_outside():
+                    raise
+                self._tell_lost("the connection was lost while it was made")
+            await asyncio.sleep(delay_seconds * random.uniform(0.8, 1.2))  # noqa: S311 -- spreads load, no secret
+            delay_seconds = min(delay_seconds * 2, RETRY_LAST_SECONDS)
+
+    async def _one_session(self) -> None:
+        session = await self._connect()
+        try:
+            async with asyncio.timeout(CONFIRM_SECONDS):
+                await self._set_up(session)
+            self._tell_up()
+            await session.lost.wait()
+        finally:
+            self.up.clear()
+            self._session = self._exchange = None
+            self._consumers = []
+            await session.close()
+
+    async def _connect(self) -> _Session:
+        connection = await aio_pika.connect(
+            self._url.reveal(),
+            timeout=CONNECT_SECONDS,
+            heartbeat=_AMQP_HEARTBEAT_SECONDS,
+            name=self._name,
+        )
+        return _Session(connection)
+
+    async def _set_up(self, session: _Session) -> None:
+        sending, receiving = await session.channel(), await session.channel()
+        exchange = await _declare_exchanges(sending)
+        for queue in await _declare_queues(receiving, exchange, self._local_id):
+            if self._consuming:
+                # Per consumer: a backlog in one queue must not keep heartbeats waiting in the other.
+                await receiving.set_qos(PREFETCH)
+                tag = await queue.consume(functools.partial(self._take_in, session))
+                self._consumers.append((queue, tag))
+        if session.lost.is_set():
+            raise ConnectionError("the connection was lost while it was set up")
+        self._session, self._exchange = session, exchange
+
+    async def _take_in(self, session: _Session, message: AbstractIncomingMessage) -> None:
+        self._deliveries.put_nowait(Delivery(message.body, bool(message.redelivered), message, session))
+
+    def _tell_up(self) -> None:
+        _log.info("broker back" if self._lost_reason else "broker connected")
+        self._lost_reason = None
+        self.up.set()
+
+    def _tell_lost(self, reason: str) -> None:
+        if self._lost_reason is None:
+            _log.warning("broker away", reason=reason)
+        elif reason != self._lost_reason:
+            _log.debug("broker still away", reason=reason)
+        self._lost_reason = reason
+
+
+def _hush_libraries() -> None:
+    """The loss of a broker is told here in one line; the libraries tell it in dozens, with stack traces."""
+    for name in ("aiormq", "aio_pika"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _message(body: bytes, lifetime_ms: int | None) -> aio_pika.Message:
+    if lifetime_ms is None:
+        return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.NOT_PERSISTENT)
+    return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, expiration=lifetime_ms / 1000)
+
+
+async def _declare_exchanges(channel: AbstractChannel) -> AbstractExchange:
+    await channel.declare_exchange(DEAD_LETTERS, aio_pika.ExchangeType.TOPIC, durable=True)
+    return await channel.declare_exchange(ENVELOPES, aio_pika.ExchangeType.TOPIC, durable=True)
+
+
+async def _declare_queues(
+    channel: AbstractChannel, exchange: AbstractExchange, local_id: str
+) -> tuple[AbstractQueue, AbstractQueue]:
+    """The KP's two queues, bound; what is refused in either goes to the same dead-letter queue."""
+    dead = await channel.declare_queue(
+        dead_queue_name(local_id),
+        durable=True,
+        arguments={
+            "x-queue-type": "quorum",
+            "x-max-length": DEAD_LETTERS_KEPT,
+            "x-message-ttl": DEAD_LETTERS_KEPT_MS,
+        },
+    )
+    await dead.bind(DEAD_LETTERS, routing_key(local_id))
+    dead_lettering: FieldTable = {
+        "x-dead-letter-exchange": DEAD_LETTERS,
+        "x-dead-letter-routing-key": routing_key(local_id),
+        # Of several syncers one consumes, so that envelopes are handled in their order.
+        "x-single-active-consumer": True,
+    }
+    main = await channel.declare_queue(
+        queue_name(local_id),
+        durable=True,
+        arguments={"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT, **dead_lettering},
+    )
+    await main.bind(exchange, routing_key(local_id))
+    live = await channel.declare_queue(
+        live_queue_name(local_id),
+        durable=True,
+        auto_delete=True,
+        # When it is full, new messages are turned away at their sender: dropping the oldest ones would
+        # dead-letter them, though nobody refused them.
+        arguments={
+            "x-queue-type": "classic",
+            "x-max-length": LIVE_KEPT,
+            "x-max-length-bytes": LIVE_KEPT_BYTES,
+            "x-overflow": "reject-publish",
+            **dead_lettering,
+        },
+    )
+    await live.bind(exchange, live_routing_key(local_id))
+    return main, live
+
+
+def _cancelled_from_outside() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
