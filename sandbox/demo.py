@@ -1,0 +1,197 @@
+"""`make demo`: two key providers over one store on private servers, until Ctrl-C.
+
+It starts everything in a temporary folder, exchanges keys both ways, tells what it did, and then keeps what
+dies alive and `.demo/state.json` true. It leaves nothing behind: no process, no folder; after a failure, the
+logs only. `ONCE=1` ends it after the exchange, `PORT_BASE=n` fixes the ports. Exit codes: 0 as it should be,
+1 something was not as it should be, 2 wrong usage, or another demo runs in this clone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from sandbox.client import target
+from sandbox.exchange import Exchange
+from sandbox.processes import SandboxError, write_private
+from sandbox.site import Site
+from sandbox.supervisor import Supervisor
+
+CHECK_SECONDS = 0.1
+
+_CLONE = Path(__file__).resolve().parent.parent
+_DEMO_DIR = _CLONE / ".demo"
+_FOLDER_PREFIX = "skipbus-demo-"
+
+
+class UsageError(Exception):
+    """The demo cannot be run like this (exit code 2)."""
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Not an Exception, so that no handler of errors swallows it."""
+
+
+def main() -> int:
+    try:
+        once, port_base = _read_wishes(os.environ)
+        with _only_demo_here(), _signals_stop():
+            return _run(once, port_base)
+    except UsageError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        print("\nstopped; nothing is left behind", flush=True)
+        return 0
+
+
+def _run(once: bool, port_base: int | None) -> int:
+    with _folder() as root:
+        try:
+            _play(root, once, port_base)
+        except (SandboxError, OSError, ValueError) as error:
+            print(f"\ndemo failed: {error}\n\nlogs are kept in {_keep_logs(root)}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _play(root: Path, once: bool, port_base: int | None) -> None:
+    site = Site(root, port_base)
+    try:
+        _say("starting MariaDB and RabbitMQ …")
+        site.start_servers()
+        _say("starting KP_Alice and KP_Bob, three processes each …\n")
+        site.start_key_providers()
+        alice, bob = site.key_providers
+        Exchange(alice, bob, _say).run()
+        Exchange(bob, alice, _say).run()
+        _say("\nBoth ways as it should be.")
+        if not once:
+            _keep_running(site)
+    finally:
+        _ignore_signals()
+        site.stop()
+
+
+def _keep_running(site: Site) -> None:
+    supervisor = Supervisor(site.mysql, site.rabbitmq, site.key_providers, _DEMO_DIR / "state.json")
+    supervisor.write_state()
+    _say(_how_to_go_on(site))
+    while True:
+        supervisor.check()
+        time.sleep(CHECK_SECONDS)
+
+
+def _how_to_go_on(site: Site) -> str:
+    alice, bob = site.key_providers
+    lines = [
+        "",
+        "Try it:",
+        "",
+        f"  curl '{alice.url}{target('key', remoteSystemID=bob.system_id)}'",
+        f"  curl '{bob.url}/key/<keyId>?remoteSystemID={alice.system_id}'",
+        f"  curl '{alice.url}/capabilities'",
+        f"  curl '{alice.url}/entropy?minentropy=512'",
+        f"  curl '{alice.url}/status/sync'",
+        f"  curl '{bob.url}/health'",
+        "",
+        f"Logs:   {site.logs}",
+        f"State:  {_DEMO_DIR / 'state.json'} (addresses, process ids, the database's password)",
+        "",
+        "Kill any of the processes and watch it come back. Ctrl-C ends everything.",
+    ]
+    return "\n".join(lines)
+
+
+def _read_wishes(environ: Mapping[str, str]) -> tuple[bool, int | None]:
+    once = environ.get("ONCE", "") not in ("", "0")
+    text = environ.get("PORT_BASE", "")
+    if not text:
+        return once, None
+    if not text.isdecimal() or not 1024 <= int(text) <= 65530:
+        raise UsageError(f"PORT_BASE={text} is not a port number from 1024 to 65530")
+    return once, int(text)
+
+
+@contextmanager
+def _only_demo_here() -> Iterator[None]:
+    """One demo a clone: `.demo` speaks of one only. The kernel frees the lock of a demo that was killed."""
+    with Path(__file__).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError("another demo runs in this clone; stop it first") from None
+        yield
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """The temporary folder, and `.demo` to name it: the next demo clears up after one that was killed."""
+    _remove_leftovers()
+    root = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
+    try:
+        _DEMO_DIR.mkdir(mode=0o700)
+        write_private(_DEMO_DIR / "folder", str(root))
+        yield root
+    finally:
+        shutil.rmtree(_DEMO_DIR, ignore_errors=True)
+        if not (root / "kept").exists():
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    try:
+        folder = Path((_DEMO_DIR / "folder").read_text())
+    except OSError:
+        pass
+    else:
+        if folder.name.startswith(_FOLDER_PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(_DEMO_DIR, ignore_errors=True)
+
+
+def _keep_logs(root: Path) -> Path:
+    """Remove data, keyrings and passwords; the logs stay."""
+    for entry in root.iterdir():
+        if entry.name != "logs":
+            shutil.rmtree(entry, ignore_errors=True)
+    (root / "kept").touch()
+    return root / "logs"
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    # nohup has it ignored, so that the demo may outlive the terminal.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _stop)
+    yield
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    _ignore_signals()
+    raise Stopped
+
+
+def _ignore_signals() -> None:
+    """Everything is being stopped: an impatient second Ctrl-C must not leave half of it running."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

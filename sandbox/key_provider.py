@@ -1,0 +1,154 @@
+"""One key provider as an operator would run it: its environment, its keyring, its three processes.
+
+The processes get their whole configuration from the environment made here and from secret files, nothing of
+the caller's own environment. Their logs are files that grow over restarts: a test can search all of them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sandbox.client import get
+from sandbox.ports import LOOPBACK, free_port
+from sandbox.processes import POLL_SECONDS, Child, SandboxError, minimal_environ, tail, write_private
+from sandbox.servers import Database
+
+ROLES = ("api", "syncer", "janitor")
+# A service drains for at most 10 s.
+STOP_SECONDS = 12.0
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class KeyProvider:
+    """A key provider over a store and a broker that run already."""
+
+    def __init__(
+        self,
+        system_id: str,
+        remote_ids: Sequence[str],
+        mysql: Database,
+        rabbitmq: str,
+        port: int | None = None,
+        *,
+        root: Path,
+        log_dir: Path | None = None,
+        env_overrides: Mapping[str, str] | None = None,
+    ) -> None:
+        """`rabbitmq` is the broker's URL. A later KeyProvider with the same root finds the same keyring."""
+        self.system_id = system_id
+        self.port = port or free_port()
+        self.url = f"http://{LOOPBACK}:{self.port}"
+        self.root = root
+        self.keyring_dir = root / "keyring"
+        self.log_dir = log_dir or root / "logs"
+        self.processes: dict[str, Child] = {}
+        self.environ = self._write_environ(remote_ids, mysql, rabbitmq) | dict(env_overrides or {})
+
+    def start_all(self) -> None:
+        """Make the keyring where there is none, and start the three processes without waiting for health."""
+        if not self.keyring_dir.exists():
+            self.run_skipctl("keyring", "init")
+        for role in ROLES:
+            self.start(role)
+
+    def start(self, role: str) -> Child:
+        """Start one process unless it runs."""
+        running = self.processes.get(role)
+        if running is not None and running.running:
+            return running
+        command = [sys.executable, "-m", f"services.{role}"]
+        child = Child(command, environ=self.environ, log=self.log_of(role), cwd=self.root)
+        self.processes[role] = child
+        return child
+
+    def stop(self, role: str) -> None:
+        """SIGTERM, and SIGKILL when it does not drain in time."""
+        self.processes[role].stop(STOP_SECONDS)
+
+    def kill(self, role: str) -> None:
+        """SIGKILL, as a crash would."""
+        self.processes[role].kill()
+
+    def stop_all(self) -> None:
+        self.terminate_all()
+        for child in self.processes.values():
+            child.stop(STOP_SECONDS)
+
+    def terminate_all(self) -> None:
+        """Ask all to end, without waiting, so that they drain at the same time."""
+        for child in self.processes.values():
+            child.terminate()
+
+    def log_of(self, role: str) -> Path:
+        return self.log_dir / f"{role}.log"
+
+    def wait_healthy(self, timeout_seconds: float = 30) -> None:
+        """Wait until `GET /health` answers 200. Raises SandboxError with the logs' ends."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.is_healthy():
+            ended = [role for role, child in self.processes.items() if not child.running]
+            if ended or time.monotonic() > deadline:
+                raise SandboxError(self._unhealthy(ended, timeout_seconds))
+            time.sleep(POLL_SECONDS)
+
+    def is_healthy(self) -> bool:
+        try:
+            return get(self.url, "health", timeout_seconds=5).status == 200
+        except (OSError, ValueError):
+            return False
+
+    def run_skipctl(self, *arguments: str) -> str:
+        """Run `skipctl` in this key provider's environment; its output. Raises SandboxError."""
+        result = subprocess.run(
+            [sys.executable, "-m", "skipctl", *arguments],
+            env=self.environ,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise SandboxError(
+                f"skipctl {' '.join(arguments)} for {self.system_id} ended with {result.returncode}\n"
+                f"{result.stdout}{result.stderr}"
+            )
+        return result.stdout
+
+    def _unhealthy(self, ended: list[str], timeout_seconds: float) -> str:
+        if ended:
+            codes = ", ".join(f"{role} with {self.processes[role].returncode}" for role in ended)
+            what = f"{self.system_id}: ended while starting: {codes}"
+        else:
+            what = f"{self.system_id} is not healthy after {timeout_seconds} s"
+        logs = "".join(f"\n--- {role}.log\n{tail(self.log_of(role))}" for role in ended or ROLES)
+        return what + logs
+
+    def _write_environ(self, remote_ids: Sequence[str], mysql: Database, rabbitmq: str) -> dict[str, str]:
+        secrets_dir = self.root / "secrets"
+        for folder in (self.root, self.log_dir, secrets_dir):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(secrets_dir / "mysql_password", mysql.password)
+        write_private(secrets_dir / "rabbitmq_url", rabbitmq)
+        remotes = {f"SKIP_REMOTE_SYSTEM_ID_{n}": remote for n, remote in enumerate(remote_ids, start=1)}
+        return {
+            **minimal_environ(home=self.root),
+            # `-m services.api` must find this clone from any working folder, installed or not.
+            "PYTHONPATH": str(_REPOSITORY),
+            "SKIP_ENV": "production",
+            "SKIP_LOCAL_SYSTEM_ID": self.system_id,
+            **remotes,
+            "MYSQL_HOST": mysql.host,
+            "MYSQL_PORT": str(mysql.port),
+            "MYSQL_USER": mysql.user,
+            "MYSQL_PASSWORD_FILE": str(secrets_dir / "mysql_password"),
+            "MYSQL_DATABASE": mysql.database,
+            "RABBITMQ_URL_FILE": str(secrets_dir / "rabbitmq_url"),
+            "SKIP_KEYRING_DIR": str(self.keyring_dir),
+            "SKIP_HOST": LOOPBACK,
+            "SKIP_PORT": str(self.port),
+        }
