@@ -1,0 +1,1 @@
+"""Modules on a real MariaDB or MySQL and a real RabbitMQ."""

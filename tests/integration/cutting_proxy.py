@@ -1,0 +1,85 @@
+"""A TCP proxy in front of the store that cuts a connection at the moment of a commit.
+
+``cut_before``: the statement with the COMMIT is thrown away, and the connection cut. ``cut_after``: the statement
+is passed on, and the connection cut when the store has answered it, so that it was committed and nobody was told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import Literal
+
+from sandbox.ports import LOOPBACK
+
+Cut = Literal["cut_before", "cut_after"]
+
+
+class CuttingProxy:
+    """Passes everything on until ``cut_next`` has told it what to do at the next commit. One connection at a time is cut."""
+
+    def __init__(self, port: int) -> None:
+        self._store_port = port
+        self._listener = socket.create_server((LOOPBACK, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.cuts: list[Cut] = []
+        self.cut_count = 0
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends all connections and the listener."""
+        # A blocked accept() does not notice close(); it does notice shutdown().
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for one in (self._listener, *self._open):
+            one.close()
+
+    def cut_next(self, *cuts: Cut) -> None:
+        """What to do at the next commits, one after another."""
+        self.cuts.extend(cuts)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                store = socket.create_connection((LOOPBACK, self._store_port))
+                self._open += [client, store]
+                threading.Thread(target=self._pass_on, args=(client, store), daemon=True).start()
+
+    def _pass_on(self, client: socket.socket, store: socket.socket) -> None:
+        answers = threading.Thread(target=_pump, args=(store, client), daemon=True)
+        answers.start()
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                if self.cuts and b"COMMIT" in data:
+                    self._cut(client, store, data, self.cuts.pop(0))
+                    break
+                store.sendall(data)
+        _end(client)
+        _end(store)
+        answers.join()
+
+    def _cut(self, client: socket.socket, store: socket.socket, data: bytes, cut: Cut) -> None:
+        # Nothing of the store's answer may get through: the client's side goes first.
+        _end(client)
+        if cut == "cut_after":
+            store.sendall(data)
+            store.shutdown(socket.SHUT_WR)
+            # The store ends the connection when it has done all that it was sent.
+            with contextlib.suppress(OSError):
+                while store.recv(1 << 16):
+                    pass
+        self.cut_count += 1
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+
+
+def _end(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,158 @@
+"""Key providers over one migrated store, without their processes: for tests of what the processes are made of.
+
+Owns how a test comes by settings, keyrings, announcements, and raw looks into the store. The parts are the real
+ones; only the clock of what takes the time as an argument is the test's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pymysql.connections import Connection
+from sqlalchemy import Engine
+
+from sandbox.servers import Database
+from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
+from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from services.janitor.epochs import EpochKeeper
+from shared.clock import now_ms
+from shared.config import Settings, load_settings
+from shared.database import connect, make_engine
+from shared.errors import SkipbusError
+from shared.keyring import Keyring
+from shared.migrate import upgrade_store
+from shared.peer_directory import PeerDirectory
+from shared.system_ids import RemoteSystemIds
+
+
+def settings_for(database: Database, system_id: str, keyring_dir: Path, **environ: str) -> Settings:
+    """Settings as a process of ``system_id`` would have them; every other KP may be its peer."""
+    return load_settings(
+        {
+            "SKIP_LOCAL_SYSTEM_ID": system_id,
+            "SKIP_REMOTE_SYSTEM_ID_1": "KP_*",
+            "SKIP_KEYRING_DIR": str(keyring_dir),
+            "MYSQL_HOST": database.host,
+            "MYSQL_PORT": str(database.port),
+            "MYSQL_USER": database.user,
+            "MYSQL_PASSWORD": database.password,
+            "MYSQL_DATABASE": database.database,
+            **environ,
+        }
+    )
+
+
+class Store:
+    """One test's store, migrated; closes what was opened through it."""
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self.database = database
+        self.folder = folder
+        self.settings = settings_for(database, "KP_Test", folder / "none")
+        upgrade_store(self.settings.mysql)
+        self.engine = make_engine(self.settings.mysql)
+
+    def close(self) -> None:
+        """Gives its connections back."""
+        self.engine.dispose()
+
+    def key_provider(self, system_id: str, **environ: str) -> KeyProvider:
+        """A new KP with its own keyring, announced in this store."""
+        return KeyProvider(self, system_id, environ)
+
+    def connect(self) -> closing[Connection[Any]]:
+        """A connection as the api's lanes have it."""
+        return closing(connect(self.settings.mysql, several_statements=True))
+
+    def rows(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """What a statement finds or, for one that changes something, nothing; committed."""
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            rows = list(cursor.fetchall())
+            connection.commit()
+            return rows
+
+    def value(self, statement: str, *parameters: object) -> Any:
+        """The one value that a statement finds."""
+        return self.rows(statement, *parameters)[0][0]
+
+    def count(self, table: str) -> int:
+        """How many rows a table has."""
+        return int(self.value(f"SELECT COUNT(*) FROM {table}"))
+
+
+class KeyProvider:
+    """One KP's parts. ``refresh`` makes it look at the store, as its api does every second."""
+
+    def __init__(self, store: Store, system_id: str, environ: dict[str, str]) -> None:
+        self.store = store
+        self.system_id = system_id
+        folder = store.folder / f"keyring-{system_id}"
+        self.settings = settings_for(store.database, system_id, folder, **environ)
+        self.keyring = Keyring.create(folder, system_id)
+        self.engine: Engine = store.engine
+        self.keeper = EpochKeeper(self.settings, self.engine, self.keyring)
+        remote_ids = RemoteSystemIds([*self.settings.remote_system_ids, system_id], system_id)
+        self.directory = PeerDirectory(self.engine, system_id, remote_ids)
+        self.keeper.tend(now_ms())
+        self.sealer = Sealer(system_id, self.keyring.identity, self.directory)
+        self.opener = Opener(self.keyring, self.directory)
+
+    def refresh(self) -> None:
+        """Takes in what other KPs have announced."""
+        self.directory.refresh(now_ms())
+
+    def issue_batch(self, requests: Sequence[IssueRequest]) -> IssueBatch:
+        """A batch as the api's issuing lane makes it."""
+        return IssueBatch(self.sealer, self.settings.key_ttl_seconds, requests)
+
+    def claim_batch(self, requests: Sequence[ClaimRequest]) -> ClaimBatch:
+        """A batch as the api's claiming lane makes it."""
+        return ClaimBatch(self.opener, requests)
+
+    def issue(self, target: KeyProvider | str, count: int = 1, size_bits: int = 256) -> list[IssuedKey]:
+        """Keys for ``target``, placed in one commit."""
+        name = target if isinstance(target, str) else target.system_id
+        requests = [IssueRequest(name, size_bits, f"issue-{n}") for n in range(count)]
+        with self.store.connect() as connection:
+            answers = self.issue_batch(requests).run(connection)
+        return [answer for answer in map(_or_raise, answers) if isinstance(answer, IssuedKey)]
+
+    def claim(self, key_id: str | bytes, source: KeyProvider | str) -> ClaimedKey:
+        """The key, once. Raises what the caller would be told."""
+        name = source if isinstance(source, str) else source.system_id
+        wanted = bytes.fromhex(key_id) if isinstance(key_id, str) else key_id
+        with self.store.connect() as connection:
+            (answer,) = self.claim_batch([ClaimRequest(wanted, name, "claim")]).run(connection)
+        claimed = _or_raise(answer)
+        assert isinstance(claimed, ClaimedKey)
+        return claimed
+
+    def restarted(self) -> KeyProvider:
+        """Forgets what is only in memory, as a new api process would."""
+        self.sealer = Sealer(self.system_id, self.keyring.identity, self.directory)
+        self.opener = Opener(self.keyring, self.directory)
+        return self
+
+
+def announced(store: Store, *system_ids: str, **environ: str) -> list[KeyProvider]:
+    """KPs that all know of each other."""
+    providers = [store.key_provider(system_id, **environ) for system_id in system_ids]
+    for provider in providers:
+        provider.refresh()
+    return providers
+
+
+def through_port(settings: Settings, port: int) -> Callable[[], Connection[Any]]:
+    """Connects as the api's lanes do, by another port."""
+    return lambda: connect(replace(settings.mysql, port=port), several_statements=True)
+
+
+def _or_raise(answer: object) -> object:
+    if isinstance(answer, SkipbusError):
+        raise answer
+    return answer

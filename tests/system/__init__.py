@@ -1,0 +1,1 @@
+"""Whole key providers as processes, and faults."""

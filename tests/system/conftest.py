@@ -1,0 +1,59 @@
+"""Labs for the system tests. A module shares one running pair where its tests do not break it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from sandbox.key_provider import KeyProvider
+from sandbox.servers import MariaDbServer, RabbitMqServer
+from tests.system.harness import Lab
+
+
+
+@contextmanager
+def new_lab(root: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Iterator[Lab]:
+    """A lab over an empty database of its own."""
+    name = f"system_{secrets.token_hex(6)}"
+    database = mariadb.create_database(name, user=name)
+    lab = Lab(root, database, rabbitmq.url)
+    with ExitStack() as at_end:
+        at_end.callback(mariadb.drop_database, database)
+        at_end.callback(lab.close)
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def shared_lab(
+    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
+) -> Iterator[Lab]:
+    """A lab for a module whose tests leave its processes alone."""
+    with new_lab(tmp_path_factory.mktemp("lab"), mariadb, rabbitmq) as lab:
+        yield lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Iterator[Lab]:
+    """A lab of this test's own."""
+    with new_lab(tmp_path, mariadb, rabbitmq) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pair(shared_lab: Lab) -> tuple[KeyProvider, KeyProvider]:
+    """KP_Alice and KP_Bob, running."""
+    return shared_lab.add_pair()
+
+
+@pytest.fixture(scope="module")
+def alice(pair: tuple[KeyProvider, KeyProvider]) -> KeyProvider:
+    return pair[0]
+
+
+@pytest.fixture(scope="module")
+def bob(pair: tuple[KeyProvider, KeyProvider]) -> KeyProvider:
+    return pair[1]

@@ -1,0 +1,548 @@
+"""Nothing takes it down: kills, restarts, hanging servers, orderly ends, and starts in any order.
+
+Everywhere the same is asked: it heals without help, and every key that was answered is retrievable afterwards.
+A request whose answer was cut off may have come to anything. The servers are this module's own. Processes are
+started again by the test, as a supervisor would.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sandbox.client import Answer, get
+from sandbox.key_provider import KeyProvider
+from sandbox.servers import MariaDbServer, RabbitMqServer
+from tests.system.conftest import new_lab
+from tests.system.harness import (
+    ALICE,
+    BOB,
+    Key,
+    Lab,
+    RawConnection,
+    connect,
+    in_background,
+    log_lines,
+    query,
+    request_bytes,
+    roles,
+)
+from tests.waiting import wait_for
+
+HEALED_SECONDS = 30.0
+DRAINED_SECONDS = 10.0
+KEYS_EACH_WAY = 10
+
+
+@pytest.fixture(scope="module")
+def own_mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDbServer]:
+    server = MariaDbServer(tmp_path_factory.mktemp("mariadb"), buffer_pool_mib=64, log_file_mib=32)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def own_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMqServer]:
+    server = RabbitMqServer(tmp_path_factory.mktemp("rabbitmq"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def shared_lab(
+    tmp_path_factory: pytest.TempPathFactory, own_mariadb: MariaDbServer, own_rabbitmq: RabbitMqServer
+) -> Iterator[Lab]:
+    with new_lab(tmp_path_factory.mktemp("lab"), own_mariadb, own_rabbitmq) as lab:
+        yield lab
+
+
+class Load:
+    """Encryptors on both sides who go on asking for keys whatever happens."""
+
+    def __init__(self, lab: Lab, *kps: KeyProvider) -> None:
+        self._lab = lab
+        self._ways = [(kps[0], kps[1]), (kps[1], kps[0])]
+        self.keys: list[Key] = []
+        self.outcomes: Counter[tuple[str, int]] = Counter()
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.wait(0.02):
+            for source, target in self._ways:
+                self._ask(source, target.system_id)
+
+    def _ask(self, source: KeyProvider, target_id: str) -> None:
+        try:
+            answer = get(source.url, "key", timeout_seconds=20, remoteSystemID=target_id)
+        except (OSError, ValueError):
+            self.outcomes[source.system_id, 0] += 1
+            return
+        self.outcomes[source.system_id, answer.status] += 1
+        if answer.status == 200:
+            self.keys.append(Key(source.system_id, target_id, answer.body["keyId"], answer.body["key"]))
+
+    def wait_for_more(self, timeout_seconds: float = HEALED_SECONDS) -> None:
+        """Keys are being handed out on both sides."""
+        wanted = {kp.system_id: self.outcomes[kp.system_id, 200] + KEYS_EACH_WAY for kp, _ in self._ways}
+        wait_for(
+            lambda: all(self.outcomes[name, 200] >= count for name, count in wanted.items()),
+            timeout_seconds=timeout_seconds,
+        )
+
+    @property
+    def statuses(self) -> set[int]:
+        """All statuses that were answered; 0 where there was no answer."""
+        return {status for _, status in self.outcomes}
+
+    def assert_nothing_lost(self) -> None:
+        self._lab.handed_out += self.keys
+        for key in self.keys:
+            self._lab.assert_retrievable(key)
+
+
+@contextmanager
+def load_on(lab: Lab, *kps: KeyProvider) -> Iterator[Load]:
+    """A light load meanwhile; afterwards none of its keys is lost."""
+    load = Load(lab, *kps)
+    with in_background(load.run):
+        load.wait_for_more()
+        yield load
+        load.wait_for_more()
+    load.assert_nothing_lost()
+    assert load.statuses <= {0, 200, 500, 503}
+
+
+def pids(*kps: KeyProvider) -> dict[tuple[str, str], int]:
+    return {(kp.system_id, role): child.pid for kp in kps for role, child in kp.processes.items() if child.running}
+
+
+def health(kp: KeyProvider) -> Answer:
+    return get(kp.url, "health", timeout_seconds=5)
+
+
+def assert_answers_without_servers(kp: KeyProvider) -> None:
+    """What needs neither store nor broker, and what tells that they are away."""
+    assert get(kp.url, "capabilities", timeout_seconds=2).status == 200
+    assert get(kp.url, "entropy", timeout_seconds=2, minentropy="512").status == 200
+    assert get(kp.url, "status", "sync", timeout_seconds=2).status == 200
+    assert health(kp).status in (200, 503)
+
+
+# --- processes
+
+
+@pytest.mark.parametrize("role", roles())
+@pytest.mark.parametrize("system_id", [ALICE, BOB])
+def test_a_killed_process_heals_and_no_answered_key_is_lost(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, system_id: str, role: str
+) -> None:
+    kp = shared_lab.kps[system_id]
+    with load_on(shared_lab, alice, bob) as load:
+        kp.kill(role)
+        time.sleep(0.5)
+        kp.start(role)
+        kp.wait_healthy(HEALED_SECONDS)
+    if role == "api":
+        other = ({ALICE, BOB} - {system_id}).pop()
+        assert {status for name, status in load.outcomes if name == other} == {200}
+    else:
+        assert load.statuses == {200}
+
+
+def test_all_processes_killed_at_once_come_back(shared_lab: Lab, alice: KeyProvider, bob: KeyProvider) -> None:
+    with load_on(shared_lab, alice, bob):
+        for kp in (alice, bob):
+            for role in roles():
+                kp.kill(role)
+        for kp in (alice, bob):
+            kp.start_all()
+        for kp in (alice, bob):
+            kp.wait_healthy(HEALED_SECONDS)
+
+
+# --- the store
+
+
+def stop_gracefully(server: MariaDbServer | RabbitMqServer) -> None:
+    server.stop()
+
+
+def kill(server: MariaDbServer | RabbitMqServer) -> None:
+    server.kill()
+
+
+@pytest.mark.parametrize("end", [stop_gracefully, kill])
+def test_a_restarted_store_heals_and_no_answered_key_is_lost(
+    shared_lab: Lab,
+    alice: KeyProvider,
+    bob: KeyProvider,
+    own_mariadb: MariaDbServer,
+    end: Callable[[MariaDbServer], None],
+) -> None:
+    before = pids(alice, bob)
+    with load_on(shared_lab, alice, bob) as load:
+        end(own_mariadb)
+        for kp in (alice, bob):
+            wait_for(lambda kp=kp: health(kp).status == 503, timeout_seconds=10)  # type: ignore[misc]
+            assert health(kp).body["database"] == "error"
+            assert_answers_without_servers(kp)
+        own_mariadb.start()
+        for kp in (alice, bob):
+            kp.wait_healthy(HEALED_SECONDS)
+    assert 0 not in load.statuses
+    assert pids(alice, bob) == before
+
+
+def test_a_store_that_hangs_is_told_and_heals(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, own_mariadb: MariaDbServer
+) -> None:
+    before = pids(alice, bob)
+    with load_on(shared_lab, alice, bob):
+        with stopped(own_mariadb.pid):
+            wait_for(lambda: health(alice).status == 503, timeout_seconds=15)
+            assert_answers_without_servers(alice)
+            started = time.monotonic()
+            assert get(alice.url, "key", timeout_seconds=15, remoteSystemID=BOB).status in (500, 503)
+            assert time.monotonic() - started < 8
+        for kp in (alice, bob):
+            wait_for(kp.is_healthy, timeout_seconds=HEALED_SECONDS)
+    assert pids(alice, bob) == before
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_cut_connections_to_the_store_are_made_anew_at_once(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, own_mariadb: MariaDbServer
+) -> None:
+    with load_on(shared_lab, alice, bob) as load, own_mariadb.admin_connection() as admin:
+        for _ in range(5):
+            for connection_id, user in query(admin, "SELECT id, user FROM information_schema.processlist"):
+                if user == shared_lab.database.user:
+                    with admin.cursor() as cursor:
+                        cursor.execute(f"KILL CONNECTION {connection_id}")
+            load.wait_for_more()
+    # The batch is tried again: no caller notices.
+    assert load.statuses == {200}
+
+
+# --- the broker
+
+
+@pytest.mark.parametrize("end", [stop_gracefully, kill])
+def test_keys_go_on_while_the_broker_is_away(
+    shared_lab: Lab,
+    alice: KeyProvider,
+    bob: KeyProvider,
+    own_rabbitmq: RabbitMqServer,
+    end: Callable[[RabbitMqServer], None],
+) -> None:
+    before = pids(alice, bob)
+    with load_on(shared_lab, alice, bob) as load:
+        end(own_rabbitmq)
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            for kp in (alice, bob):
+                assert health(kp).status == 200
+                assert_answers_without_servers(kp)
+            time.sleep(0.2)
+        own_rabbitmq.start()
+    assert load.statuses == {200}
+    assert pids(alice, bob) == before
+    assert_peers_hear_each_other_again(alice, bob)
+
+
+def assert_peers_hear_each_other_again(alice: KeyProvider, bob: KeyProvider) -> None:
+    healed = time.time()
+    for kp, peer in ((alice, BOB), (bob, ALICE)):
+        wait_for(lambda kp=kp, peer=peer: last_heartbeat(kp, peer) > healed, timeout_seconds=HEALED_SECONDS)  # type: ignore[misc]
+
+
+def last_heartbeat(kp: KeyProvider, peer: str) -> float:
+    return float(get(kp.url, "status", "sync").body["peers"][peer]["last_heartbeat"] or 0)
+
+
+def test_both_servers_may_be_down_and_come_back_in_any_order(
+    shared_lab: Lab,
+    alice: KeyProvider,
+    bob: KeyProvider,
+    own_mariadb: MariaDbServer,
+    own_rabbitmq: RabbitMqServer,
+) -> None:
+    before = pids(alice, bob)
+    with load_on(shared_lab, alice, bob):
+        own_mariadb.kill()
+        own_rabbitmq.kill()
+        for kp in (alice, bob):
+            wait_for(lambda kp=kp: health(kp).status == 503, timeout_seconds=10)  # type: ignore[misc]
+            assert_answers_without_servers(kp)
+        own_mariadb.start()
+        for kp in (alice, bob):
+            kp.wait_healthy(HEALED_SECONDS)
+        own_rabbitmq.start()
+    assert pids(alice, bob) == before
+
+
+# --- starts and ends
+
+
+def test_key_providers_may_start_before_their_servers(tmp_path: Path) -> None:
+    mariadb = MariaDbServer(tmp_path / "mysql", buffer_pool_mib=32, log_file_mib=16)
+    rabbitmq = RabbitMqServer(tmp_path / "rabbitmq")
+    lab = Lab(tmp_path / "lab", mariadb.dsn, rabbitmq.url)
+    alice, bob = lab.add(ALICE, BOB), lab.add(BOB, ALICE)
+    try:
+        for kp in (alice, bob):
+            kp.start_all()
+        for kp in (alice, bob):
+            wait_for(lambda kp=kp: answers_capabilities(kp), timeout_seconds=20)  # type: ignore[misc]
+            assert health(kp).status == 503
+            assert_answers_without_servers(kp)
+            refused = get(kp.url, "key", remoteSystemID=BOB if kp is alice else ALICE)
+            assert refused.status in (500, 503)
+        before = pids(alice, bob)
+        mariadb.start()
+        rabbitmq.start()
+        for kp in (alice, bob):
+            kp.wait_healthy(HEALED_SECONDS)
+        lab.wait_announced(alice, BOB)
+        lab.assert_retrievable(lab.issue(alice, BOB))
+        assert pids(alice, bob) == before
+    finally:
+        lab.close()
+        rabbitmq.terminate()
+        mariadb.stop()
+        rabbitmq.stop()
+
+
+def answers_capabilities(kp: KeyProvider) -> bool:
+    try:
+        return get(kp.url, "capabilities").status == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_every_process_with_0_in_time(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, signal_number: signal.Signals
+) -> None:
+    idle = [RawConnection(alice.port) for _ in range(20)]
+    assert idle[0].ask("/capabilities").status == 200
+    with half_sent_request(alice):
+        assert ended(alice, signal_number) == dict.fromkeys(roles(), 0)
+    for connection in idle:
+        connection.close()
+    alice.start_all()
+    alice.wait_healthy(HEALED_SECONDS)
+    shared_lab.assert_retrievable(shared_lab.issue(alice, BOB))
+    assert bob.is_healthy()
+
+
+@contextmanager
+def half_sent_request(kp: KeyProvider) -> Iterator[None]:
+    with RawConnection(kp.port) as connection:
+        connection.send(b"GET /capabilities HTTP/1.1\r\nHost:")
+        yield
+
+
+def ended(kp: KeyProvider, signal_number: signal.Signals) -> dict[str, int | None]:
+    """Exit codes by role after a signal to all; None for one that did not end in time."""
+    started = time.monotonic()
+    children = {role: kp.processes[role] for role in roles()}
+    for child in children.values():
+        os.kill(child.pid, signal_number)
+    while any(child.running for child in children.values()) and time.monotonic() < started + DRAINED_SECONDS:
+        time.sleep(0.05)
+    return {role: child.returncode if not child.running else None for role, child in children.items()}
+
+
+def test_sigterm_ends_every_process_with_0_while_both_servers_are_down(tmp_path: Path) -> None:
+    mariadb, rabbitmq = MariaDbServer(tmp_path / "mysql"), RabbitMqServer(tmp_path / "rabbitmq")
+    lab = Lab(tmp_path / "lab", mariadb.dsn, rabbitmq.url)
+    kp = lab.add(ALICE, BOB)
+    kp.start_all()
+    wait_for(lambda: answers_capabilities(kp), timeout_seconds=20)
+    wait_for(lambda: all(log_lines(kp, role) for role in roles()), timeout_seconds=20)
+    try:
+        assert ended(kp, signal.SIGTERM) == dict.fromkeys(roles(), 0)
+    finally:
+        lab.close()
+
+
+def test_requests_in_flight_are_answered_when_the_api_is_told_to_end(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider
+) -> None:
+    key = shared_lab.issue(alice, BOB)
+    with RawConnection(bob.port) as waiting, connect(shared_lab.database) as store:
+        store.begin()
+        query(store, "SELECT 1 FROM key_records WHERE key_id = %s FOR UPDATE", bytes.fromhex(key.key_id))
+        waiting.send(request_bytes(f"/key/{key.key_id}?remoteSystemID={ALICE}"))
+        time.sleep(0.5)
+        bob.processes["api"].terminate()
+        time.sleep(1)
+        assert bob.processes["api"].running
+        store.rollback()
+        answer = waiting.read()
+    assert (answer.status, answer.json["key"]) == (200, key.key)
+    wait_for(lambda: not bob.processes["api"].running, timeout_seconds=DRAINED_SECONDS)
+    assert bob.processes["api"].returncode == 0
+    bob.start("api")
+    bob.wait_healthy(HEALED_SECONDS)
+
+
+def test_a_stopping_api_takes_no_new_connections_and_loses_no_key(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider
+) -> None:
+    with load_on(shared_lab, alice, bob):
+        for _ in range(3):
+            assert end_api(alice) == 0
+            alice.start("api")
+            alice.wait_healthy(HEALED_SECONDS)
+
+
+def end_api(kp: KeyProvider) -> int | None:
+    kp.processes["api"].terminate()
+    wait_for(lambda: not kp.processes["api"].running, timeout_seconds=DRAINED_SECONDS)
+    return kp.processes["api"].returncode
+
+
+# --- keyrings and configurations that cannot be used
+
+
+def refusal(kp: KeyProvider, role: str) -> tuple[int | None, str]:
+    """Exit code and log of a process that must not start."""
+    child = kp.start(role)
+    wait_for(lambda: not child.running, timeout_seconds=15)
+    return child.returncode, kp.log_of(role).read_text()
+
+
+def make_keyring(kp: KeyProvider) -> None:
+    kp.run_skipctl("keyring", "init")
+
+
+def loosen(*parts: str) -> Callable[[KeyProvider], None]:
+    def change(kp: KeyProvider) -> None:
+        make_keyring(kp)
+        path = kp.keyring_dir.joinpath(*parts)
+        path.chmod(0o755 if path.is_dir() else 0o640)
+
+    change.__name__ = f"loosen_{'_'.join(parts) or 'folder'}"
+    return change
+
+
+def lose_keyring(_kp: KeyProvider) -> None:
+    pass
+
+
+def damage_identity(kp: KeyProvider) -> None:
+    make_keyring(kp)
+    identity = kp.keyring_dir / "identity.pem"
+    identity.write_text(identity.read_text()[:-200])
+
+
+def take_anothers(kp: KeyProvider) -> None:
+    make_keyring(kp)
+    kp.environ["SKIP_LOCAL_SYSTEM_ID"] = "KP_Other"
+
+
+BAD_KEYRINGS = [
+    (lose_keyring, "there is no keyring in"),
+    (take_anothers, "belongs to 'KP_Unstarted', not to 'KP_Other'"),
+    (damage_identity, "identity.pem is damaged"),
+    (loosen(), "may be read by others (mode 0755): chmod 700"),
+    (loosen("epochs"), "may be read by others (mode 0755): chmod 700"),
+    (loosen("identity.pem"), "may be read by others (mode 0640): chmod 600"),
+    (loosen("keyring.json"), "may be read by others (mode 0640): chmod 600"),
+]
+
+
+@pytest.mark.parametrize("role", roles())
+@pytest.mark.parametrize(("spoil", "reason"), BAD_KEYRINGS)
+def test_a_keyring_that_cannot_be_used_ends_the_process_with_its_reason(
+    lab: Lab, role: str, spoil: Callable[[KeyProvider], None], reason: str
+) -> None:
+    kp = lab.add("KP_Unstarted", BOB)
+    spoil(kp)
+    before = sorted(kp.keyring_dir.rglob("*"))
+    code, log = refusal(kp, role)
+    assert code not in (0, None)
+    assert reason in log
+    assert "Traceback" not in log
+    assert sorted(kp.keyring_dir.rglob("*")) == before, "a keyring was made silently"
+    if spoil is lose_keyring:
+        # There is nothing for the lab's own search to look at.
+        lab.kps.clear()
+
+
+def test_a_new_identity_under_a_known_name_is_refused(lab: Lab) -> None:
+    alice, bob = lab.add_pair()
+    alice.stop_all()
+    alice.keyring_dir.rename(alice.root / "lost")
+    alice.start_all()
+    wait_for(lambda: not alice.processes["api"].running, timeout_seconds=20)
+    wait_for(lambda: not alice.processes["janitor"].running, timeout_seconds=20)
+    assert alice.processes["api"].returncode == 1
+    assert "the store knows KP_Alice by the identity" in alice.log_of("api").read_text()
+    assert bob.is_healthy()
+
+
+def test_a_bad_configuration_ends_every_process_with_2_and_all_reasons(lab: Lab) -> None:
+    kp = lab.add("KP_Unstarted", BOB, env={"SKIP_PORT": "high", "SKIP_NONSENSE": "1", "SKIP_KEY_TTL_SECONDS": "0"})
+    lab.kps.clear()
+    for role in roles():
+        code, log = refusal(kp, role)
+        assert code == 2
+        for name in ("SKIP_PORT", "SKIP_NONSENSE", "SKIP_KEY_TTL_SECONDS"):
+            assert name in log
+
+
+# --- several api processes
+
+
+def workers_of(kp: KeyProvider) -> set[int]:
+    pid = kp.processes["api"].pid
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def test_a_killed_worker_is_replaced_and_no_answered_key_is_lost(lab: Lab) -> None:
+    alice, bob = lab.add_pair(SKIP_API_WORKERS="2")
+    with load_on(lab, alice, bob):
+        before = workers_of(bob)
+        assert len(before) == 2
+        victim = min(before)
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: len(workers_of(bob) - {victim}) == 2, timeout_seconds=10)
+        assert victim not in workers_of(bob)
+    assert end_api(bob) == 0
+    assert not any(is_alive(pid) for pid in before)
+
+
+def test_workers_end_when_their_parent_is_killed(lab: Lab) -> None:
+    kp = lab.add(ALICE, BOB, env={"SKIP_API_WORKERS": "2"})
+    kp.start_all()
+    kp.wait_healthy(60)
+    orphans = workers_of(kp)
+    os.kill(kp.processes["api"].pid, signal.SIGKILL)
+    wait_for(lambda: not any(is_alive(pid) for pid in orphans), timeout_seconds=DRAINED_SECONDS + 2)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,1 @@
+"""Rules, with a fake clock and no servers."""
