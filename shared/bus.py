@@ -26,6 +26,7 @@ from aio_pika.abc import (
     AbstractIncomingMessage,
     AbstractQueue,
 )
+from aio_pika.connection import make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 from pamqp.common import FieldTable
 
@@ -214,12 +215,14 @@ class Bus:
             await session.close()
 
     async def _connect(self) -> _Session:
-        connection = await aio_pika.connect(
-            self._url.reveal(),
-            timeout=CONNECT_SECONDS,
-            heartbeat=_AMQP_HEARTBEAT_SECONDS,
-            name=self._name,
-        )
+        url = make_url(self._url.reveal(), heartbeat=_AMQP_HEARTBEAT_SECONDS, name=self._name)
+        connection = aio_pika.Connection(url)
+        try:
+            await connection.connect(timeout=CONNECT_SECONDS)
+        except BaseException:
+            # One that never came about must be closed too, or its destructor complains.
+            await connection.close()
+            raise
         return _Session(connection)
 
     async def _set_up(self, session: _Session) -> None:

@@ -1,6 +1,7 @@
 """A KP's private keys on its own host: its identity and its live epochs. Never in the store, never on the bus.
 
-One folder: ``keyring.json`` (whose it is), ``identity.pem`` (ML-DSA-87, PKCS#8) and ``epochs/<epoch id>.json``.
+One folder: ``keyring.json`` (whose it is), ``identity.pem`` (ML-DSA-87, PKCS#8), ``epochs/<epoch id>.json``, and
+``pins/``, the public keys that this KP believes to be its peers' (``shared.pins``).
 Rules: the folders are mode 0700 and the files 0600, all owned by the user who runs the KP; anything else is
 refused. A keyring is only ever made by ``skipctl keyring init``: a process that finds none stops with a clear
 error, since a new identity made silently would lock the KP out of every peer that pinned the old one.
@@ -22,6 +23,7 @@ from shared.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
 from shared.errors import KeyringError
 from shared.hybrid import HybridPrivateKey
 from shared.identity import Identity, fingerprint
+from shared.pins import PinBook
 
 VERSION = 1
 
@@ -46,6 +48,7 @@ class Keyring:
         self.path = path
         self.system_id = system_id
         self.identity = identity
+        self.pins = PinBook(path / "pins")
         self._epochs = path / "epochs"
 
     @classmethod

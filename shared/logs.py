@@ -52,7 +52,13 @@ CORRELATION_ID: ContextVar[str | None] = ContextVar("correlation_id", default=No
 
 # At debug, aiormq writes the frames that it sends, the log-in with the password among them; at info,
 # sqlalchemy writes statements with their values.
-_LIBRARY_FLOORS = {"aiormq": logging.INFO, "aio_pika": logging.INFO, "sqlalchemy": logging.WARNING}
+# alembic tells at info what it assumes, at every start.
+_LIBRARY_FLOORS = {
+    "aiormq": logging.INFO,
+    "aio_pika": logging.INFO,
+    "sqlalchemy": logging.WARNING,
+    "alembic": logging.WARNING,
+}
 
 
 class _Process:

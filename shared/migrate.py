@@ -88,6 +88,23 @@ def bring_up_to_date(mysql: MySqlSettings) -> None:
             _log.info("store migrated", revision=head_revision())
     except StoreNewer as error:
         _log.warning("store is newer", reason=str(error))
+    _check_durability(mysql)
+
+
+def _check_durability(mysql: MySqlSettings) -> None:
+    """ "Answered means retrievable" and "given out once" rest on commits that survive a crash of the server."""
+    engine = make_engine(mysql, pool_size=1)
+    try:
+        with driver_errors(), engine.connect() as connection:
+            value = connection.execute(text("SELECT @@GLOBAL.innodb_flush_log_at_trx_commit")).scalar()
+    finally:
+        engine.dispose()
+    if value != 1:
+        _log.warning(
+            "store is not durable",
+            reason=f"innodb_flush_log_at_trx_commit is {value}: a crash of the server can lose or give out keys twice; "
+            "set it to 1",
+        )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What one KP knows of the KPs in its store: their verified announcements, and whom it believes to be whom.
 
 Owns the trust decision over a store link: the identity in the first announcement seen under a name is
-pinned, and an announcement counts only while it carries the pinned identity. A changed identity is reported
+pinned, in the store for operators to see and in the keyring, which decides; an announcement counts only while it
+carries the pinned identity. A changed identity is reported
 and refused until an operator accepts it; the earlier announcement is not used meanwhile, because the KP
 that could have opened what is sealed to it may be gone.
 
@@ -14,6 +15,7 @@ the last snapshot stays. Leaves to others: who writes announcements (janitor, sy
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
 
@@ -21,9 +23,10 @@ from sqlalchemy import Connection, Engine
 
 from shared.announcements import Announcement, digest, read_announcement
 from shared.database import driver_errors
-from shared.errors import SealBroken
+from shared.errors import KeyringError, SealBroken
 from shared.identity import fingerprint
 from shared.logs import get_logger
+from shared.pins import PinBook
 from shared.store import peers as peer_store
 from shared.store.peers import Pin
 from shared.system_ids import RemoteSystemIds
@@ -70,7 +73,11 @@ class _Snapshot:
 class PeerDirectory:
     """The announcements and pins that ``local_id`` goes by, its own included."""
 
-    def __init__(self, engine: Engine, local_id: str, remote_ids: RemoteSystemIds) -> None:
+    def __init__(
+        self, engine: Engine, local_id: str, remote_ids: RemoteSystemIds, pin_book: PinBook | None = None
+    ) -> None:
+        """``pin_book`` is the keyring's; without one the pins in the store decide."""
+        self._pin_book = pin_book
         self._engine = engine
         self._local_id = local_id
         self._remote_ids = remote_ids
@@ -120,10 +127,16 @@ class PeerDirectory:
         known = self._read_known(connection, old.known)
         if known == old.known and not old.conflicts and now_ms - self._pins_read_ms < PIN_REREAD_MS:
             return old, self._pins_read_ms
-        pins = peer_store.fetch_pins(connection, self._local_id)
+        stored = peer_store.fetch_pins(connection, self._local_id)
+        pins = self._believed(stored)
         for system_id, announcement in _announced(known):
-            presented, pin = announcement.public_key, pins.get(system_id)
-            pins[system_id] = self._settle(connection, system_id, presented, pin, now_ms)
+            presented, pin = announcement.public_key, pins.get(system_id) or stored.get(system_id)
+            try:
+                pins[system_id] = self._settle(connection, system_id, presented, pin, now_ms)
+            except KeyringError as error:
+                # Without its pin this one peer cannot be trusted; all others go on.
+                log.warning("peer not usable", peer=system_id, reason=str(error))
+                pins.pop(system_id, None)
         announced = (system_id for system_id in known if system_id in self._remote_ids)
         peers = tuple(sorted(self._remote_ids.exact.union(announced)))
         return _Snapshot(known, pins, _conflicts(known, pins), peers), now_ms
@@ -141,12 +154,32 @@ class PeerDirectory:
                 known[system_id] = _verified(system_id, stored_digest, body)
         return known
 
+    def _believed(self, stored: Mapping[str, Pin]) -> dict[str, Pin]:
+        """The pins that the keyring has too. The local KP's own is the store's: the keyring is compared with it."""
+        if self._pin_book is None:
+            return dict(stored)
+        believed: dict[str, Pin] = {}
+        for system_id, pin in stored.items():
+            # A damaged file is dealt with where the peer is settled.
+            with suppress(KeyringError):
+                kept = pin.public_key if system_id == self._local_id else self._pin_book.get(system_id)
+                if kept is not None:
+                    believed[system_id] = replace(pin, public_key=kept)
+        return believed
+
+    def _keep(self, system_id: str, public_key: bytes) -> bytes:
+        """Puts a pin into the keyring; the one that the keyring has then."""
+        if self._pin_book is None or system_id == self._local_id:
+            return public_key
+        return self._pin_book.get(system_id) or self._pin_book.learn(system_id, public_key)
+
     def _settle(self, connection: Connection, system_id: str, presented: bytes, pin: Pin | None, now_ms: int) -> Pin:
         """The pin after this announcement: learned at first sight, otherwise as it was."""
         if pin is None:
             winner = peer_store.insert_pin(connection, self._local_id, system_id, presented, now_ms)
             log.info("identity pinned", peer=system_id, fingerprint=fingerprint(winner))
             pin = Pin(winner, None)
+        pin = replace(pin, public_key=self._keep(system_id, pin.public_key))
         if presented not in (pin.public_key, pin.presented_key):
             peer_store.update_presented_key(connection, self._local_id, system_id, presented, now_ms)
             pin = replace(pin, presented_key=presented)
@@ -170,7 +203,7 @@ def _conflicts(known: Mapping[str, _Known], pins: Mapping[str, Pin]) -> dict[str
     return {
         system_id: Conflict(pins[system_id].public_key, announcement.public_key)
         for system_id, announcement in _announced(known)
-        if announcement.public_key != pins[system_id].public_key
+        if system_id in pins and announcement.public_key != pins[system_id].public_key
     }
 
 

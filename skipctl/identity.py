@@ -28,12 +28,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _show(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
+    pins = _keyring(settings).pins
     with driver_errors(), make_engine(settings.mysql).connect() as connection:
-        pins = fetch_pins(connection, settings.local_system_id)
-    for system_id, pin in sorted(pins.items()):
-        print(f"{system_id}  {fingerprint(pin.public_key)}")
-        if pin.presented_key is not None:
-            print(f"  presents another one, refused: {fingerprint(pin.presented_key)}")
+        stored = fetch_pins(connection, settings.local_system_id)
+    for system_id, pin in sorted(stored.items()):
+        believed = pins.get(system_id) or pin.public_key
+        print(f"{system_id}  {fingerprint(believed)}")
+        if pin.public_key != believed:
+            print(f"  the store was changed, refused: {fingerprint(pin.public_key)}")
+        if pin.presented_key not in (None, believed):
+            print(f"  presents another one, refused: {fingerprint(pin.presented_key or b'')}")
     return 0
 
 
@@ -45,23 +49,26 @@ def _accept(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _accept_presented(settings: Settings, system_id: str, wanted: str | None) -> bytes:
+    keyring = _keyring(settings)
     with driver_errors(), make_engine(settings.mysql).begin() as connection:
         pin = fetch_pin(connection, settings.local_system_id, system_id)
-        presented = pin.presented_key if pin else None
         if pin is None:
             raise OperatorError(f"{settings.local_system_id} has never seen {system_id}; nothing is pinned")
-        body = fetch_announcement(connection, system_id)
-        if presented is None and body is not None:
-            presented = read_announcement(body).public_key
-        if system_id == settings.local_system_id and presented in (None, pin.public_key):
-            presented = _own_key(settings)
-        if presented is None or presented == pin.public_key:
+        if system_id == settings.local_system_id:
+            presented, pinned = keyring.identity.public_key, pin.public_key
+        else:
+            body = fetch_announcement(connection, system_id)
+            presented = read_announcement(body).public_key if body is not None else pin.public_key
+            pinned = keyring.pins.get(system_id) or pin.public_key
+        if presented == pinned:
             raise OperatorError(f"{system_id} presents no other identity than the pinned one")
         if wanted is not None and wanted != fingerprint(presented):
             raise OperatorError(f"{system_id} presents {fingerprint(presented)}, not {wanted}; nothing was changed")
         update_pin(connection, settings.local_system_id, system_id, presented, now_ms())
+    if system_id != settings.local_system_id:
+        keyring.pins.replace(system_id, presented)
     return presented
 
 
-def _own_key(settings: Settings) -> bytes:
-    return Keyring.open(settings.keyring_dir, settings.local_system_id).identity.public_key
+def _keyring(settings: Settings) -> Keyring:
+    return Keyring.open(settings.keyring_dir, settings.local_system_id)

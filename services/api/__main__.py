@@ -16,6 +16,7 @@ from services.api.app import Application
 from services.api.batching import Lane
 from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
 from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from services.api.listening import listen
 from services.api.metrics import REGISTRY, batch_observer
 from services.api.server import BoundedServer
 from services.api.skip import SkipMethods
@@ -23,7 +24,6 @@ from services.api.status import StatusPages
 from services.api.store_view import StoreView
 from shared.config import Settings, config_from_argv
 from shared.database import connect, make_engine
-from shared.errors import OperatorError
 from shared.keyring import Keyring
 from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
 from shared.logs import configure_logging, get_logger
@@ -32,7 +32,6 @@ from shared.peer_directory import PeerDirectory
 from shared.system_ids import RemoteSystemIds
 
 _REFRESH_SECONDS = 1.0
-_BACKLOG = 4096
 
 _log = get_logger("api")
 
@@ -51,7 +50,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
     engine = make_engine(settings.mysql)
     directory = PeerDirectory(
-        engine, settings.local_system_id, RemoteSystemIds(settings.remote_system_ids, settings.local_system_id)
+        engine,
+        settings.local_system_id,
+        RemoteSystemIds(settings.remote_system_ids, settings.local_system_id),
+        keyring.pins,
     )
     sealer = Sealer(settings.local_system_id, keyring.identity, directory)
     opener = Opener(keyring, directory)
@@ -62,8 +64,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     server = _make_server(settings, Application(skip, StatusPages(settings, directory, view)))
     serve_metrics(settings.metrics_port, REGISTRY)
 
-    runner = await _listen(settings, server)
+    runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
+    await runner.setup()
     try:
+        await listen(runner, settings.host, settings.port, settings.local_system_id)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
             tasks.create_task(server.sweep(stop), name="connection sweep")
@@ -114,21 +118,6 @@ def _make_server(settings: Settings, application: Application) -> BoundedServer:
         max_connections=settings.max_connections,
         header_timeout_seconds=settings.header_timeout_seconds,
     )
-
-
-async def _listen(settings: Settings, server: BoundedServer) -> web.ServerRunner:
-    runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
-    await runner.setup()
-    # Every api process of a KP binds the same port; the kernel spreads connections over them.
-    site = web.TCPSite(runner, settings.host, settings.port, backlog=_BACKLOG, reuse_port=True)
-    try:
-        await site.start()
-    except OSError as error:
-        raise OperatorError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error} (SKIP_HOST, SKIP_PORT)"
-        ) from error
-    _log.info("listening", host=settings.host, port=settings.port)
-    return runner
 
 
 if __name__ == "__main__":

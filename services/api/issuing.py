@@ -63,7 +63,7 @@ class Sealer:
         """The wrapping key for the target's epoch at ``at_ms``. Raises PeerNotReady where it has none."""
         announcement = self._directory.get(target_id)
         if announcement is None:
-            raise never_announced(target_id)
+            raise not_usable(target_id, identity_changed=target_id in self._directory.conflicts())
         epoch = current_epoch(announcement.epochs, at_ms)
         if epoch is None:
             raise PeerNotReady(
@@ -83,8 +83,13 @@ class Sealer:
                 del self._current[target_id]
 
 
-def never_announced(target_id: str) -> PeerNotReady:
-    """The refusal for a KP that the list allows and that nobody has heard of yet."""
+def not_usable(target_id: str, *, identity_changed: bool) -> PeerNotReady:
+    """The refusal for a KP that the list allows, and that nobody has heard of yet or that changed its identity."""
+    if identity_changed:
+        return PeerNotReady(
+            f"key provider {target_id} presents another identity than the pinned one: no key is sealed to it until "
+            "an operator accepts that (skipctl identity accept)"
+        )
     return PeerNotReady(
         f"key provider {target_id} has not announced itself: no key can be sealed to it until it has started "
         "once over this store"

@@ -11,7 +11,7 @@ from services.api import parameters
 from services.api.access_log import Entry
 from services.api.batching import Lane
 from services.api.claiming import ClaimedKey, ClaimRequest
-from services.api.issuing import IssuedKey, IssueRequest, never_announced
+from services.api.issuing import IssuedKey, IssueRequest, not_usable
 from services.api.responses import prepared_response, secret_response
 from shared.config import Settings
 from shared.errors import NoEntropy
@@ -55,7 +55,7 @@ class SkipMethods:
         target = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
         size_bits = parameters.key_size_bits(query)
         if self._directory.get(target) is None:
-            raise never_announced(target)
+            raise not_usable(target, identity_changed=target in self._directory.conflicts())
         issued = await self._issue.submit(IssueRequest(target, size_bits, entry.correlation_id))
         entry.key_id = issued.key_id
         return secret_response(b'{"keyId":"%b","key":"%b"}' % (issued.key_id.encode(), issued.key.encode()))

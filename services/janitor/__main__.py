@@ -95,6 +95,8 @@ class Janitor:
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
+        if self._ticks == 0:
+            self._tell()
         if not self._is_elected():
             return
         self._epochs.tend(now_ms())

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
 from sqlalchemy.dialects.mysql import insert
 
 from shared.envelopes import MAX_AGE_MS
@@ -159,18 +159,6 @@ def delete_expired_outbox(connection: Connection, local_id: str, before_ms: int,
 
 
 # --- inbox
-
-
-def fetch_seen_numbers(
-    connection: Connection, local_id: str, envelopes: Collection[tuple[str, int]]
-) -> set[tuple[str, int]]:
-    """Which of these (sender, number) were handled already. Primary key."""
-    if not envelopes:
-        return set()
-    statement = select(I.c.sender_id, I.c.envelope_no).where(
-        I.c.local_id == local_id, tuple_(I.c.sender_id, I.c.envelope_no).in_(list(envelopes))
-    )
-    return {(row.sender_id, row.envelope_no) for row in connection.execute(statement)}
 
 
 def insert_inbox(connection: Connection, local_id: str, sender_id: str, number: int, now_ms: int) -> bool:

@@ -1,0 +1,70 @@
+"""The identities that this KP has pinned, kept in its keyring: one small file for each key provider.
+
+The store shows the pins to operators, but it does not decide: whoever can write to MySQL could otherwise replace a
+pin and an announcement together and have keys sealed to himself. What was once learned is believed by this host
+from then on, until an operator changes it with ``skipctl identity accept``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from shared.errors import KeyringError
+
+
+class PinBook:
+    """Pinned public keys (raw ML-DSA-87) by system id."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, system_id: str) -> bytes | None:
+        """The pinned key, None where there is none yet. Raises KeyringError for a damaged file."""
+        path = self._file(system_id)
+        try:
+            fields = json.loads(path.read_bytes())
+            return bytes.fromhex(fields["public_key"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise KeyringError(f"the pin of {system_id} in {path} cannot be read") from error
+
+    def learn(self, system_id: str, public_key: bytes) -> bytes:
+        """Pins at first sight; the key that is pinned then, another's if another process was first."""
+        path = self._file(system_id)
+        temporary = self._written(path, system_id, public_key)
+        try:
+            # A link fails where the name is taken, and a reader never sees half a file.
+            os.link(temporary, path)
+        except FileExistsError:
+            return self.get(system_id) or public_key
+        except OSError as error:
+            raise KeyringError(f"the pin of {system_id} cannot be written to {path}: {error.strerror}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return public_key
+
+    def replace(self, system_id: str, public_key: bytes) -> None:
+        """An operator's word: this key from now on. Raises KeyringError."""
+        path = self._file(system_id)
+        self._written(path, system_id, public_key).replace(path)
+
+    def _written(self, path: Path, system_id: str, public_key: bytes) -> Path:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        text = json.dumps({"system_id": system_id, "public_key": public_key.hex()})
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise KeyringError(f"the pin of {system_id} cannot be written to {path}: {error.strerror}") from error
+        return temporary
+
+    def _file(self, system_id: str) -> Path:
+        return self._folder / f"{hashlib.sha384(system_id.encode()).hexdigest()[:32]}.json"
