@@ -24,9 +24,7 @@ class Answer:
 def get(url: str, *path: str, timeout_seconds: float = 10, **query: str) -> Answer:
     """`GET url/path…?query`. Raises OSError when nobody answers, ValueError when the answer is not JSON."""
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(
-        address.hostname or "", address.port or 80, timeout=timeout_seconds
-    )
+    connection = http.client.HTTPConnection(address.hostname or "", address.port or 80, timeout=timeout_seconds)
     try:
         connection.request("GET", target(*path, **query))
         response = connection.getresponse()

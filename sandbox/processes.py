@@ -7,6 +7,7 @@ signalled, and only while their pid cannot belong to anyone else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -105,7 +106,9 @@ def _wait_without_reaping(pid: int, timeout_seconds: float) -> None:
 def _descendants(pid: int) -> list[int]:
     children: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        children += [int(child) for child in task.read_text().split()]
+        # A thread may end while it is looked at.
+        with contextlib.suppress(OSError):
+            children += [int(child) for child in task.read_text().split()]
     return children + [grandchild for child in children for grandchild in _descendants(child)]
 
 

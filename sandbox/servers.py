@@ -378,9 +378,7 @@ class RabbitMqServer(Server):
 
 
 def _flavour(program: str) -> Literal["mariadb", "mysql"]:
-    version = subprocess.run(
-        [program, "--no-defaults", "--version"], capture_output=True, text=True, check=True
-    )
+    version = subprocess.run([program, "--no-defaults", "--version"], capture_output=True, text=True, check=True)
     return "mariadb" if "mariadb" in version.stdout.lower() else "mysql"
 
 
