@@ -136,12 +136,13 @@ class Bus:
     async def connected(self) -> AsyncIterator[None]:
         """Keeps a connection for as long as the block runs; returns at once, whether or not the broker is there."""
         _hush_libraries()
-        keeper = asyncio.create_task(self._keep(), name="bus")
-        try:
-            yield
-        finally:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
+        async with asyncio.TaskGroup() as tasks:
+            # A fault in the keeper itself must end the block, not leave it without a broker for ever.
+            keeper = tasks.create_task(self._keep(), name="bus")
+            try:
+                yield
+            finally:
+                keeper.cancel()
 
     async def publish(self, target_id: str, body: bytes, *, lifetime_ms: int | None) -> bool:
         """Sends to a KP's queue and waits until the broker has it; False where the KP has no such queue.

@@ -1,8 +1,8 @@
 """What exchanges, queues and routing keys of the bus are called. Pure; docs/wire.md shows the picture.
 
 A system id may hold characters that mean something in a routing key (``.``, ``#``, ``*``) or in a permission
-pattern, so everything but letters, digits, ``_`` and ``-`` is written as ``~XX``. Different ids always get
-different names, because ``~`` itself is written so too.
+pattern, or that clients refuse in a queue's name, so everything but letters, digits, ``_`` and ``-`` is written
+as ``:XX``. Different ids always get different names, because ``:`` itself is written so too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def encode_id(system_id: str) -> str:
-    """The id as it stands in names: ``KP Bob.1`` is ``KP~20Bob~2E1``."""
-    return _PLAIN.sub(lambda match: f"~{ord(match[0]):02X}", system_id)
+    """The id as it stands in names: ``KP Bob.1`` is ``KP:20Bob:2E1``."""
+    return _PLAIN.sub(lambda match: f":{ord(match[0]):02X}", system_id)
 
 
 def routing_key(system_id: str) -> str:

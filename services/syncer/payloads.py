@@ -6,7 +6,7 @@ with a fault in it must not get anything into the store that somebody else trips
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +70,12 @@ def read_payload(kind: EnvelopeType, payload: bytes) -> Payload:
 
 
 def pack_events(payloads: Iterable[bytes]) -> bytes:
-    """One payload of the events of several outbox rows, in their order. Raises wire.Malformed."""
+    """One payload of the events of several outbox rows, in their order. Raises wire.MalformedError."""
     events: list[object] = []
     for payload in payloads:
         entries = wire.unpack(payload, max_items=MAX_EVENTS)
         if not isinstance(entries, list):
-            raise wire.Malformed("the payload of an outbox row is not a list of events")
+            raise wire.MalformedError("the payload of an outbox row is not a list of events")
         events += entries
     return wire.pack(events)
 
@@ -127,7 +127,7 @@ def _read_capabilities(value: Any) -> Capabilities:  # noqa: ANN401
     return Capabilities(announcement, request)
 
 
-_READERS = {
+_READERS: dict[EnvelopeType, Callable[[Any], Payload]] = {
     EnvelopeType.KEY_STORED: _read_acknowledgement,
     EnvelopeType.HEARTBEAT: _read_heartbeat,
     EnvelopeType.CAPABILITIES: _read_capabilities,

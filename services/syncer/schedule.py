@@ -12,6 +12,7 @@ from shared.liveness import PeerStatus
 
 FIRST_RETRY_MS = 10_000
 LAST_RETRY_MS = 300_000
+UNROUTED_RETRY_MS = 1_000
 
 
 def retry_after_ms(attempts: int) -> int:
@@ -20,10 +21,15 @@ def retry_after_ms(attempts: int) -> int:
     return min(FIRST_RETRY_MS << doublings, LAST_RETRY_MS)
 
 
-def is_due(attempts: int, sent_ms: int | None, peer: PeerStatus, now_ms: int) -> bool:
-    """Whether to send an envelope now that was sent last at ``sent_ms`` (UTC ms, None for never)."""
+def is_due(attempts: int, sent_ms: int | None, peer: PeerStatus, now_ms: int, *, unrouted: bool = False) -> bool:
+    """Whether to send an envelope now that was sent last at ``sent_ms`` (UTC ms, None for never).
+
+    ``unrouted`` says that the broker had no queue for it then: a peer that is heard since has made its queue.
+    """
     if sent_ms is None:
         return True
     # A clock that was set back must not silence an envelope for as long as it was set back.
     waited_ms = abs(now_ms - sent_ms)
-    return waited_ms >= (MAX_AGE_MS if peer == "offline" else retry_after_ms(attempts))
+    if peer == "offline":
+        return waited_ms >= MAX_AGE_MS
+    return waited_ms >= (UNROUTED_RETRY_MS if unrouted else retry_after_ms(attempts))

@@ -1,0 +1,139 @@
+"""The syncer process: configuration → logging → resources → tasks → run until signalled.
+
+Several may run for one KP: one of them consumes, and one that a MySQL lock elects relays and sends heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+
+from sqlalchemy import Engine
+
+from services.syncer import metrics
+from services.syncer.effects import Effects
+from services.syncer.examination import Examiner
+from services.syncer.heartbeat import Heartbeats
+from services.syncer.inbox import Inbox
+from services.syncer.leader import Leader
+from services.syncer.numbers import Numbers
+from services.syncer.outbox import Relay
+from services.syncer.outgoing import Outgoing
+from services.syncer.replies import Replies
+from services.syncer.watch import PeerWatch
+from shared.bus import Bus
+from shared.clock import now_ms
+from shared.config import Settings, config_from_argv
+from shared.database import driver_errors, make_engine
+from shared.errors import StoreUnavailable
+from shared.keyring import Keyring
+from shared.lifecycle import every, run_service
+from shared.logs import configure_logging, get_logger
+from shared.metrics import serve_metrics
+from shared.peer_directory import PeerDirectory
+from shared.store.peers import fetch_announcement
+from shared.store.processes import upsert_process
+from shared.system_ids import RemoteSystemIds
+
+_TICK_SECONDS = 1.0
+# One each for watch, relay, inbox, replies and signs of life, so that none waits for another's statement.
+_CONNECTIONS = 5
+
+_log = get_logger("syncer")
+
+
+def main() -> int:
+    """Console script ``skip-syncer``. Exit code 0 after a signal, 1 after a failure, 2 for a bad configuration."""
+    settings = config_from_argv("skip-syncer", sys.argv[1:], os.environ)
+    configure_logging(settings, "syncer")
+    return run_service(functools.partial(serve, settings))
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Keeps this KP in step with its peers until ``stop``."""
+    local_id = settings.local_system_id
+    keyring = Keyring.open(settings.keyring_dir, local_id)
+    engine = make_engine(settings.mysql, pool_size=_CONNECTIONS)
+    directory = PeerDirectory(engine, local_id, RemoteSystemIds(settings.remote_system_ids, local_id), keyring.pins)
+    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}")
+    numbers = Numbers()
+    outgoing = Outgoing(bus, keyring.identity, local_id, numbers)
+    watch = PeerWatch(settings, engine, keyring, directory)
+    leader = Leader(settings.mysql, local_id)
+    relay = Relay(engine, local_id, leader, watch, outgoing, numbers, stop.is_set)
+    replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
+    heartbeats = Heartbeats(settings, directory, leader, bus, outgoing, replies)
+    inbox = Inbox(bus, directory, Examiner(local_id, directory), Effects(engine, local_id), relay, replies)
+    signs = SignsOfLife(engine, local_id, bus)
+    serve_metrics(settings.metrics_port, metrics.REGISTRY)
+
+    try:
+        async with bus.connected(), asyncio.TaskGroup() as tasks:
+            tasks.create_task(every(stop, _TICK_SECONDS, "store", watch.tick), name="watch")
+            # The watch's first reading brings the schema up to date, so everything else waits for it.
+            if await _either(watch.ready, stop):
+                tasks.create_task(_quietly(stop, _TICK_SECONDS, "election", leader.tick), name="election")
+                tasks.create_task(_quietly(stop, _TICK_SECONDS, "outbox", relay.tick), name="outbox")
+                tasks.create_task(heartbeats.run(stop), name="heartbeats")
+                tasks.create_task(inbox.run(stop), name="inbox")
+                tasks.create_task(replies.run(), name="replies")
+                tasks.create_task(
+                    _quietly(stop, settings.heartbeat_seconds, "signs of life", signs.give), name="signs of life"
+                )
+    finally:
+        leader.close()
+        engine.dispose()
+
+
+class SignsOfLife:
+    """Tells the store, and so /health, that this process works and whether it has the broker."""
+
+    def __init__(self, engine: Engine, local_id: str, bus: Bus) -> None:
+        self._engine = engine
+        self._local_id = local_id
+        self._bus = bus
+        self._instance = f"{socket.gethostname()}:{os.getpid()}"
+
+    async def give(self) -> None:
+        """One sign. Raises StoreUnavailable, StoreRefused."""
+        up = self._bus.up.is_set()
+        metrics.BUS_UP.set(up)
+        await asyncio.to_thread(self._write, "ok" if up else "broker away")
+
+    def _write(self, detail: str) -> None:
+        with driver_errors(), self._engine.begin() as connection:
+            upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), detail)
+
+
+def _fetch_announcement(engine: Engine, local_id: str) -> bytes | None:
+    with driver_errors(), engine.connect() as connection:
+        return fetch_announcement(connection, local_id)
+
+
+async def _either(ready: asyncio.Event, stop: asyncio.Event) -> bool:
+    """Waits for one of the two; whether it was ``ready``."""
+    waiting = [asyncio.create_task(ready.wait()), asyncio.create_task(stop.wait())]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    return not stop.is_set()
+
+
+async def _quietly(stop: asyncio.Event, seconds: float, what: str, action: Callable[[], Awaitable[None]]) -> None:
+    """``every``, but without a word on a store that is away: the watch tells of that, once for all."""
+
+    async def attempt() -> None:
+        try:
+            await action()
+        except StoreUnavailable as error:
+            _log.debug("store away", what=what, reason=str(error))
+
+    await every(stop, seconds, what, attempt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

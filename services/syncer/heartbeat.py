@@ -1,0 +1,69 @@
+"""Tells every peer that this KP lives and which announcement is its current one; a new one is sent to all at once.
+
+A KP that has not announced itself is a stranger to everybody, so it says nothing until its janitor has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from services.syncer.leader import Leader
+from services.syncer.outgoing import Letter, Outgoing
+from services.syncer.payloads import pack_heartbeat
+from services.syncer.replies import Replies
+from shared.bus import Bus
+from shared.config import Settings, project_version
+from shared.envelopes import EnvelopeType
+from shared.lifecycle import pause
+from shared.peer_directory import PeerDirectory
+
+JITTER = 0.1
+CHUNK = 64
+_CHECK_SECONDS = 0.5
+
+
+class Heartbeats:
+    """Works only while this syncer is the elected one."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        directory: PeerDirectory,
+        leader: Leader,
+        bus: Bus,
+        outgoing: Outgoing,
+        replies: Replies,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._leader = leader
+        self._bus = bus
+        self._outgoing = outgoing
+        self._replies = replies
+        self._software = f"skipbus/{project_version()}"
+        self._digest: bytes | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Every ``heartbeat_seconds``, give or take a tenth so that many KPs do not beat as one."""
+        while not stop.is_set():
+            beaten = await self._beat()
+            spread = random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 -- spreads load, no secret
+            seconds = self._settings.heartbeat_seconds * spread
+            await pause(stop, seconds if beaten else min(seconds, _CHECK_SECONDS))
+
+    async def _beat(self) -> bool:
+        """One heartbeat to every peer; False where none could be sent."""
+        digest = self._directory.digest(self._settings.local_system_id)
+        if not self._leader.elected or not self._bus.up.is_set() or digest is None:
+            return False
+        peers = self._directory.peers()
+        if self._digest not in (None, digest):
+            for peer_id in peers:
+                self._replies.tell(peer_id)
+        self._digest = digest
+        payload = pack_heartbeat(round(self._settings.heartbeat_seconds * 1000), digest, self._software)
+        for start in range(0, len(peers), CHUNK):
+            chunk = peers[start : start + CHUNK]
+            await self._outgoing.send([Letter(EnvelopeType.HEARTBEAT, peer, payload) for peer in chunk])
+        return True

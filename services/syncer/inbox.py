@@ -1,0 +1,194 @@
+"""Takes envelopes in: examine, commit the effect, then answer the broker. The one place where a peer's error
+becomes a reject.
+
+Nothing is answered before its effect is committed. While the store is away the deliveries are held and tried
+again: giving them back would use up their delivery limit, which is there for envelopes that cannot be handled.
+A batch that the store refuses is tried one by one, so that one bad envelope does not take others with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from services.syncer import metrics
+from services.syncer.effects import Effects, Verdict
+from services.syncer.examination import Accepted, Examiner, Refusal
+from services.syncer.outbox import Relay
+from services.syncer.payloads import Acknowledgement, Capabilities, Events, Heartbeat
+from services.syncer.refusals import Refusals
+from services.syncer.replies import Replies
+from shared.bus import PREFETCH, Bus, Delivery
+from shared.clock import now_ms
+from shared.errors import StoreRefused, StoreUnavailable
+from shared.lifecycle import pause
+from shared.logs import get_logger
+from shared.peer_directory import PeerDirectory
+
+BATCH = 2 * PREFETCH
+_POLL_SECONDS = 0.5
+_DRAIN_SECONDS = 0.1
+_RETRY_FIRST_SECONDS = 0.2
+_RETRY_LAST_SECONDS = 5.0
+
+_log = get_logger("inbox")
+T = TypeVar("T")
+
+
+class _GivenUp(Exception):
+    """The broker will deliver the batch anew: its connection is lost, or this process ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A delivery whose envelope was accepted and whose effect is still to be committed."""
+
+    delivery: Delivery
+    accepted: Accepted
+
+
+class Inbox:
+    """Handles what the bus delivers, one batch after another."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        directory: PeerDirectory,
+        examiner: Examiner,
+        effects: Effects,
+        relay: Relay,
+        replies: Replies,
+    ) -> None:
+        self._bus = bus
+        self._directory = directory
+        self._examiner = examiner
+        self._effects = effects
+        self._relay = relay
+        self._replies = replies
+        self._refusals = Refusals(directory)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until ``stop``; then what was delivered already is still handled."""
+        try:
+            while not stop.is_set():
+                await self._handle(await self._bus.next_deliveries(BATCH, _POLL_SECONDS), stop)
+                self._refusals.tell_left_out()
+            await self._bus.stop_consuming()
+            while batch := await self._bus.next_deliveries(BATCH, _DRAIN_SECONDS):
+                await self._handle(batch, stop)
+        finally:
+            self._replies.finish()
+
+    async def _handle(self, batch: list[Delivery], stop: asyncio.Event) -> None:
+        if not batch:
+            return
+        try:
+            opened = [one for one in await self._examine(batch, stop) if one is not None]
+            await self._commit(opened, stop)
+        except _GivenUp:
+            _log.debug("deliveries left to the broker", count=len(batch))
+
+    async def _examine(self, batch: list[Delivery], stop: asyncio.Event) -> list[_Open | None]:
+        def examine() -> list[Accepted | Refusal]:
+            return [self._examiner.examine(delivery.body, delivery.redelivered) for delivery in batch]
+
+        results = await self._insist(lambda _: examine(), batch, stop)
+        return [await self._sort(*pair) for pair in zip(batch, results, strict=True)]
+
+    async def _sort(self, delivery: Delivery, result: Accepted | Refusal) -> _Open | None:
+        if isinstance(result, Accepted):
+            return _Open(delivery, result)
+        await self._refuse(delivery, result)
+        return None
+
+    async def _commit(self, batch: list[_Open], stop: asyncio.Event) -> None:
+        if not batch:
+            return
+        deliveries = [one.delivery for one in batch]
+        accepted = [one.accepted for one in batch]
+        try:
+            verdicts = await self._insist(
+                lambda again: self._effects.apply(accepted, now_ms(), again=again), deliveries, stop
+            )
+        except StoreRefused as error:
+            await self._commit_one_by_one(batch, error, stop)
+            return
+        for one, verdict in zip(batch, verdicts, strict=True):
+            await self._settle(one, verdict)
+
+    async def _commit_one_by_one(self, batch: list[_Open], error: StoreRefused, stop: asyncio.Event) -> None:
+        if len(batch) > 1:
+            for one in batch:
+                await self._commit([one], stop)
+            return
+        header = batch[0].accepted.header
+        _log.error(
+            "envelope not handled", type=header.type, peer=header.sender, number=header.number, reason=str(error)
+        )
+        await pause(stop, 1.0)
+        await batch[0].delivery.requeue()
+
+    async def _insist(self, action: Callable[[bool], T], batch: list[Delivery], stop: asyncio.Event) -> T:
+        """Does ``action`` in a thread until the store is there; its argument says whether it was tried before.
+
+        Raises _GivenUp, StoreRefused.
+        """
+        delay_seconds, again = _RETRY_FIRST_SECONDS, False
+        while True:
+            try:
+                return await asyncio.to_thread(action, again)
+            except StoreUnavailable as error:
+                _log.debug("store away, deliveries are held", count=len(batch), reason=str(error))
+            again = True
+            if not await pause(stop, delay_seconds) or all(delivery.lost for delivery in batch):
+                raise _GivenUp
+            delay_seconds = min(delay_seconds * 2, _RETRY_LAST_SECONDS)
+
+    async def _settle(self, one: _Open, verdict: Verdict) -> None:
+        header = one.accepted.header
+        if verdict is Verdict.REPLAYED:
+            explanation = f"a heartbeat from {header.sender} bears a number that is not new"
+            await self._refuse(one.delivery, Refusal("replayed", header.sender, explanation))
+            return
+        await one.delivery.ack()
+        metrics.RECEIVED.labels(header.type.value, verdict.value).inc()
+        _tell(one.accepted, verdict)
+        self._follow_up(one.accepted, verdict)
+
+    def _follow_up(self, accepted: Accepted, verdict: Verdict) -> None:
+        sender = accepted.header.sender
+        match accepted.payload:
+            case Events():
+                # A duplicate too: it came again because its acknowledgement did not arrive.
+                self._replies.acknowledge(sender, accepted.header.number)
+            case Acknowledgement(numbers):
+                self._relay.forget(sender, numbers)
+            case Heartbeat(_, bytes() as digest) if verdict is Verdict.HANDLED:
+                if digest != self._directory.digest(sender):
+                    self._replies.ask(sender)
+            case Capabilities(_, True):
+                self._replies.tell(sender)
+            case _:
+                pass
+
+    async def _refuse(self, delivery: Delivery, refusal: Refusal) -> None:
+        self._refusals.note(refusal)
+        await delivery.reject()
+
+
+def _tell(accepted: Accepted, verdict: Verdict) -> None:
+    header, payload = accepted.header, accepted.payload
+    if isinstance(payload, Events):
+        _log.info(
+            "events received",
+            type=header.type.value,
+            peer=header.sender,
+            number=header.number,
+            items=payload.count,
+            outcome=verdict.value,
+            correlation_ids=payload.correlation_ids,
+        )
+    else:
+        _log.debug("envelope received", type=header.type.value, peer=header.sender, outcome=verdict.value)

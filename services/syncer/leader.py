@@ -1,0 +1,48 @@
+"""Which of several syncers of one KP relays the outbox and sends heartbeats: the one that holds a MySQL lock.
+
+The election saves work. It carries no guarantee: rows are locked while they are numbered, and a peer handles an
+envelope once however often it comes. ``term`` changes whenever this syncer is elected anew, so that whoever keeps
+something in memory knows to read it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.syncer import metrics
+from shared.config import MySqlSettings
+from shared.election import Election
+from shared.logs import get_logger
+
+_log = get_logger("leader")
+
+
+class Leader:
+    """Asks once a second whether this syncer is the elected one."""
+
+    def __init__(self, mysql: MySqlSettings, local_id: str) -> None:
+        self._election = Election(mysql, f"syncer {local_id}")
+        self.elected = False
+        self.term = 0
+
+    async def tick(self) -> None:
+        """Holds on to the lock or tries to get it. Raises StoreUnavailable, StoreRefused: then it is not held."""
+        elected = False
+        try:
+            elected = await asyncio.to_thread(self._try)
+        finally:
+            self._settle(elected)
+
+    def close(self) -> None:
+        """Gives the lock up for another syncer."""
+        self._election.release()
+
+    def _try(self) -> bool:
+        return self._election.held() or self._election.acquire()
+
+    def _settle(self, elected: bool) -> None:
+        if elected != self.elected:
+            self.term += elected
+            _log.info("elected" if elected else "not elected")
+        self.elected = elected
+        metrics.ELECTED.set(elected)

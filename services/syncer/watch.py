@@ -1,0 +1,78 @@
+"""What this syncer knows of its peers, read from the store once a second: announcements, pins, who is alive.
+
+Brings the schema up to date at the first reading that reaches the store; nothing else starts before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from sqlalchemy import Engine
+
+from services.syncer import metrics
+from shared.clock import now_ms
+from shared.config import Settings
+from shared.database import driver_errors
+from shared.keyring import Keyring, check_pinned_identity
+from shared.liveness import PeerStatus, peer_status
+from shared.logs import get_logger
+from shared.migrate import bring_up_to_date
+from shared.peer_directory import PeerDirectory
+from shared.store.messages import PeerRow, fetch_peer_rows
+
+_log = get_logger("watch")
+
+
+class PeerWatch:
+    """Keeps the directory fresh and tells when a peer comes, falls silent or goes."""
+
+    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._keyring = keyring
+        self._directory = directory
+        self._statuses: dict[str, PeerStatus] = {}
+        self.ready = asyncio.Event()
+
+    async def tick(self) -> None:
+        """One reading. Raises StoreUnavailable, StoreRefused; KeyringError where the store knows another identity."""
+        rows = await asyncio.to_thread(self._read)
+        self._compare({row.peer_id: row for row in rows}, now_ms())
+        self.ready.set()
+
+    def status(self, peer_id: str) -> PeerStatus:
+        """What the peer's heartbeats said at the last reading."""
+        return self._statuses.get(peer_id, "offline")
+
+    def _read(self) -> list[PeerRow]:
+        if not self.ready.is_set():
+            bring_up_to_date(self._settings.mysql)
+        self._directory.refresh(now_ms())
+        check_pinned_identity(self._keyring, self._directory.pin(self._settings.local_system_id))
+        with driver_errors(), self._engine.connect() as connection:
+            return fetch_peer_rows(connection, self._settings.local_system_id)
+
+    def _compare(self, rows: dict[str, PeerRow], at_ms: int) -> None:
+        statuses = {peer: _status(rows.get(peer), at_ms) for peer in self._directory.peers()}
+        for peer, status in statuses.items():
+            before = self._statuses.get(peer)
+            if status != before:
+                _tell(peer, before, status)
+        self._statuses = statuses
+        counts = Counter(statuses.values())
+        for known in ("online", "late", "offline"):
+            metrics.PEERS.labels(known).set(counts[known])
+
+
+def _status(row: PeerRow | None, at_ms: int) -> PeerStatus:
+    return peer_status(row.last_heartbeat_ms, row.heartbeat_interval_ms, at_ms) if row else "offline"
+
+
+def _tell(peer: str, before: PeerStatus | None, status: PeerStatus) -> None:
+    if status == "online":
+        _log.info("peer online", peer=peer, before=before)
+    elif before is None:
+        _log.info("peer not heard yet", peer=peer)
+    else:
+        _log.warning(f"peer {status}", peer=peer, before=before)
