@@ -14,10 +14,12 @@ from typing import Literal
 from sandbox.ports import LOOPBACK
 
 Cut = Literal["cut_before", "cut_after"]
+# As it ends a packet of several statements; "SET AUTOCOMMIT" is something else.
+_COMMIT = b";COMMIT"
 
 
 class CuttingProxy:
-    """Passes everything on until ``cut_next`` has told it what to do at the next commit. One connection at a time is cut."""
+    """Passes everything on, but what ``cut_next`` has told it to cut."""
 
     def __init__(self, port: int) -> None:
         self._store_port = port
@@ -49,35 +51,30 @@ class CuttingProxy:
                 threading.Thread(target=self._pass_on, args=(client, store), daemon=True).start()
 
     def _pass_on(self, client: socket.socket, store: socket.socket) -> None:
-        answers = threading.Thread(target=_pump, args=(store, client), daemon=True)
+        muted = threading.Event()
+        answers = threading.Thread(target=_pump, args=(store, client, muted), daemon=True)
         answers.start()
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 20):
-                if self.cuts and b"COMMIT" in data:
-                    self._cut(client, store, data, self.cuts.pop(0))
+                if self.cuts and _COMMIT in data:
+                    muted.set()
+                    if self.cuts.pop(0) == "cut_after":
+                        store.sendall(data)
+                        # The store ends the connection when it has done all that it was sent.
+                        store.shutdown(socket.SHUT_WR)
+                        answers.join()
+                    self.cut_count += 1
                     break
                 store.sendall(data)
         _end(client)
         _end(store)
-        answers.join()
-
-    def _cut(self, client: socket.socket, store: socket.socket, data: bytes, cut: Cut) -> None:
-        # Nothing of the store's answer may get through: the client's side goes first.
-        _end(client)
-        if cut == "cut_after":
-            store.sendall(data)
-            store.shutdown(socket.SHUT_WR)
-            # The store ends the connection when it has done all that it was sent.
-            with contextlib.suppress(OSError):
-                while store.recv(1 << 16):
-                    pass
-        self.cut_count += 1
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+def _pump(source: socket.socket, sink: socket.socket, muted: threading.Event) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
-            sink.sendall(data)
+            if not muted.is_set():
+                sink.sendall(data)
 
 
 def _end(one: socket.socket) -> None:

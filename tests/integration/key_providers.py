@@ -71,18 +71,14 @@ class Store:
     def rows(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         """What a statement finds or, for one that changes something, nothing; committed."""
         with self.connect() as connection, connection.cursor() as cursor:
-            cursor.execute(statement, parameters)
+            cursor.execute(statement, parameters or None)
             rows = list(cursor.fetchall())
             connection.commit()
             return rows
 
-    def value(self, statement: str, *parameters: object) -> Any:
-        """The one value that a statement finds."""
-        return self.rows(statement, *parameters)[0][0]
-
     def count(self, table: str) -> int:
         """How many rows a table has."""
-        return int(self.value(f"SELECT COUNT(*) FROM {table}"))
+        return int(self.rows(f"SELECT COUNT(*) FROM {table}")[0][0])
 
 
 class KeyProvider:
@@ -97,7 +93,7 @@ class KeyProvider:
         self.engine: Engine = store.engine
         self.keeper = EpochKeeper(self.settings, self.engine, self.keyring)
         remote_ids = RemoteSystemIds([*self.settings.remote_system_ids, system_id], system_id)
-        self.directory = PeerDirectory(self.engine, system_id, remote_ids)
+        self.directory = PeerDirectory(self.engine, system_id, remote_ids, self.keyring.pins)
         self.keeper.tend(now_ms())
         self.sealer = Sealer(system_id, self.keyring.identity, self.directory)
         self.opener = Opener(self.keyring, self.directory)

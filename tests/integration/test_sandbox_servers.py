@@ -90,9 +90,7 @@ def test_a_stopped_server_leaves_no_process_and_no_listener(tmp_path: Path) -> N
     mariadb.stop()
     rabbitmq.stop()
     assert processes_naming(tmp_path) == []
-    assert not any(
-        answers(port) for port in (mariadb.port, rabbitmq.port, rabbitmq.dist_port, rabbitmq.epmd_port)
-    )
+    assert not any(answers(port) for port in (mariadb.port, rabbitmq.port, rabbitmq.dist_port, rabbitmq.epmd_port))
 
 
 def test_servers_die_with_the_process_that_started_them(tmp_path: Path) -> None:

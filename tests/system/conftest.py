@@ -14,7 +14,6 @@ from sandbox.servers import MariaDbServer, RabbitMqServer
 from tests.system.harness import Lab
 
 
-
 @contextmanager
 def new_lab(root: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Iterator[Lab]:
     """A lab over an empty database of its own."""

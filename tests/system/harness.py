@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 from urllib.parse import urlencode
 
 import pymysql
@@ -111,8 +111,8 @@ class Lab:
             time.sleep(0.05)
         self._remember(source, target_id, answer)
 
-    def issue(self, source: KeyProvider, target_id: str, **query: str) -> Key:
-        answer = get(source.url, "key", remoteSystemID=target_id, **query)
+    def issue(self, source: KeyProvider, target_id: str, size: str = "256") -> Key:
+        answer = get(source.url, "key", remoteSystemID=target_id, size=size)
         assert answer.status == 200, f"GET /key answered {answer.status} {answer.error}"
         return self._remember(source, target_id, answer)
 
@@ -165,13 +165,12 @@ def tracebacks(logs: list[Path]) -> list[str]:
 
 
 def log_lines(kp: KeyProvider, role: str) -> list[dict[str, Any]]:
-    """The JSON lines of one process's log; others are an error."""
-    return [json.loads(line) for line in kp.log_of(role).read_text().splitlines()]
+    """The JSON lines of one process's log; others are an error. A last line without an end is being written."""
+    whole, _, _ = kp.log_of(role).read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
-def request_bytes(
-    target: str | bytes, *, method: str = "GET", headers: str = "", host: str = "kp.example"
-) -> bytes:
+def request_bytes(target: str | bytes, *, method: str = "GET", headers: str = "", host: str = "kp.example") -> bytes:
     """One HTTP/1.1 request, its target as it is given, whatever is wrong with it."""
     raw_target = target.encode("latin-1") if isinstance(target, str) else target
     return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (
@@ -224,7 +223,7 @@ class RawConnection:
         self._buffer.close()
         self.socket.close()
 
-    def __enter__(self) -> RawConnection:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,13 +1,14 @@
 """Nothing takes it down: kills, restarts, hanging servers, orderly ends, and starts in any order.
 
 Everywhere the same is asked: it heals without help, and every key that was answered is retrievable afterwards.
-A request whose answer was cut off may have come to anything. The servers are this module's own. Processes are
-started again by the test, as a supervisor would.
+A request whose answer was cut off may have come to anything. Processes are started again by the test, as a
+supervisor would; the servers are the session's, and serve again when a test is over.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -21,7 +22,6 @@ import pytest
 from sandbox.client import Answer, get
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from tests.system.conftest import new_lab
 from tests.system.harness import (
     ALICE,
     BOB,
@@ -43,27 +43,8 @@ KEYS_EACH_WAY = 10
 
 
 @pytest.fixture(scope="module")
-def own_mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDbServer]:
-    server = MariaDbServer(tmp_path_factory.mktemp("mariadb"), buffer_pool_mib=64, log_file_mib=32)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def own_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMqServer]:
-    server = RabbitMqServer(tmp_path_factory.mktemp("rabbitmq"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def shared_lab(
-    tmp_path_factory: pytest.TempPathFactory, own_mariadb: MariaDbServer, own_rabbitmq: RabbitMqServer
-) -> Iterator[Lab]:
-    with new_lab(tmp_path_factory.mktemp("lab"), own_mariadb, own_rabbitmq) as lab:
-        yield lab
+def pair(shared_lab: Lab) -> tuple[KeyProvider, KeyProvider]:
+    return shared_lab.add_pair(SKIP_HEARTBEAT_SECONDS="1")
 
 
 class Load:
@@ -172,11 +153,11 @@ def test_all_processes_killed_at_once_come_back(shared_lab: Lab, alice: KeyProvi
 # --- the store
 
 
-def stop_gracefully(server: MariaDbServer | RabbitMqServer) -> None:
+def stop_gracefully(server: MariaDbServer) -> None:
     server.stop()
 
 
-def kill(server: MariaDbServer | RabbitMqServer) -> None:
+def kill(server: MariaDbServer) -> None:
     server.kill()
 
 
@@ -185,17 +166,17 @@ def test_a_restarted_store_heals_and_no_answered_key_is_lost(
     shared_lab: Lab,
     alice: KeyProvider,
     bob: KeyProvider,
-    own_mariadb: MariaDbServer,
+    mariadb: MariaDbServer,
     end: Callable[[MariaDbServer], None],
 ) -> None:
     before = pids(alice, bob)
     with load_on(shared_lab, alice, bob) as load:
-        end(own_mariadb)
+        end(mariadb)
         for kp in (alice, bob):
             wait_for(lambda kp=kp: health(kp).status == 503, timeout_seconds=10)  # type: ignore[misc]
             assert health(kp).body["database"] == "error"
             assert_answers_without_servers(kp)
-        own_mariadb.start()
+        mariadb.start()
         for kp in (alice, bob):
             kp.wait_healthy(HEALED_SECONDS)
     assert 0 not in load.statuses
@@ -203,11 +184,11 @@ def test_a_restarted_store_heals_and_no_answered_key_is_lost(
 
 
 def test_a_store_that_hangs_is_told_and_heals(
-    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, own_mariadb: MariaDbServer
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, mariadb: MariaDbServer
 ) -> None:
     before = pids(alice, bob)
     with load_on(shared_lab, alice, bob):
-        with stopped(own_mariadb.pid):
+        with stopped(mariadb.pid):
             wait_for(lambda: health(alice).status == 503, timeout_seconds=15)
             assert_answers_without_servers(alice)
             started = time.monotonic()
@@ -228,9 +209,9 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def test_cut_connections_to_the_store_are_made_anew_at_once(
-    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, own_mariadb: MariaDbServer
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, mariadb: MariaDbServer
 ) -> None:
-    with load_on(shared_lab, alice, bob) as load, own_mariadb.admin_connection() as admin:
+    with load_on(shared_lab, alice, bob) as load, mariadb.admin_connection() as admin:
         for _ in range(5):
             for connection_id, user in query(admin, "SELECT id, user FROM information_schema.processlist"):
                 if user == shared_lab.database.user:
@@ -244,24 +225,19 @@ def test_cut_connections_to_the_store_are_made_anew_at_once(
 # --- the broker
 
 
-@pytest.mark.parametrize("end", [stop_gracefully, kill])
 def test_keys_go_on_while_the_broker_is_away(
-    shared_lab: Lab,
-    alice: KeyProvider,
-    bob: KeyProvider,
-    own_rabbitmq: RabbitMqServer,
-    end: Callable[[RabbitMqServer], None],
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, rabbitmq: RabbitMqServer
 ) -> None:
     before = pids(alice, bob)
     with load_on(shared_lab, alice, bob) as load:
-        end(own_rabbitmq)
+        rabbitmq.stop()
         until = time.monotonic() + 4
         while time.monotonic() < until:
             for kp in (alice, bob):
                 assert health(kp).status == 200
                 assert_answers_without_servers(kp)
             time.sleep(0.2)
-        own_rabbitmq.start()
+        rabbitmq.start()
     assert load.statuses == {200}
     assert pids(alice, bob) == before
     assert_peers_hear_each_other_again(alice, bob)
@@ -281,21 +257,22 @@ def test_both_servers_may_be_down_and_come_back_in_any_order(
     shared_lab: Lab,
     alice: KeyProvider,
     bob: KeyProvider,
-    own_mariadb: MariaDbServer,
-    own_rabbitmq: RabbitMqServer,
+    mariadb: MariaDbServer,
+    rabbitmq: RabbitMqServer,
 ) -> None:
     before = pids(alice, bob)
     with load_on(shared_lab, alice, bob):
-        own_mariadb.kill()
-        own_rabbitmq.kill()
+        mariadb.kill()
+        rabbitmq.kill()
         for kp in (alice, bob):
             wait_for(lambda kp=kp: health(kp).status == 503, timeout_seconds=10)  # type: ignore[misc]
             assert_answers_without_servers(kp)
-        own_mariadb.start()
+        mariadb.start()
         for kp in (alice, bob):
             kp.wait_healthy(HEALED_SECONDS)
-        own_rabbitmq.start()
+        rabbitmq.start()
     assert pids(alice, bob) == before
+    assert_peers_hear_each_other_again(alice, bob)
 
 
 # --- starts and ends
@@ -337,14 +314,11 @@ def answers_capabilities(kp: KeyProvider) -> bool:
         return False
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_every_process_with_0_in_time(
-    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, signal_number: signal.Signals
-) -> None:
+def test_sigterm_ends_every_process_with_0_in_time(shared_lab: Lab, alice: KeyProvider, bob: KeyProvider) -> None:
     idle = [RawConnection(alice.port) for _ in range(20)]
     assert idle[0].ask("/capabilities").status == 200
     with half_sent_request(alice):
-        assert ended(alice, signal_number) == dict.fromkeys(roles(), 0)
+        assert ended(alice, signal.SIGTERM) == dict.fromkeys(roles(), 0)
     for connection in idle:
         connection.close()
     alice.start_all()
@@ -371,7 +345,7 @@ def ended(kp: KeyProvider, signal_number: signal.Signals) -> dict[str, int | Non
     return {role: child.returncode if not child.running else None for role, child in children.items()}
 
 
-def test_sigterm_ends_every_process_with_0_while_both_servers_are_down(tmp_path: Path) -> None:
+def test_ctrl_c_ends_every_process_with_0_while_both_servers_are_down(tmp_path: Path) -> None:
     mariadb, rabbitmq = MariaDbServer(tmp_path / "mysql"), RabbitMqServer(tmp_path / "rabbitmq")
     lab = Lab(tmp_path / "lab", mariadb.dsn, rabbitmq.url)
     kp = lab.add(ALICE, BOB)
@@ -379,7 +353,7 @@ def test_sigterm_ends_every_process_with_0_while_both_servers_are_down(tmp_path:
     wait_for(lambda: answers_capabilities(kp), timeout_seconds=20)
     wait_for(lambda: all(log_lines(kp, role) for role in roles()), timeout_seconds=20)
     try:
-        assert ended(kp, signal.SIGTERM) == dict.fromkeys(roles(), 0)
+        assert ended(kp, signal.SIGINT) == dict.fromkeys(roles(), 0)
     finally:
         lab.close()
 
@@ -427,7 +401,10 @@ def end_api(kp: KeyProvider) -> int | None:
 def refusal(kp: KeyProvider, role: str) -> tuple[int | None, str]:
     """Exit code and log of a process that must not start."""
     child = kp.start(role)
-    wait_for(lambda: not child.running, timeout_seconds=15)
+    try:
+        wait_for(lambda: not child.running, timeout_seconds=15)
+    finally:
+        child.kill()
     return child.returncode, kp.log_of(role).read_text()
 
 
@@ -471,39 +448,43 @@ BAD_KEYRINGS = [
 ]
 
 
-@pytest.mark.parametrize("role", roles())
 @pytest.mark.parametrize(("spoil", "reason"), BAD_KEYRINGS)
-def test_a_keyring_that_cannot_be_used_ends_the_process_with_its_reason(
-    lab: Lab, role: str, spoil: Callable[[KeyProvider], None], reason: str
+def test_a_keyring_that_cannot_be_used_ends_every_process_with_its_reason(
+    tmp_path: Path, mariadb: MariaDbServer, spoil: Callable[[KeyProvider], None], reason: str
 ) -> None:
-    kp = lab.add("KP_Unstarted", BOB)
+    kp = Lab(tmp_path, mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/").add("KP_Unstarted", BOB)
     spoil(kp)
     before = sorted(kp.keyring_dir.rglob("*"))
-    code, log = refusal(kp, role)
-    assert code not in (0, None)
-    assert reason in log
-    assert "Traceback" not in log
+    for role in roles():
+        code, log = refusal(kp, role)
+        assert code not in (0, None)
+        assert reason in log
+        assert "Traceback" not in log
     assert sorted(kp.keyring_dir.rglob("*")) == before, "a keyring was made silently"
-    if spoil is lose_keyring:
-        # There is nothing for the lab's own search to look at.
-        lab.kps.clear()
 
 
-def test_a_new_identity_under_a_known_name_is_refused(lab: Lab) -> None:
-    alice, bob = lab.add_pair()
+def test_a_new_identity_under_a_known_name_is_refused_until_the_keyring_is_back(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider
+) -> None:
+    kept = shared_lab.issue(bob, ALICE)
     alice.stop_all()
-    alice.keyring_dir.rename(alice.root / "lost")
-    alice.start_all()
-    wait_for(lambda: not alice.processes["api"].running, timeout_seconds=20)
-    wait_for(lambda: not alice.processes["janitor"].running, timeout_seconds=20)
-    assert alice.processes["api"].returncode == 1
-    assert "the store knows KP_Alice by the identity" in alice.log_of("api").read_text()
+    lost = alice.keyring_dir.rename(alice.root / "lost")
+    alice.run_skipctl("keyring", "init")
+    for role in ("api", "janitor"):
+        code, log = refusal(alice, role)
+        assert code == 1
+        assert "the store knows KP_Alice by the identity" in log
     assert bob.is_healthy()
+    shutil.rmtree(alice.keyring_dir)
+    lost.rename(alice.keyring_dir)
+    alice.start_all()
+    alice.wait_healthy(HEALED_SECONDS)
+    shared_lab.assert_retrievable(kept)
 
 
-def test_a_bad_configuration_ends_every_process_with_2_and_all_reasons(lab: Lab) -> None:
-    kp = lab.add("KP_Unstarted", BOB, env={"SKIP_PORT": "high", "SKIP_NONSENSE": "1", "SKIP_KEY_TTL_SECONDS": "0"})
-    lab.kps.clear()
+def test_a_bad_configuration_ends_every_process_with_2_and_all_reasons(tmp_path: Path, mariadb: MariaDbServer) -> None:
+    bad = {"SKIP_PORT": "high", "SKIP_NONSENSE": "1", "SKIP_KEY_TTL_SECONDS": "0"}
+    kp = Lab(tmp_path, mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/").add("KP_Unstarted", BOB, env=bad)
     for role in roles():
         code, log = refusal(kp, role)
         assert code == 2
@@ -519,7 +500,7 @@ def workers_of(kp: KeyProvider) -> set[int]:
     return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
-def test_a_killed_worker_is_replaced_and_no_answered_key_is_lost(lab: Lab) -> None:
+def test_a_killed_worker_is_replaced_and_workers_end_with_their_parent(lab: Lab) -> None:
     alice, bob = lab.add_pair(SKIP_API_WORKERS="2")
     with load_on(lab, alice, bob):
         before = workers_of(bob)
@@ -528,16 +509,12 @@ def test_a_killed_worker_is_replaced_and_no_answered_key_is_lost(lab: Lab) -> No
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: len(workers_of(bob) - {victim}) == 2, timeout_seconds=10)
         assert victim not in workers_of(bob)
+    drained = workers_of(bob)
     assert end_api(bob) == 0
-    assert not any(is_alive(pid) for pid in before)
-
-
-def test_workers_end_when_their_parent_is_killed(lab: Lab) -> None:
-    kp = lab.add(ALICE, BOB, env={"SKIP_API_WORKERS": "2"})
-    kp.start_all()
-    kp.wait_healthy(60)
-    orphans = workers_of(kp)
-    os.kill(kp.processes["api"].pid, signal.SIGKILL)
+    assert not any(is_alive(pid) for pid in drained)
+    orphans = workers_of(alice)
+    assert len(orphans) == 2
+    os.kill(alice.processes["api"].pid, signal.SIGKILL)
     wait_for(lambda: not any(is_alive(pid) for pid in orphans), timeout_seconds=DRAINED_SECONDS + 2)
 
 

@@ -24,7 +24,6 @@ from tests.system.harness import (
     Lab,
     RawConnection,
     connect,
-    log_lines,
     query,
     request_bytes,
     rows,
@@ -80,14 +79,15 @@ def test_of_eight_callers_at_two_api_processes_exactly_one_gets_the_key(lab: Lab
             caller.close()
 
 
-def test_of_callers_at_two_hosts_of_one_key_provider_exactly_one_gets_the_key(lab: Lab) -> None:
-    alice, bob = lab.add_pair()
-    other = second_host(lab, bob)
+def test_of_callers_at_two_hosts_of_one_key_provider_exactly_one_gets_the_key(
+    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider
+) -> None:
+    other = second_host(shared_lab, bob)
     callers = [RawConnection(kp.port) for kp in (bob, other) * (CALLERS // 2)]
     # The source's own encryptors try as well, and never win.
     intruders = [RawConnection(alice.port) for _ in range(2)]
     for _ in range(200):
-        key = lab.issue(alice, BOB)
+        key = shared_lab.issue(alice, BOB)
         answers = race(key, [*callers, *intruders])
         assert_one_winner(key, answers[: len(callers)])
         assert {status for status, _ in answers[len(callers) :]} == {400}
@@ -147,17 +147,8 @@ def test_a_peer_that_never_announced_itself_is_a_500_that_says_so(lab: Lab) -> N
         assert silent in answer.error
         assert "announced" in answer.error
     assert rows(lab.database, "SELECT COUNT(*) FROM key_records") == ((0,),)
-
-
-def test_a_lab_with_one_key_provider_serves_both_encryptors(lab: Lab) -> None:
-    kp = lab.add("KP_Lab", "KP_Lab")
-    kp.start_all()
-    kp.wait_healthy(60)
-    lab.wait_announced(kp, "KP_Lab")
-    for _ in range(20):
-        key = lab.issue(kp, "KP_Lab")
-        lab.assert_retrievable(key)
-        assert lab.retrieve(kp, key).status == 400
+    peers = get(alice.url, "status", "sync").body["peers"]
+    assert (peers["KP_Silent"]["status"], peers["KP_Silent"]["last_heartbeat"]) == ("offline", None)
 
 
 def test_ids_that_only_globs_allow_are_served(lab: Lab) -> None:
@@ -175,16 +166,15 @@ def test_ids_that_only_globs_allow_are_served(lab: Lab) -> None:
     assert get(site_2.url, "key", remoteSystemID="KP_3_LOC").status == 400
 
 
-def test_a_third_key_provider_in_the_same_store_cannot_have_the_key(lab: Lab) -> None:
-    alice, bob = lab.add_pair()
-    eve = lab.add("KP_Eve", ALICE, BOB)
+def test_a_third_key_provider_in_the_same_store_cannot_have_the_key(shared_lab: Lab, alice: KeyProvider) -> None:
+    eve = shared_lab.add("KP_Eve", ALICE, BOB)
     eve.start_all()
     eve.wait_healthy(60)
-    key = lab.issue(alice, BOB)
+    key = shared_lab.issue(alice, BOB)
     for source in (ALICE, BOB):
         assert get(eve.url, "key", key.key_id, remoteSystemID=source).status == 400
-    lab.assert_retrievable(key)
-    assert bob.system_id == key.target
+    eve.stop_all()
+    shared_lab.assert_retrievable(key)
 
 
 # --- sealed to one key provider
@@ -273,8 +263,15 @@ def test_the_search_finds_keys_and_private_keys_planted_in_a_store_and_a_log(
 # --- forgotten for good
 
 
-def test_an_expired_key_is_not_served_with_the_janitor_dead_and_zeroized_when_it_is_back(lab: Lab) -> None:
+def test_keys_are_zeroized_within_5_s_and_never_served_expired_even_with_the_janitor_dead(lab: Lab) -> None:
     alice, bob = lab.add_pair(SKIP_KEY_TTL_SECONDS=str(TTL_SECONDS), SKIP_EPOCH_SECONDS="60")
+    keys = [lab.issue(alice, BOB) for _ in range(200)]
+    expired = time.monotonic() + TTL_SECONDS
+    # Some of the first may have expired on a slow machine.
+    assert records_of(lab, keys)
+    wait_for(lambda: not records_of(lab, keys), timeout_seconds=TTL_SECONDS + ZEROIZED_WITHIN_SECONDS)
+    assert time.monotonic() < expired + ZEROIZED_WITHIN_SECONDS
+
     bob.kill("janitor")
     keys = [lab.issue(alice, BOB) for _ in range(20)]
     expired = time.monotonic() + TTL_SECONDS
@@ -285,18 +282,9 @@ def test_an_expired_key_is_not_served_with_the_janitor_dead_and_zeroized_when_it
         assert answer.status == 400
         assert "key" not in answer.body
     assert len(records_of(lab, keys)) == len(keys), "somebody else has removed what the janitor should"
-    assert "expired" in {line.get("reason", "").rpartition("; ")[2] for line in log_lines(bob, "api")}
+    wait_for(lambda: '; expired"' in bob.log_of("api").read_text(), timeout_seconds=5)
     bob.start("janitor")
     wait_for(lambda: not records_of(lab, keys), timeout_seconds=20)
-
-
-def test_keys_are_zeroized_within_five_seconds_of_their_expiry(lab: Lab) -> None:
-    alice, _ = lab.add_pair(SKIP_KEY_TTL_SECONDS=str(TTL_SECONDS), SKIP_EPOCH_SECONDS="60")
-    keys = [lab.issue(alice, BOB) for _ in range(200)]
-    expired = time.monotonic() + TTL_SECONDS
-    assert len(records_of(lab, keys)) == len(keys)
-    wait_for(lambda: not records_of(lab, keys), timeout_seconds=TTL_SECONDS + ZEROIZED_WITHIN_SECONDS)
-    assert time.monotonic() < expired + ZEROIZED_WITHIN_SECONDS
 
 
 def records_of(lab: Lab, keys: Sequence[Key]) -> set[str]:
@@ -317,7 +305,13 @@ def test_an_epochs_private_half_is_gone_after_its_destroy_time_and_nothing_opens
     file = bob.keyring_dir / "epochs" / f"{epoch_id.hex()}.json"
     private = json.loads(file.read_text())["private_key"]
     lab.assert_retrievable(key)
-    wait_for(lambda: time.time() * 1000 > destroy_ms, timeout_seconds=15, poll_seconds=0.2)
+    epochs = set()
+    while time.time() * 1000 <= destroy_ms:
+        # Meanwhile keys are handed out over the borders of epochs.
+        lab.assert_retrievable(lab.issue(alice, BOB))
+        epochs |= {found for (found,) in rows(lab.database, "SELECT epoch_id FROM wrapping_keys")}
+        time.sleep(0.1)
+    assert len(epochs) >= 3
     wait_for(lambda: not file.exists(), timeout_seconds=5)
     with pytest.raises(KeyringError, match="not in the keyring"):
         Keyring.open(bob.keyring_dir, BOB).read_epoch(epoch_id)
@@ -333,17 +327,6 @@ def test_an_epochs_private_half_is_gone_after_its_destroy_time_and_nothing_opens
 def put_back(lab: Lab, table: str, row: Sequence[object]) -> None:
     places = ",".join(["%s"] * len(row))
     rows(lab.database, f"REPLACE INTO {table} VALUES ({places})", *row)
-
-
-def test_epochs_are_made_on_while_keys_are_issued_over_their_borders(lab: Lab) -> None:
-    alice, _ = lab.add_pair(SKIP_KEY_TTL_SECONDS="2", SKIP_EPOCH_SECONDS="2")
-    until = time.monotonic() + 7
-    epochs = set()
-    while time.monotonic() < until:
-        key = lab.issue(alice, BOB)
-        lab.assert_retrievable(key)
-        epochs |= {epoch_id for (epoch_id,) in rows(lab.database, "SELECT epoch_id FROM wrapping_keys")}
-    assert len(epochs) >= 3
 
 
 def test_the_keyring_is_readable_by_its_owner_only(pair: tuple[KeyProvider, KeyProvider]) -> None:

@@ -61,9 +61,7 @@ def test_a_key_has_256_bits_and_its_id_128_unless_asked_otherwise(alice: KeyProv
 
 
 @pytest.mark.parametrize("size_bits", range(128, 513, 8))
-def test_every_size_from_128_to_512_reaches_the_other_end(
-    shared_lab: Lab, alice: KeyProvider, size_bits: int
-) -> None:
+def test_every_size_from_128_to_512_reaches_the_other_end(shared_lab: Lab, alice: KeyProvider, size_bits: int) -> None:
     answer = ask(alice, f"/key?remoteSystemID={BOB}&size={size_bits}")
     assert_key(answer, size_bits)
     key = shared_lab.issue(alice, BOB, size=str(size_bits))
@@ -195,9 +193,7 @@ def test_the_absolute_form_of_a_target_is_understood(shared_lab: Lab, alice: Key
     assert answer.json["key"] == key.key
 
 
-def test_a_percent_encoded_path_and_query_are_understood(
-    shared_lab: Lab, alice: KeyProvider, bob: KeyProvider
-) -> None:
+def test_a_percent_encoded_path_and_query_are_understood(shared_lab: Lab, alice: KeyProvider, bob: KeyProvider) -> None:
     assert ask(alice, "/%63apabilities").json["localSystemID"] == ALICE
     assert_key(ask(alice, "/k%65y?remoteSystemID=%4BP_%42ob&size=%3256"))
     assert_key(ask(alice, "/key?remote%53ystemID=KP_Bob"))

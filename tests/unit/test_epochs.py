@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,13 +38,11 @@ def covering(spans: list[EpochSpan], at_ms: int) -> list[EpochSpan]:
 
 
 @given(now_ms=st.integers(1, 10**13), settings=SETTINGS)
-def test_now_and_every_moment_after_is_covered_once_without_a_gap(
-    now_ms: int, settings: tuple[int, int]
-) -> None:
+def test_now_and_every_moment_after_is_covered_once_without_a_gap(now_ms: int, settings: tuple[int, int]) -> None:
     epoch_seconds, ttl_seconds = settings
     spans = spans_at(now_ms, None, epoch_seconds, ttl_seconds)
     assert spans[0].starts_ms <= now_ms < spans[0].ends_ms
-    assert all(before.ends_ms == after.starts_ms for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before.ends_ms == after.starts_ms for before, after in pairwise(spans))
     assert len(spans) <= MAX_EPOCHS_AHEAD + 1
 
 
@@ -123,9 +123,7 @@ def test_the_private_half_is_kept_until_the_last_key_sealed_to_it_has_expired(
         assert last_key_expires_ms < span.destroy_ms
 
 
-@pytest.mark.parametrize(
-    ("ttl_seconds", "expected_ms"), [(3600, 3_630_000), (30, 60_000), (10, 20_000), (1, 2000)]
-)
+@pytest.mark.parametrize(("ttl_seconds", "expected_ms"), [(3600, 3_630_000), (30, 60_000), (10, 20_000), (1, 2000)])
 def test_retention_leaves_room_for_skewed_clocks_but_never_more_than_a_second_lifetime(
     ttl_seconds: int, expected_ms: int
 ) -> None:

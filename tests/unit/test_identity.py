@@ -58,9 +58,7 @@ def test_an_impostors_signature_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "signature", [b"", b"x", SIGNATURE[:-1], SIGNATURE + b"\0", bytes(4627), b"\xff" * 4627]
-)
+@pytest.mark.parametrize("signature", [b"", b"x", SIGNATURE[:-1], SIGNATURE + b"\0", bytes(4627), b"\xff" * 4627])
 def test_a_malformed_signature_is_refused(signature: bytes) -> None:
     with pytest.raises(SealBroken):
         verify(IDENTITY.public_key, signature, b"data", CONTEXT_ENVELOPE)
@@ -85,9 +83,7 @@ def test_an_identity_comes_back_from_its_pem() -> None:
     verify(IDENTITY.public_key, again.sign(b"x", CONTEXT_ENVELOPE), b"x", CONTEXT_ENVELOPE)
 
 
-@pytest.mark.parametrize(
-    "pem", [b"", b"rubbish", IDENTITY.to_pem()[:-40], IDENTITY.to_pem().replace(b"A", b"B", 3)]
-)
+@pytest.mark.parametrize("pem", [b"", b"rubbish", IDENTITY.to_pem()[:-40], IDENTITY.to_pem().replace(b"A", b"B", 3)])
 def test_a_damaged_pem_is_a_value_error_that_shows_nothing_of_it(pem: bytes) -> None:
     with pytest.raises(ValueError, match=r"^not (a readable private key|an ML-DSA-87 private key)$"):
         Identity.from_pem(pem)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from shared import keyring as keyring_module
 from shared.epochs import EpochSpan, new_epoch_id
 from shared.errors import KeyringError
 from shared.hybrid import HybridPrivateKey
@@ -94,7 +93,7 @@ def test_a_mode_that_lets_others_in_is_refused_with_the_command_that_mends_it(
 ) -> None:
     path = folder / name
     path.chmod(stat.S_IMODE(path.stat().st_mode) | bits)
-    with pytest.raises(KeyringError, match="chmod (600|700) "):
+    with pytest.raises(KeyringError, match=r"chmod (600|700) "):
         Keyring.open(folder, KP)
 
 
@@ -212,9 +211,7 @@ def test_a_damaged_key_shows_in_no_message(keyring: Keyring) -> None:
     assert private[:16] not in f"{epoch!r} {keyring!r}"
 
 
-def test_a_write_that_fails_leaves_no_half_written_epoch(
-    keyring: Keyring, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_no_half_written_epoch(keyring: Keyring, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -275,7 +272,7 @@ def test_the_overwriting_is_on_the_disk_before_the_unlinking_and_the_unlinking_b
             synced.append("key" if private in path.read_bytes() else "overwritten")
         fsync(descriptor)
 
-    monkeypatch.setattr(keyring_module.os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", watched)
     keyring.destroy_epoch(epoch.epoch_id)
     assert synced == ["overwritten", "overwritten", "folder without the file"]
 

@@ -22,9 +22,7 @@ INTERVAL_MS = 5000
         (10**12, "offline"),
     ],
 )
-def test_a_peer_is_late_after_two_missed_intervals_and_offline_after_five(
-    silence_ms: int, expected: str
-) -> None:
+def test_a_peer_is_late_after_two_missed_intervals_and_offline_after_five(silence_ms: int, expected: str) -> None:
     assert peer_status(NOW_MS - silence_ms, INTERVAL_MS, NOW_MS) == expected
 
 

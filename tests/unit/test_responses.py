@@ -7,7 +7,7 @@ import json
 import pytest
 
 from services.api.claiming import not_available
-from services.api.issuing import never_announced
+from services.api.issuing import not_usable
 from services.api.responses import (
     RouteError,
     error_response,
@@ -76,9 +76,7 @@ def test_every_error_of_the_tree_has_its_status_pinned_here() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "own_words"), STATUSES, ids=[type(error).__name__ for error, _, _ in STATUSES]
 )
-def test_an_error_becomes_its_status_and_one_json_sentence(
-    error: SkipbusError, status: int, own_words: bool
-) -> None:
+def test_an_error_becomes_its_status_and_one_json_sentence(error: SkipbusError, status: int, own_words: bool) -> None:
     response = error_response(error, ID)
     assert response.status == status
     assert isinstance(response.body, bytes)
@@ -142,21 +140,13 @@ def test_the_log_gets_the_reason_that_the_caller_does_not() -> None:
 
 
 def test_a_reason_goes_down_to_our_own_causes_but_not_to_the_drivers() -> None:
-    try:
-        try:
-            try:
-                raise OSError("driver words")
-            except OSError as error:
-                raise StoreUnavailable("the store cannot be used now") from error
-        except StoreUnavailable as error:
-            raise CommitUnknown("broke during a commit") from error
-    except CommitUnknown as error:
-        reason = reason_of(error)
-    assert reason == "broke during a commit; the store cannot be used now"
+    error, ours = CommitUnknown("broke during a commit"), StoreUnavailable("the store cannot be used now")
+    error.__cause__, ours.__cause__ = ours, OSError("driver words")
+    assert reason_of(error) == "broke during a commit; the store cannot be used now"
 
 
 def test_a_kp_that_never_announced_itself_is_named_to_the_caller() -> None:
-    response = error_response(never_announced("KP_Bob"), ID)
+    response = error_response(not_usable("KP_Bob", identity_changed=False), ID)
     assert response.status == 500
     assert isinstance(response.body, bytes)
     assert "KP_Bob has not announced itself" in json.loads(response.body)["error"]

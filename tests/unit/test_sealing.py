@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -23,6 +23,7 @@ from shared.hybrid import PUBLIC_KEY_BYTES, HybridPrivateKey, seal
 from shared.identity import Identity
 from shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key, open_wrapping_key
 
+T = TypeVar("T", KeyRecord, SealedWrappingKey)
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "sealing").glob("*.json"))
 EXPIRES_MS = 1_800_003_600_000
 KEY = bytes(range(32))
@@ -35,11 +36,15 @@ WRAPPING_KEY, SEALED = make_wrapping_key(SOURCE, "KP_Alice", "KP_Bob", EPOCH)
 RECORD = WRAPPING_KEY.seal(KEY_ID, KEY, EXPIRES_MS, "c-1")
 
 
-def changed(value: object) -> Any:
-    """Another value of the same kind: one bit of bytes turned, a number one greater, another text."""
+def tampered_with(original: T, field: str) -> T:
+    """The same with another value in one field: a bit of bytes turned, a number one greater, another text."""
+    value = getattr(original, field)
+    changes: dict[str, Any] = {field: f"{value}x"}
     if isinstance(value, bytes):
-        return bytes([value[0] ^ 1]) + value[1:]
-    return value + 1 if isinstance(value, int) else f"{value}x"
+        changes = {field: bytes([value[0] ^ 1]) + value[1:]}
+    elif isinstance(value, int):
+        changes = {field: value + 1}
+    return replace(original, **changes)
 
 
 def opened_by_the_target() -> WrappingKey:
@@ -82,7 +87,7 @@ def test_seals_are_counted_so_that_nonces_never_run_short() -> None:
     [f.name for f in fields(KeyRecord) if f.name not in ("wrapping_key_id", "correlation_id")],
 )
 def test_a_record_that_was_changed_in_the_store_does_not_open(field: str) -> None:
-    tampered = replace(RECORD, **{field: changed(getattr(RECORD, field))})
+    tampered = tampered_with(RECORD, field)
     with pytest.raises(SealBroken):
         WRAPPING_KEY.open(tampered)
 
@@ -142,20 +147,14 @@ def test_no_two_wrapping_keys_share_their_secret_or_their_id() -> None:
 @pytest.mark.parametrize("field", [f.name for f in fields(SealedWrappingKey)])
 def test_a_wrapping_key_that_was_changed_in_the_store_does_not_open(field: str) -> None:
     with pytest.raises(SealBroken):
-        open_wrapping_key(
-            replace(SEALED, **{field: changed(getattr(SEALED, field))}), SOURCE.public_key, EPOCH_KEY
-        )
+        open_wrapping_key(tampered_with(SEALED, field), SOURCE.public_key, EPOCH_KEY)
 
 
-@pytest.mark.parametrize(
-    "field", [f.name for f in fields(SealedWrappingKey) if f.name not in ("sealed", "signature")]
-)
+@pytest.mark.parametrize("field", [f.name for f in fields(SealedWrappingKey) if f.name not in ("sealed", "signature")])
 def test_a_wrapping_key_is_bound_to_its_description_by_the_seal_as_well(field: str) -> None:
     # A source that signs another description over an old seal gets nothing opened by it either.
-    tampered = replace(SEALED, **{field: changed(getattr(SEALED, field))})
-    tampered = replace(
-        tampered, signature=SOURCE.sign(tampered.signed_bytes(), b"skipbus wrapping key 1")
-    )
+    tampered = tampered_with(SEALED, field)
+    tampered = replace(tampered, signature=SOURCE.sign(tampered.signed_bytes(), b"skipbus wrapping key 1"))
     with pytest.raises(SealBroken, match="private key"):
         open_wrapping_key(tampered, SOURCE.public_key, EPOCH_KEY)
 
@@ -203,12 +202,12 @@ def test_no_secret_shows_in_a_repr() -> None:
 # --- vectors
 
 
-def from_json(kind: type[Any], described: dict[str, Any]) -> Any:
+def from_json(kind: type[T], described: dict[str, Any]) -> T:
     """The dataclass with these fields; texts of byte fields are hex."""
-    values = {}
-    for field in fields(kind):
-        value = described[field.name]
-        values[field.name] = bytes.fromhex(value) if field.type == "bytes" else value
+    values: dict[str, Any] = {}
+    for name, type_name in kind.__annotations__.items():
+        value = described[name]
+        values[name] = bytes.fromhex(value) if type_name == "bytes" else value
     return kind(**values)
 
 

@@ -69,9 +69,7 @@ def test_an_id_without_pattern_characters_matches_itself_only(text: str) -> None
         ("(a|b)+*", ["(a|b)+"], ["a", "b"]),
     ],
 )
-def test_a_glob_matches_the_whole_id_case_sensitively(
-    pattern: str, matching: list[str], others: list[str]
-) -> None:
+def test_a_glob_matches_the_whole_id_case_sensitively(pattern: str, matching: list[str], others: list[str]) -> None:
     remotes = RemoteSystemIds([pattern])
     assert [text for text in matching if text not in remotes] == []
     assert [text for text in others if text in remotes] == []
@@ -118,9 +116,9 @@ def test_what_is_no_text_is_in_no_list(value: object) -> None:
 
 @given(st.text(max_size=80))
 def test_no_text_whatever_breaks_the_rules_otherwise_than_by_a_sentence(text: str) -> None:
+    fault = ""
     try:
-        remotes = RemoteSystemIds([text])
+        RemoteSystemIds([text]).__contains__("KP_Alice")
     except ValueError as error:
-        assert str(error).startswith("the remote system id ")
-        return
-    assert isinstance("KP_Alice" in remotes, bool)
+        fault = str(error)
+    assert not fault or fault.startswith("the remote system id ")

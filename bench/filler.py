@@ -1,0 +1,69 @@
+"""Fills the store with real keys, sealed and committed by the api's own code, many in one commit.
+
+It acts as the api of the source would, with the source's keyring; the KP's processes need not know.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from sandbox.key_provider import KeyProvider
+from sandbox.processes import SandboxError
+from sandbox.servers import Database
+from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from shared.clock import now_ms
+from shared.config import MySqlSettings
+from shared.database import connect, make_engine
+from shared.keyring import Keyring
+from shared.peer_directory import PeerDirectory
+from shared.secret import Secret
+from shared.system_ids import RemoteSystemIds
+
+_BATCH = 1000
+_KEY_TTL_SECONDS = 3600
+
+
+class Filler:
+    """Issues keys of one KP for another."""
+
+    def __init__(self, database: Database, source: KeyProvider, target: KeyProvider) -> None:
+        mysql = MySqlSettings(database.host, database.port, database.user, Secret(database.password), database.database)
+        self._target_id = target.system_id
+        self._engine = make_engine(mysql)
+        self._directory = PeerDirectory(self._engine, source.system_id, RemoteSystemIds([target.system_id]))
+        identity = Keyring.open(source.keyring_dir, source.system_id).identity
+        self._sealer = Sealer(source.system_id, identity, self._directory)
+        self._connection = connect(mysql, several_statements=True)
+
+    def fill(self, count: int, expires_at: float | None = None) -> list[str]:
+        """Puts `count` keys into the store; their keyIds. `expires_at` is Unix time in seconds.
+
+        Raises SandboxError when the target cannot be sealed to.
+        """
+        self._directory.refresh(now_ms())
+        key_ids: list[str] = []
+        while len(key_ids) < count:
+            key_ids += self._fill_batch(min(_BATCH, count - len(key_ids)), _ttl_seconds(expires_at))
+        return key_ids
+
+    def close(self) -> None:
+        self._connection.close()
+        self._engine.dispose()
+
+    def _fill_batch(self, count: int, ttl_seconds: int) -> list[str]:
+        requests = [IssueRequest(self._target_id, 256, "bench")] * count
+        return _key_ids(IssueBatch(self._sealer, ttl_seconds, requests).run(self._connection))
+
+
+def _key_ids(answers: Sequence[IssuedKey | Exception]) -> list[str]:
+    key_ids = []
+    for answer in answers:
+        if not isinstance(answer, IssuedKey):
+            raise SandboxError(f"the store cannot be filled: {answer}")
+        key_ids.append(answer.key_id)
+    return key_ids
+
+
+def _ttl_seconds(expires_at: float | None) -> int:
+    return _KEY_TTL_SECONDS if expires_at is None else max(1, round(expires_at - time.time()))

@@ -1,0 +1,39 @@
+"""Item 3: how long one caller alone waits for a key."""
+
+from __future__ import annotations
+
+from bench import wrk
+from bench.bare_store import BareStore
+from bench.plan import Plan
+from bench.report import Figure, Finding, Line, Target
+from bench.stage import Stage, key_url
+
+_UNIT = "µs"
+
+
+def measure(stage: Stage, plan: Plan) -> Finding:
+    """All three take turns; each sample is the median of its turn."""
+    store = BareStore(stage.mysql.dsn)
+    key: list[float] = []
+    capabilities: list[float] = []
+    insert: list[float] = []
+    for _ in range(plan.rounds):
+        capabilities.append(_median_us(f"{stage.alice.url}/capabilities", plan))
+        insert.append(store.single_row_median_us(plan.inserts))
+        key.append(_median_us(key_url(stage.alice, stage.bob), plan))
+        stage.settle()
+    store.close()
+    stage.clear()
+    parts = Figure("GET /capabilities", capabilities, _UNIT), Figure("bare INSERT and COMMIT", insert, _UNIT)
+    sums = [sum(pair) for pair in zip(capabilities, insert, strict=True)]
+    line = Line(
+        3,
+        Figure("GET /key, one connection", key, _UNIT),
+        Figure("GET /capabilities + bare INSERT and COMMIT", sums, _UNIT),
+        Target("at most", 1.5),
+    )
+    return Finding([line], [f"item 3: {', '.join(f'{part.name} {part.spread()}' for part in parts)}"])
+
+
+def _median_us(url: str, plan: Plan) -> float:
+    return wrk.start(url, plan.step_seconds, connections=1).result().median_us

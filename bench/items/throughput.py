@@ -1,0 +1,80 @@
+"""Item 1: what one api process answers at 64 connections, next to a bare handler and a bare loop of commits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench import wrk
+from bench.bare_store import BareStore
+from bench.cpu import CpuMeter
+from bench.plan import Plan
+from bench.report import Figure, Finding, Line, Target
+from bench.stage import Stage, get_bytes, key_url, wait_until
+from sandbox.ports import LOOPBACK, answers, free_port
+from sandbox.processes import Child, minimal_environ
+
+_REPOSITORY = Path(__file__).resolve().parent.parent.parent
+# Room for a run that is faster than the one that the number of keyIds is taken from.
+_SPARE = 1.25
+
+
+def measure(stage: Stage, plan: Plan) -> Finding:
+    """The five take turns, so that a machine that grows slower grows slower for all of them."""
+    store = BareStore(stage.mysql.dsn)
+    bare: list[float] = []
+    capabilities: list[float] = []
+    issued: list[float] = []
+    claimed: list[float] = []
+    rows: list[float] = []
+    meter = CpuMeter(api=stage.alice.processes["api"].pid, database=stage.mysql.pid)
+    with _bare_server(stage) as bare_url:
+        for _ in range(plan.rounds):
+            bare.append(wrk.rate(bare_url, plan.step_seconds))
+            capabilities.append(wrk.rate(f"{stage.alice.url}/capabilities", plan.step_seconds))
+            stage.settle()
+            with meter:
+                issued.append(wrk.rate(key_url(stage.alice, stage.bob), plan.step_seconds))
+            key_ids = stage.fill(stage.bob, stage.alice, keys_for(capabilities[-1], plan))
+            stage.settle()
+            claimed.append(claim_rate(stage, key_ids, plan))
+            rows.append(store.batched_rows_per_second(plan.step_seconds / 2))
+            stage.clear()
+    store.close()
+    yardstick = Figure("GET /capabilities", capabilities, "/s")
+    floor = Figure("bare commits of 64 rows", rows, "keys/s")
+    lines = [
+        Line(1, yardstick, Figure("bare aiohttp handler, uvloop", bare, "/s"), Target("at least", 0.5)),
+        Line(1, Figure("GET /key", issued, "/s"), yardstick, Target("at least", 0.40)),
+        Line(1, Figure("GET /key/{keyId}", claimed, "/s"), yardstick, Target("at least", 0.35)),
+        Line(1, Figure("GET /key", issued, "/s"), floor),
+    ]
+    return Finding(lines, [f"item 1: during GET /key, {meter.shown()}"])
+
+
+def keys_for(per_second: float, plan: Plan) -> int:
+    """More keyIds than one step can ask for, by the rate of what is quicker."""
+    return int(per_second * plan.step_seconds * _SPARE)
+
+
+def claim_rate(stage: Stage, key_ids: list[str], plan: Plan) -> float:
+    """`GET /key/{keyId}` at KP_Alice, each keyId once: answers in a second."""
+    run = wrk.start_key_ids(stage.alice.url, stage.bob.system_id, key_ids, plan.step_seconds)
+    return run.result().per_second
+
+
+@contextmanager
+def _bare_server(stage: Stage) -> Iterator[str]:
+    """A bare server that answers with the bytes of KP_Alice's own capabilities; its URL."""
+    port = free_port()
+    body = get_bytes(stage.alice.url, "/capabilities").decode()
+    environ = {**minimal_environ(stage.root), "PYTHONPATH": str(_REPOSITORY)}
+    command = [sys.executable, "-m", "bench.bare_server", str(port), body]
+    child = Child(command, environ=environ, log=stage.root / "bare.log", cwd=stage.root)
+    try:
+        wait_until(lambda: answers(port), "the bare server")
+        yield f"http://{LOOPBACK}:{port}/capabilities"
+    finally:
+        child.kill()

@@ -1,0 +1,175 @@
+"""Where everything is measured: private servers and two whole key providers, on a disk, over loopback.
+
+The database server commits durably (the sandbox sees to it) and has a buffer pool of 1 GiB. All three processes
+of both key providers run. Each item leaves the stage as it found it: no keys, nothing to be told to peers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pymysql
+
+from bench.filler import Filler
+from bench.machine import file_system_of
+from sandbox.client import get
+from sandbox.key_provider import KeyProvider
+from sandbox.ports import LOOPBACK
+from sandbox.processes import SandboxError
+from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.site import ALICE, BOB
+
+BUFFER_POOL_MIB = 1024
+_REDO_LOG_MIB = 1024
+_READY_SECONDS = 60.0
+_WAIT_SECONDS = 120.0
+# Deleted rows that the server has not cleared away yet; below this they cost nothing that is seen.
+_SETTLED_HISTORY = 5000
+
+
+class Stage:
+    """Two key providers over one store. Nothing runs before `start`."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises SandboxError when `root` is in memory: a commit would cost nothing there."""
+        if file_system_of(root) in ("tmpfs", "ramfs"):
+            raise SandboxError(f"{root} is in memory, not on a disk; set TMPDIR to a folder that is on one")
+        self.root = root
+        self._logs = root / "logs"
+        self._logs.mkdir()
+        self.mysql = MariaDbServer(root / "mysql", buffer_pool_mib=BUFFER_POOL_MIB, log_file_mib=_REDO_LOG_MIB)
+        self._rabbitmq = RabbitMqServer(root / "rabbitmq")
+        self.alice = self._key_provider(ALICE, BOB)
+        self.bob = self._key_provider(BOB, ALICE)
+        self._others: list[KeyProvider] = []
+        self._fillers: dict[str, Filler] = {}
+
+    def start(self) -> None:
+        """Start everything; returns when keys are issued both ways."""
+        self.mysql.launch()
+        self._rabbitmq.launch()
+        self.mysql.wait_ready()
+        self._rabbitmq.wait_ready()
+        for key_provider in (self.alice, self.bob):
+            key_provider.start_all()
+        for key_provider, remote in ((self.alice, BOB), (self.bob, ALICE)):
+            key_provider.wait_healthy(_READY_SECONDS)
+            wait_for_keys(key_provider, remote)
+
+    def stop(self) -> None:
+        for filler in self._fillers.values():
+            filler.close()
+        key_providers = [self.alice, self.bob, *self._others]
+        for key_provider in key_providers:
+            key_provider.terminate_all()
+        for key_provider in key_providers:
+            key_provider.stop_all()
+        self.mysql.stop()
+        self._rabbitmq.stop()
+
+    def second_api(self, workers: int) -> KeyProvider:
+        """Another api of KP_Alice on a port of its own, with as many workers."""
+        overrides = {"SKIP_API_WORKERS": str(workers)}
+        other = KeyProvider(
+            ALICE,
+            [BOB],
+            self.mysql.dsn,
+            self._rabbitmq.url,
+            root=self.alice.root,
+            log_dir=self._logs / f"workers-{workers}",
+            env_overrides=overrides,
+        )
+        self._others.append(other)
+        other.start("api")
+        other.wait_healthy(_READY_SECONDS)
+        wait_for_keys(other, BOB)
+        return other
+
+    def restart_api(self) -> None:
+        """A fresh api process for KP_Alice, warm enough to issue."""
+        self.alice.stop("api")
+        self.alice.start("api")
+        self.alice.wait_healthy(_READY_SECONDS)
+        wait_for_keys(self.alice, BOB)
+
+    def fill(self, source: KeyProvider, target: KeyProvider, count: int, expires_at: float | None = None) -> list[str]:
+        """Puts keys of `source` for `target` into the store; their keyIds."""
+        filler = self._fillers.get(source.system_id)
+        if filler is None:
+            filler = self._fillers[source.system_id] = Filler(self.mysql.dsn, source, target)
+        return filler.fill(count, expires_at)
+
+    def settle(self) -> None:
+        """Wait until peers have been told everything and the server has cleared up after itself.
+
+        Raises SandboxError when that does not come to an end.
+        """
+        with self.mysql.admin_connection() as connection:
+            wait_until(lambda: _is_settled(connection, self.mysql.database), "the store to be quiet")
+
+    def clear(self) -> None:
+        """Take all keys out of the store."""
+        self.settle()
+        with self.mysql.admin_connection() as connection, connection.cursor() as cursor:
+            cursor.execute(f"TRUNCATE TABLE `{self.mysql.database}`.key_records")
+
+    def _key_provider(self, system_id: str, remote_id: str) -> KeyProvider:
+        return KeyProvider(
+            system_id,
+            [remote_id],
+            self.mysql.dsn,
+            self._rabbitmq.url,
+            root=self.root / system_id,
+            log_dir=self._logs / system_id,
+        )
+
+
+def get_bytes(url: str, path: str) -> bytes:
+    """The body of one answer, as it came."""
+    connection = HTTPConnection(LOOPBACK, int(url.rpartition(":")[2]), timeout=10)
+    connection.request("GET", path)
+    body = connection.getresponse().read()
+    connection.close()
+    return body
+
+
+def key_url(key_provider: KeyProvider, remote: KeyProvider) -> str:
+    """`GET /key` at one KP for the other."""
+    return f"{key_provider.url}/key?remoteSystemID={remote.system_id}"
+
+
+def wait_for_keys(key_provider: KeyProvider, remote_id: str) -> None:
+    """Wait until the KP can seal to its remote, which it hears of a moment after it is healthy itself."""
+    wait_until(
+        lambda: get(key_provider.url, "key", remoteSystemID=remote_id).status == 200,
+        f"{key_provider.system_id} to issue keys",
+    )
+
+
+def tell(text: str) -> None:
+    """A word on stderr about what goes on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_settled(connection: pymysql.connections.Connection[Any], database: str) -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT 1 FROM `{database}`.outbox LIMIT 1")
+        if cursor.fetchone():
+            return False
+        cursor.execute("SELECT count FROM information_schema.innodb_metrics WHERE name = 'trx_rseg_history_len'")
+        row = cursor.fetchone()
+    return row is None or row[0] < _SETTLED_HISTORY
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Raises SandboxError when it does not come to pass in good time."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SandboxError(f"waited {_WAIT_SECONDS:.0f} s in vain for {what}")
+        time.sleep(0.1)

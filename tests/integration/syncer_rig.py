@@ -1,0 +1,276 @@
+"""What the syncer's tests share: KPs that consist of a syncer process only, and a hand on the store and the bus.
+
+The part of api and janitor is played here: announcements and outbox rows are written as those write them. The
+identities are in the test's hands, so it can sign what a peer would sign, and what a thief would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+from aio_pika.abc import AbstractChannel
+from sqlalchemy import Engine, func, select
+
+from sandbox.key_provider import KeyProvider
+from sandbox.servers import Database
+from shared import wire
+from shared.announcements import Announcement, sign_announcement
+from shared.bus_names import (
+    ENVELOPES,
+    dead_queue_name,
+    live_queue_name,
+    live_routing_key,
+    queue_name,
+    routing_key,
+)
+from shared.clock import now_ms
+from shared.config import MySqlSettings
+from shared.database import make_engine
+from shared.envelopes import EnvelopeType, Header, sign_envelope
+from shared.identity import Identity
+from shared.keyring import Keyring
+from shared.liveness import peer_status
+from shared.migrate import bring_up_to_date
+from shared.schema import INBOX, OUTBOX, PROCESSES
+from shared.secret import Secret
+from shared.store.messages import PeerRow, fetch_peer_rows, insert_outbox
+from shared.store.peers import fetch_announcement, upsert_announcement
+from tests.waiting import wait_for
+
+HEARTBEAT_SECONDS = 0.5
+TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Kp:
+    """One key provider; ``provider`` runs its syncer, or is None for one that only the test speaks for."""
+
+    id: str
+    identity: Identity
+    provider: KeyProvider | None = None
+
+    @property
+    def process(self) -> KeyProvider:
+        assert self.provider is not None
+        return self.provider
+
+    @property
+    def log(self) -> str:
+        log = self.process.log_of("syncer")
+        return log.read_text() if log.exists() else ""
+
+
+class Rig:
+    """A store, a broker, and KPs whose names are this rig's own, so that tests can share the broker."""
+
+    def __init__(self, root: Path, database: Database, rabbitmq_url: str) -> None:
+        self.root = root
+        self.database = database
+        self.rabbitmq_url = rabbitmq_url
+        self.suffix = secrets.token_hex(3)
+        self.kps: list[Kp] = []
+        mysql = MySqlSettings(database.host, database.port, database.user, Secret(database.password), database.database)
+        bring_up_to_date(mysql)
+        self.engine: Engine = make_engine(mysql)
+
+    def name(self, name: str) -> str:
+        return f"{name}.{self.suffix}"
+
+    def add(self, name: str, *remotes: str, **env: str) -> Kp:
+        """A KP with a syncer that is not started yet, announced."""
+        root = self.root / name
+        root.mkdir()
+        identity = Keyring.create(root / "keyring", self.name(name)).identity
+        env = {"SKIP_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS), "SKIP_LOG_LEVEL": "debug"} | env
+        names = [self.name(remote) for remote in remotes]
+        provider = KeyProvider(self.name(name), names, self.database, self.rabbitmq_url, root=root, env_overrides=env)
+        kp = Kp(self.name(name), identity, provider)
+        self.kps.append(kp)
+        self.announce(kp.id, kp.identity)
+        return kp
+
+    def add_twin(self, kp: Kp) -> KeyProvider:
+        """Another host of the same KP, with a copy of its keyring."""
+        twin = KeyProvider(kp.id, [], self.database, self.rabbitmq_url, root=self.root / f"twin-{kp.id}")
+        twin.environ = kp.process.environ | {"SKIP_PORT": str(twin.port)}
+        self.kps.append(Kp(kp.id, kp.identity, twin))
+        return twin
+
+    def add_voice(self, name: str) -> Kp:
+        """A KP that only the test speaks for, announced."""
+        kp = Kp(self.name(name), Identity.generate())
+        self.announce(kp.id, kp.identity)
+        return kp
+
+    def close(self) -> None:
+        for kp in self.kps:
+            kp.process.stop_all()
+        self.engine.dispose()
+
+    # --- the store
+
+    def announce(self, system_id: str, identity: Identity) -> bytes:
+        """What the janitor does; the announcement's bytes."""
+        announcement = Announcement(system_id, identity.public_key, now_ms(), "test", ())
+        body = sign_announcement(announcement, identity)
+        with self.engine.begin() as connection:
+            upsert_announcement(connection, announcement, body)
+        return body
+
+    def announcement(self, system_id: str) -> bytes | None:
+        with self.engine.connect() as connection:
+            return fetch_announcement(connection, system_id)
+
+    def tell(self, local: Kp, peer: Kp, kind: EnvelopeType, count: int = 1) -> None:
+        """What api and janitor do: one outbox row."""
+        with self.engine.begin() as connection:
+            insert_outbox(connection, local.id, peer.id, kind.value, events(kind, count), count, now_ms())
+
+    def peer(self, local: Kp, peer: Kp) -> PeerRow | None:
+        with self.engine.connect() as connection:
+            rows = fetch_peer_rows(connection, local.id)
+        return next((row for row in rows if row.peer_id == peer.id), None)
+
+    def count(self, local: Kp, peer: Kp, counter: str) -> int:
+        row = self.peer(local, peer)
+        return int(getattr(row, counter)) if row else 0
+
+    def online(self, local: Kp, peer: Kp) -> bool:
+        row = self.peer(local, peer)
+        return row is not None and peer_status(row.last_heartbeat_ms, row.heartbeat_interval_ms, now_ms()) == "online"
+
+    def outbox(self, local: Kp) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.execute(select(OUTBOX).where(OUTBOX.c.local_id == local.id)))
+
+    def inbox_size(self, local: Kp) -> int:
+        with self.engine.connect() as connection:
+            statement = select(func.count()).select_from(INBOX).where(INBOX.c.local_id == local.id)
+            return int(connection.execute(statement).scalar_one())
+
+    def sign_of_life(self, kp: Kp) -> str | None:
+        with self.engine.connect() as connection:
+            statement = select(PROCESSES.c.detail).where(PROCESSES.c.local_id == kp.id)
+            return connection.execute(statement).scalars().first()
+
+    # --- waiting
+
+    def wait_online(self, *kps: Kp) -> None:
+        """Until each has heard every other."""
+        for local in kps:
+            for peer in kps:
+                if local is not peer:
+                    wait_for(lambda here=local, there=peer: self.online(here, there), timeout_seconds=TIMEOUT_SECONDS)  # type: ignore[misc]
+
+    def wait_count(self, local: Kp, peer: Kp, counter: str, count: int) -> None:
+        wait_for(lambda: self.count(local, peer, counter) >= count, timeout_seconds=TIMEOUT_SECONDS)
+        assert self.count(local, peer, counter) == count
+
+    def wait_outbox_empty(self, local: Kp) -> None:
+        wait_for(lambda: not self.outbox(local), timeout_seconds=TIMEOUT_SECONDS)
+
+
+def events(kind: EnvelopeType, count: int) -> bytes:
+    """The payload of an outbox row with that many events."""
+    middle = [256, now_ms()] if kind is EnvelopeType.KEY_ISSUED else [now_ms()]
+    return wire.pack([[secrets.token_bytes(16), *middle, f"c-{number}"] for number in range(count)])
+
+
+def signed(
+    sender: Kp,
+    target: Kp,
+    kind: EnvelopeType,
+    payload: bytes,
+    *,
+    identity: Identity | None = None,
+    number: int | None = None,
+    age_ms: int = 0,
+) -> bytes:
+    """An envelope as ``sender`` would sign it, or as whoever has ``identity`` would."""
+    header = Header(kind, sender.id, target.id, fresh_number() if number is None else number, now_ms() - age_ms)
+    return sign_envelope(header, payload, identity or sender.identity)
+
+
+def fresh_number() -> int:
+    return now_ms() * 1000 + secrets.randbelow(1000)
+
+
+@contextmanager
+def bus_of(url: str) -> Iterator[TestBus]:
+    """The broker as a client of the test's own sees it."""
+    runner = asyncio.Runner()
+    bus = TestBus(runner, url)
+    try:
+        yield bus
+    finally:
+        bus.close()
+        runner.close()
+
+
+class TestBus:
+    """Blocking calls, each over a connection of its own loop."""
+
+    __test__ = False
+
+    def __init__(self, runner: asyncio.Runner, url: str) -> None:
+        self._runner = runner
+        self._connection = runner.run(aio_pika.connect(url))
+        self._channel = runner.run(self._open_channel())
+
+    async def _open_channel(self) -> AbstractChannel:
+        return await self._connection.channel()
+
+    def close(self) -> None:
+        self._runner.run(self._connection.close())
+
+    def publish(self, target: Kp, *bodies: bytes, live: bool = False) -> None:
+        """Puts envelopes into a KP's queue, in this order."""
+        self._runner.run(self._publish(target, bodies, live))
+
+    async def _publish(self, target: Kp, bodies: tuple[bytes, ...], live: bool) -> None:
+        exchange = await self._channel.get_exchange(ENVELOPES, ensure=False)
+        key = live_routing_key(target.id) if live else routing_key(target.id)
+        for body in bodies:
+            await exchange.publish(aio_pika.Message(body), key)
+
+    def listen(self, kp: Kp) -> None:
+        """Makes the queue in which a KP without a process hears what is not kept."""
+        self._runner.run(self._listen(kp))
+
+    async def _listen(self, kp: Kp) -> None:
+        queue = await self._channel.declare_queue(live_queue_name(kp.id), durable=True)
+        await queue.bind(ENVELOPES, live_routing_key(kp.id))
+
+    def heard(self, kp: Kp) -> bytes | None:
+        """Takes one message out of that queue."""
+        return self._runner.run(self._take(live_queue_name(kp.id)))
+
+    def dead(self, kp: Kp) -> bytes | None:
+        """Takes one message out of a KP's dead-letter queue."""
+        return self._runner.run(self._take(dead_queue_name(kp.id)))
+
+    def wait_dead(self, kp: Kp, timeout_seconds: float = 10.0) -> bytes:
+        """The next message in a KP's dead-letter queue, waited for."""
+        deadline = time.monotonic() + timeout_seconds
+        while (body := self.dead(kp)) is None:
+            assert time.monotonic() < deadline, f"nothing was dead-lettered in {timeout_seconds} s"
+            time.sleep(0.05)
+        return body
+
+    async def _take(self, name: str) -> bytes | None:
+        queue = await self._channel.get_queue(name, ensure=False)
+        message = await queue.get(no_ack=True, fail=False)
+        return message.body if message else None
+
+    def depth(self, kp: Kp) -> int:
+        """How many messages wait in the KP's quorum queue."""
+        queue = self._runner.run(self._channel.declare_queue(queue_name(kp.id), passive=True))
+        return queue.declaration_result.message_count or 0

@@ -1,0 +1,161 @@
+"""Facts about zeroizing: only what has expired goes, sources are told, and what nobody tends is swept up late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sandbox.servers import Database
+from services.janitor import expiry
+from services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, Zeroizer
+from shared import wire
+from shared.database import connect, driver_errors
+from shared.errors import StoreUnavailable
+from shared.store.expiry import fetch_expired_keys
+from tests.integration.key_providers import Store
+
+NOW_MS = 1_800_000_000_000
+
+
+@pytest.fixture
+def store(database: Database, tmp_path: Path) -> Iterator[Store]:
+    made = Store(database, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def zeroizer(store: Store) -> Zeroizer:
+    return zeroizer_of(store, "KP_Bob")
+
+
+def zeroizer_of(store: Store, local_id: str) -> Zeroizer:
+    return Zeroizer(store.engine, local_id, lambda: True)
+
+
+def fill(
+    store: Store, expiries_ms: list[int], target: str = "KP_Bob", source: str = "KP_Alice", first: int = 0
+) -> list[bytes]:
+    """Records that expire at these times; the store looks at nothing else of them."""
+    key_ids = [(first + n).to_bytes(16, "big") for n in range(len(expiries_ms))]
+    with store.connect() as connection, connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, "
+            "sealed, correlation_id) VALUES (%s, %s, %s, %s, 256, 'w', 'n', 's', %s)",
+            [(target, at, i, source, f"c-{n}") for n, (at, i) in enumerate(zip(expiries_ms, key_ids, strict=True))],
+        )
+        connection.commit()
+    return key_ids
+
+
+def key_ids_left(store: Store) -> list[bytes]:
+    return [row[0] for row in store.rows("SELECT key_id FROM key_records ORDER BY key_id")]
+
+
+def told(store: Store) -> list[tuple[str, str, list[list[object]]]]:
+    """(by whom, to whom, of which keys) in the outbox."""
+    rows = store.rows("SELECT local_id, peer_id, type, payload, items, created_ms FROM outbox ORDER BY id")
+    for row in rows:
+        assert row[2] == "key.expired"
+        assert len(wire.unpack(row[3])) == row[4]
+    return [(row[0], row[1], wire.unpack(row[3])) for row in rows]
+
+
+def test_only_the_expired_are_zeroized(store: Store, zeroizer: Zeroizer) -> None:
+    key_ids = fill(store, [NOW_MS - 3_600_000, NOW_MS - 1, NOW_MS, NOW_MS + 1, NOW_MS + 3_600_000])
+    assert zeroizer.zeroize_own(NOW_MS) == 3
+    assert key_ids_left(store) == key_ids[3:]
+
+
+def test_nothing_expired_is_nothing_done(store: Store, zeroizer: Zeroizer) -> None:
+    fill(store, [NOW_MS + 1])
+    assert zeroizer.zeroize_own(NOW_MS) == 0
+    assert told(store) == []
+
+
+def test_every_source_is_told_of_its_own_keys_with_their_correlation_ids(store: Store, zeroizer: Zeroizer) -> None:
+    alices = fill(store, [NOW_MS - 2, NOW_MS - 1], source="KP_Alice")
+    (carols,) = fill(store, [NOW_MS - 5], source="KP_Carol", first=100)
+    zeroizer.zeroize_own(NOW_MS)
+    assert sorted(told(store)) == [
+        ("KP_Bob", "KP_Alice", [[alices[0], NOW_MS - 2, "c-0"], [alices[1], NOW_MS - 1, "c-1"]]),
+        ("KP_Bob", "KP_Carol", [[carols, NOW_MS - 5, "c-0"]]),
+    ]
+
+
+def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
+    store: Store, zeroizer: Zeroizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expiry, "REST_RATIO", 0.0)
+    # Many expire in the same millisecond, and batches end in the middle of one.
+    expiries = [NOW_MS - 1 - n // 700 for n in range(2 * BATCH + 300)]
+    key_ids = fill(store, expiries)
+    kept = fill(store, [NOW_MS + 1] * 5, first=10**6)
+    assert zeroizer.zeroize_own(NOW_MS) == len(key_ids)
+    assert key_ids_left(store) == kept
+    reports = [item for _, _, items in told(store) for item in items]
+    assert len(told(store)) == 3
+    assert sorted(item[0] for item in reports) == key_ids  # type: ignore[type-var]
+
+
+def test_keys_of_other_targets_are_left_to_their_own_janitors(store: Store, zeroizer: Zeroizer) -> None:
+    fill(store, [NOW_MS - 1])
+    others = fill(store, [NOW_MS - 1] * 3, target="KP_Carol", first=100)
+    others += fill(store, [NOW_MS - 1] * 3, target="KP_Bobby", first=200)
+    others += fill(store, [NOW_MS - 1] * 3, target="KP_bob", first=300)
+    assert zeroizer.zeroize_own(NOW_MS) == 1
+    assert key_ids_left(store) == others
+
+
+def test_keys_that_nobody_tends_are_swept_up_after_a_minute_without_a_word(store: Store, zeroizer: Zeroizer) -> None:
+    own = fill(store, [NOW_MS - ABANDONED_AFTER_MS - 5])
+    fresh, stale = fill(store, [NOW_MS - ABANDONED_AFTER_MS + 1, NOW_MS - ABANDONED_AFTER_MS], "KP_Gone", first=100)
+    (stale_too,) = fill(store, [NOW_MS - 10**9], "KP_Long_Gone", first=200)
+    assert zeroizer.zeroize_abandoned(NOW_MS) == 2
+    left = key_ids_left(store)
+    assert stale not in left
+    assert stale_too not in left
+    assert left == [*own, fresh]
+    assert told(store) == []
+
+
+def test_two_janitors_at_once_zeroize_every_key_once(store: Store, zeroizer: Zeroizer) -> None:
+    key_ids = fill(store, [NOW_MS - 1] * 50)
+    # The first holds its batch locked; the second must wait, and then find nothing.
+    with store.engine.begin() as connection:
+        assert len(fetch_expired_keys(connection, "KP_Bob", NOW_MS, BATCH)) == 50
+        with closing(connect(store.settings.mysql)) as other, other.cursor() as cursor:
+            cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
+            with pytest.raises(StoreUnavailable), driver_errors():
+                cursor.execute("SELECT key_id FROM key_records WHERE target_id = 'KP_Bob' FOR UPDATE")
+    assert zeroizer.zeroize_own(NOW_MS) == 50
+    assert zeroizer_of(store, "KP_Bob").zeroize_own(NOW_MS) == 0
+    assert len([item for _, _, items in told(store) for item in items]) == len(key_ids)
+
+
+def test_a_stop_ends_the_work_after_the_batch_in_hand(store: Store) -> None:
+    fill(store, [NOW_MS - 1] * (BATCH + 10))
+    go_on = iter([True, False])
+    assert Zeroizer(store.engine, "KP_Bob", lambda: next(go_on)).zeroize_own(NOW_MS) == BATCH
+    assert store.count("key_records") == 10
+
+
+def test_a_key_is_told_of_only_when_it_is_gone(store: Store, zeroizer: Zeroizer) -> None:
+    fill(store, [NOW_MS - 1])
+    store.rows("RENAME TABLE outbox TO elsewhere")
+    with pytest.raises(Exception, match="store refused"):
+        zeroizer.zeroize_own(NOW_MS)
+    assert store.count("key_records") == 1
+    store.rows("RENAME TABLE elsewhere TO outbox")
+    assert zeroizer.zeroize_own(NOW_MS) == 1
+    assert len(told(store)) == 1
+
+
+def test_an_unreachable_store_is_a_backend_error(store: Store) -> None:
+    settings = replace(store.settings.mysql, port=1)
+    with pytest.raises(StoreUnavailable):
+        connect(settings)

@@ -1,0 +1,218 @@
+"""Facts about cost: on a filled store no statement of ``shared.store`` reads a table, or an index, from end to end.
+
+Every public function of the store is called here, and a new one fails the test until it is; what each sends is
+caught on its way to the driver and explained by the server.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pymysql.connections import Connection as RawConnection
+from pymysql.cursors import Cursor
+from sqlalchemy import Connection, event
+
+from sandbox.servers import Database, MariaDbServer
+from shared.announcements import Announcement
+from shared.database import connect
+from shared.sealing import KeyRecord, SealedWrappingKey
+from shared.store import expiry, keys, messages, peers, processes
+from tests.integration.key_providers import Store
+
+Parameters = dict[str, object] | tuple[object, ...] | None
+NOW_MS = 1_800_000_000_000
+KP = "KP_17"
+PEER = "KP_18"
+KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
+MODULES = (expiry, keys, messages, peers, processes)
+
+# What is asked for is the whole table: one row a KP, its long body left where it is.
+WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests"}
+
+RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
+WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_MS, b"s", b"s")
+EVENT = keys.OutboxEvent(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
+EXPIRED = [expiry.ExpiredKey(KEY_IDS[0], KP, NOW_MS - 1, "c")]
+
+SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
+    "fetch_expired_keys": lambda c: expiry.fetch_expired_keys(c, KP, NOW_MS, 100),
+    "delete_expired_keys": lambda c: expiry.delete_expired_keys(c, KP, EXPIRED),
+    "fetch_targets": expiry.fetch_targets,
+    "delete_expired_wrapping_keys": lambda c: expiry.delete_expired_wrapping_keys(c, NOW_MS, 100),
+    "insert_outbox": lambda c: messages.insert_outbox(c, KP, PEER, "key.issued", b"\x90", 0, NOW_MS),
+    "claim_unnumbered": lambda c: messages.claim_unnumbered(c, KP, 500),
+    "fetch_last_number": lambda c: messages.fetch_last_number(c, KP, PEER),
+    "update_numbers": lambda c: messages.update_numbers(c, [5, 6], 77),
+    "fetch_envelopes": lambda c: messages.fetch_envelopes(c, KP),
+    "fetch_payloads": lambda c: messages.fetch_payloads(c, KP, PEER, 7),
+    "update_sent": lambda c: messages.update_sent(c, KP, PEER, [7, 8], NOW_MS),
+    "delete_acknowledged": lambda c: messages.delete_acknowledged(c, KP, PEER, [7, 8]),
+    "delete_expired_outbox": lambda c: messages.delete_expired_outbox(c, KP, NOW_MS, 100),
+    "insert_inbox": lambda c: messages.insert_inbox(c, KP, PEER, 10**9, NOW_MS),
+    "delete_expired_inbox": lambda c: messages.delete_expired_inbox(c, KP, NOW_MS, 100),
+    "add_to_counters": lambda c: messages.add_to_counters(c, KP, PEER, {"issued": 1}),
+    "fetch_heartbeat_numbers": lambda c: messages.fetch_heartbeat_numbers(c, KP, [PEER]),
+    "upsert_heartbeat": lambda c: messages.upsert_heartbeat(c, KP, PEER, 1, 5000, NOW_MS),
+    "fetch_peer_rows": lambda c: messages.fetch_peer_rows(c, KP),
+    "upsert_announcement": lambda c: peers.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
+    "fetch_announcement_digests": peers.fetch_announcement_digests,
+    "fetch_announcement": lambda c: peers.fetch_announcement(c, KP),
+    "fetch_announcement_issued_ms": lambda c: peers.fetch_announcement_issued_ms(c, KP),
+    "delete_announcement": lambda c: peers.delete_announcement(c, KP),
+    "fetch_pin": lambda c: peers.fetch_pin(c, KP, PEER),
+    "fetch_pins": lambda c: peers.fetch_pins(c, KP),
+    "insert_pin": lambda c: peers.insert_pin(c, KP, PEER, b"k", NOW_MS),
+    "update_presented_key": lambda c: peers.update_presented_key(c, KP, PEER, b"k", NOW_MS),
+    "update_pin": lambda c: peers.update_pin(c, KP, PEER, b"k", NOW_MS),
+    "upsert_process": lambda c: processes.upsert_process(c, KP, "api", "host:1", NOW_MS, "ok"),
+    "fetch_processes": lambda c: processes.fetch_processes(c, KP),
+    "delete_expired_processes": lambda c: processes.delete_expired_processes(c, KP, NOW_MS),
+}
+RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
+    "commit_issued": lambda c: keys.commit_issued(c, [RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16),
+    "fetch_for_claim": lambda c: keys.fetch_for_claim(c, KEY_IDS),
+    "fetch_wrapping_keys": lambda c: keys.fetch_wrapping_keys(c, [b"w" * 16, b"v" * 16]),
+    "commit_claimed": lambda c: keys.commit_claimed(c, KEY_IDS, [EVENT], b"u" * 16),
+    "fetch_commit_token": lambda c: keys.fetch_commit_token(c, b"t" * 16),
+    "end_without_change": keys.end_without_change,
+}
+
+
+@pytest.fixture(scope="module")
+def store(mariadb: MariaDbServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store of thirty KPs, filled once for all tests of this module."""
+    database = mariadb.create_database("indexes_filled", user="indexes_filled")
+    made = Store(database, tmp_path_factory.mktemp("store"))
+    fill(made)
+    yield made
+    made.close()
+    mariadb.drop_database(database)
+
+
+def fill(store: Store) -> None:
+    kp, peer = "CONCAT('KP_', seq % 30)", "CONCAT('KP_', (seq DIV 30) % 30)"
+    # MySQL has none of the sequence tables of MariaDB.
+    store.rows("CREATE TABLE numbers (seq INT PRIMARY KEY)")
+    store.rows("INSERT INTO numbers VALUES " + ",".join(f"({n})" for n in range(1, 6301)))
+    id_of_seq = "UNHEX(LPAD(HEX(seq), 32, '0'))"
+    contents = {
+        "key_records": f"{kp}, {NOW_MS} - 3000 + seq, {id_of_seq}, {peer}, 256, {id_of_seq}, 'n', 's', 'c'",
+        "wrapping_keys": f"{id_of_seq}, {kp}, {peer}, 'e', 's', 's', {NOW_MS} - 100 + seq",
+        "outbox": f"seq, {kp}, {peer}, 'key.issued', 'p', 1, {id_of_seq}, {NOW_MS} - 100 + seq, "
+        "IF(seq % 5 = 0, NULL, seq DIV 3), NULL, 0",
+        "inbox": f"{kp}, {peer}, seq, {NOW_MS} - 100 + seq",
+        "peers (local_id, peer_id)": f"DISTINCT {kp}, {peer}",
+        "pinned_identities": f"DISTINCT {kp}, {peer}, 'k', 1, NULL, NULL",
+        "announcements": f"DISTINCT {kp}, 'd', 'b', 1",
+        "processes": f"{kp}, 'api', CONCAT('host:', seq), {NOW_MS}, ''",
+    }
+    for table, columns in contents.items():
+        store.rows(f"INSERT INTO {table} SELECT {columns} FROM numbers")
+    for (table,) in store.rows("SHOW TABLES"):
+        store.rows(f"ANALYZE TABLE {table}")
+
+
+def public_functions(module: ModuleType) -> set[str]:
+    return {
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def explain(store: Store, statement: str, parameters: Parameters) -> list[tuple[str, str, str]]:
+    """(table, type, key) of each step, by the server's own plan. An INSERT of values reads nothing."""
+    with store.connect() as connection, connection.cursor() as cursor:
+        cursor.execute(f"EXPLAIN {statement}", parameters)
+        assert cursor.description is not None
+        names = [column[0] for column in cursor.description]
+        rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    return [(str(row["table"]), str(row["type"]), str(row["key"])) for row in rows]
+
+
+def assert_indexed(store: Store, statements: list[tuple[str, Parameters]]) -> None:
+    for statement, parameters in statements:
+        if statement.upper().startswith(("INSERT", "COMMIT", "ROLLBACK")):
+            continue
+        for table, access, key in explain(store, statement, parameters):
+            # No step has a table where the plan shows an impossible condition, or the best row at once.
+            if table != "None":
+                assert access not in ("ALL", "index"), f"{statement}\nreads all of {table} (key {key})"
+                assert key != "None", statement
+
+
+def test_every_function_of_the_store_is_explained_here() -> None:
+    assert set(SQLALCHEMY_CALLS) | set(RAW_CALLS) == set().union(*map(public_functions, MODULES))
+
+
+@pytest.mark.parametrize("name", sorted(set(SQLALCHEMY_CALLS) - WHOLE_TABLE_IS_THE_QUESTION))
+def test_statement_uses_an_index(store: Store, name: str) -> None:
+    statements: list[tuple[str, Parameters]] = []
+
+    def note(_c: object, _cursor: object, statement: str, parameters: Parameters, *_: object) -> None:
+        statements.append((statement, parameters))
+
+    with store.engine.connect() as connection:
+        event.listen(connection, "before_cursor_execute", note)
+        SQLALCHEMY_CALLS[name](connection)
+        connection.rollback()
+    assert statements
+    assert_indexed(store, statements)
+
+
+class NotingCursor(Cursor):
+    """The driver's cursor, which notes what it is given."""
+
+    noted: list[str]
+
+    def execute(self, query: str, args: object = None) -> int:
+        self.noted += query.split(";")
+        return super().execute(query, args)
+
+
+@pytest.mark.parametrize("name", sorted(RAW_CALLS))
+def test_statement_of_the_hot_path_uses_an_index(store: Store, name: str) -> None:
+    with closing(connect(store.settings.mysql, several_statements=True)) as connection:
+        NotingCursor.noted = []
+        connection.cursorclass = NotingCursor
+        RAW_CALLS[name](connection)
+    assert NotingCursor.noted or name == "end_without_change"
+    assert_indexed(store, [(statement, None) for statement in NotingCursor.noted])
+
+
+def test_a_claim_on_a_small_store_does_not_scan_it_either(database: Database, tmp_path: Path) -> None:
+    # With a handful of rows the optimizer would read them all, and lock those of other callers with them.
+    small = Store(database, tmp_path)
+    records = [replace(RECORD, key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(8)]
+    wanted = [record.key_id for record in records[:5]]
+    with small.connect() as connection:
+        keys.commit_issued(connection, records, [], [EVENT], b"t" * 16)
+        small.rows("ANALYZE TABLE key_records")
+        NotingCursor.noted = []
+        connection.cursorclass = NotingCursor
+        assert len(keys.fetch_for_claim(connection, wanted)) == 5
+        keys.end_without_change(connection)
+        assert_indexed(small, [(statement, None) for statement in NotingCursor.noted])
+        deletion = deletion_of(connection, wanted)
+    assert_indexed(small, [(deletion, None)])
+    small.close()
+
+
+def deletion_of(connection: RawConnection[Any], wanted: list[bytes]) -> str:
+    """The statement that would delete these keys. They stay: what is deleted cannot show how it is found."""
+    NotingCursor.noted = []
+    keys.commit_claimed(connection, [b"of nobody at all"], [EVENT], b"u" * 16)
+    (template,) = [statement for statement in NotingCursor.noted if statement.startswith("DELETE")]
+    return template.replace(f"0x{b'of nobody at all'.hex()}", ",".join(f"0x{key_id.hex()}" for key_id in wanted))
+
+
+def test_the_guard_itself_sees_a_statement_without_an_index(store: Store) -> None:
+    with pytest.raises(AssertionError, match="reads all of key_records"):
+        assert_indexed(store, [("SELECT * FROM key_records WHERE correlation_id = 'c'", None)])

@@ -1,0 +1,134 @@
+"""Facts about the syncer's rules: what goes into one envelope, its number, and when it is sent again."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.syncer.numbers import Numbers
+from services.syncer.outbox import MAX_PAYLOAD_BYTES, gather
+from services.syncer.payloads import Events, pack_events, read_payload
+from services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
+from shared import wire
+from shared.bus_names import encode_id, live_routing_key, queue_name, routing_key
+from shared.envelopes import MAX_AGE_MS, EnvelopeType
+from shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, OutboxEntry
+
+NOW_MS = 1_800_000_000_000
+printable_ids = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)
+
+
+def entry(row_id: int, peer: str = "KP_Bob", kind: str = "key.issued", payload_bytes: int = 100) -> OutboxEntry:
+    return OutboxEntry(row_id, peer, kind, 1, payload_bytes)
+
+
+def ids(groups: list[list[OutboxEntry]]) -> list[list[int]]:
+    return [[row.id for row in group] for group in groups]
+
+
+# --- gathering
+
+
+def test_rows_of_one_peer_and_one_type_share_an_envelope() -> None:
+    rows = [entry(1), entry(2, kind="key.expired"), entry(3, peer="KP_Carol"), entry(4)]
+    assert ids(gather(rows)) == [[1, 4], [2], [3]]
+
+
+def test_an_envelope_is_full_at_256_kib_and_no_later_row_goes_ahead_of_its_turn() -> None:
+    half = MAX_PAYLOAD_BYTES // 2
+    rows = [entry(1, payload_bytes=half), entry(2, payload_bytes=half), entry(3, payload_bytes=half), entry(4)]
+    assert ids(gather(rows)) == [[1, 2]]
+
+
+def test_a_row_that_is_too_large_for_any_envelope_goes_alone() -> None:
+    rows = [entry(1, payload_bytes=MAX_PAYLOAD_BYTES + 1), entry(2)]
+    assert ids(gather(rows)) == [[1]]
+
+
+def test_the_events_of_several_rows_are_one_list_in_their_order() -> None:
+    first = wire.pack([[b"a", 1, "c-1"], [b"b", 2, "c-2"]])
+    second = wire.pack([[b"c", 3, "c-3"]])
+    assert wire.unpack(pack_events([first, second])) == [[b"a", 1, "c-1"], [b"b", 2, "c-2"], [b"c", 3, "c-3"]]
+
+
+def test_no_more_than_twenty_correlation_ids_go_into_a_log_line() -> None:
+    payload = wire.pack([[bytes([i]), 1, f"c-{i}"] for i in range(30)])
+    assert read_payload(EnvelopeType.KEY_EXPIRED, payload) == Events(30, tuple(f"c-{i}" for i in range(20)))
+
+
+# --- numbers
+
+
+def test_numbers_grow_even_where_the_clock_does_not() -> None:
+    numbers = Numbers()
+    given_out = [numbers.next() for _ in range(10_000)]
+    assert given_out == sorted(set(given_out))
+
+
+def test_a_number_is_greater_than_those_still_in_the_outbox_after_the_clock_was_set_back() -> None:
+    ahead = time.time_ns() // 1000 + 3_600_000_000
+    assert Numbers().next(ahead) == ahead + 1
+
+
+def test_numbers_are_unique_between_threads() -> None:
+    numbers, taken = Numbers(), list[int]()
+    threads = [threading.Thread(target=lambda: taken.extend(numbers.next() for _ in range(2_000))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(taken)) == 8_000
+
+
+# --- sending again
+
+
+def test_waiting_for_an_acknowledgement_grows_from_ten_seconds_to_five_minutes() -> None:
+    assert [retry_after_ms(attempts) // 1000 for attempts in range(1, 8)] == [10, 20, 40, 80, 160, 300, 300]
+    assert retry_after_ms(10**9) == LAST_RETRY_MS
+
+
+def test_what_was_never_sent_is_due_whoever_is_offline() -> None:
+    assert is_due(0, None, "offline", NOW_MS)
+
+
+@pytest.mark.parametrize(("age_ms", "due"), [(9_999, False), (10_000, True)])
+def test_what_a_listening_peer_did_not_acknowledge_is_due_after_ten_seconds(age_ms: int, due: bool) -> None:
+    assert is_due(1, NOW_MS - age_ms, "online", NOW_MS) is due
+
+
+def test_nothing_is_heaped_up_in_the_queue_of_a_peer_that_is_offline() -> None:
+    assert not is_due(1, NOW_MS - LAST_RETRY_MS, "offline", NOW_MS)
+    assert is_due(1, NOW_MS - MAX_AGE_MS, "offline", NOW_MS)
+
+
+def test_what_found_no_queue_is_due_as_soon_as_its_peer_is_heard() -> None:
+    assert not is_due(1, NOW_MS - 2_000, "offline", NOW_MS, unrouted=True)
+    assert is_due(1, NOW_MS - 2_000, "online", NOW_MS, unrouted=True)
+
+
+def test_the_inbox_remembers_an_envelope_for_longer_than_it_can_be_sent_again() -> None:
+    assert INBOX_LIFETIME_MS > OUTBOX_LIFETIME_MS + MAX_AGE_MS
+
+
+# --- names on the bus
+
+
+@given(printable_ids, printable_ids)
+def test_different_ids_have_different_names(one: str, other: str) -> None:
+    assert (encode_id(one) == encode_id(other)) == (one == other)
+
+
+@given(printable_ids)
+def test_an_id_cannot_reach_out_of_its_word_in_a_routing_key(system_id: str) -> None:
+    assert not set(encode_id(system_id)) & set(".*#/ ")
+    assert len(queue_name(system_id)) < 255
+
+
+def test_names_are_as_they_are_written_down() -> None:
+    assert queue_name("KP Bob.1") == "skipbus.kp.KP:20Bob:2E1"
+    assert (routing_key("KP_Bob"), live_routing_key("KP_Bob")) == ("kp.KP_Bob", "live.KP_Bob")
