@@ -80,6 +80,7 @@ def _measure(item: int, stage: Stage, plan: Plan) -> Finding:
         try:
             finding = measure(stage, plan)
         except SandboxError as error:
+            tell(f"  failed: {error}{stage.reasons()}")
             finding = Finding([], [f"item {item} failed: {error}"], failed=True)
     tell(f"  took {time.monotonic() - started:.0f} s")
     if meter.others() < _QUIET_CORES:

@@ -6,8 +6,10 @@ of both key providers run. Each item leaves the stage as it found it: no keys, n
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from http.client import HTTPConnection
 from pathlib import Path
@@ -28,6 +30,7 @@ BUFFER_POOL_MIB = 1024
 _REDO_LOG_MIB = 1024
 _READY_SECONDS = 60.0
 _WAIT_SECONDS = 120.0
+_LOG_TAIL_OCTETS = 2**25
 # Deleted rows that the server has not cleared away yet; below this they cost nothing that is seen.
 _SETTLED_HISTORY = 5000
 
@@ -117,6 +120,15 @@ class Stage:
         self.settle()
         with self.mysql.admin_connection() as connection, connection.cursor() as cursor:
             cursor.execute(f"TRUNCATE TABLE `{self.mysql.database}`.key_records")
+
+    def reasons(self) -> str:
+        """What KP_Alice's api said most often of late of requests that it refused: why a run did not count."""
+        log = self.alice.log_of("api")
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_TAIL_OCTETS))
+            lines = [line for line in file if b'"reason"' in line and line.endswith(b"}\n")]
+        said = Counter((entry["status"], entry["reason"]) for entry in map(json.loads, lines[1:]) if "status" in entry)
+        return "".join(f"\n  {count} x {status} {reason}" for (status, reason), count in said.most_common(8))
 
     def _key_provider(self, system_id: str, remote_id: str) -> KeyProvider:
         return KeyProvider(

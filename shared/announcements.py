@@ -64,7 +64,7 @@ def read_announcement(data: bytes) -> Announcement:
     if len(data) > MAX_ANNOUNCEMENT_BYTES:
         raise SealBroken(f"an announcement has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")
     try:
-        body, signature = wire.unpack(data)
+        body, signature = (_typed(part, bytes) for part in wire.unpack(data, max_items=2))
         fields = wire.unpack(body)
         if fields["version"] != VERSION:
             raise SealBroken(f"an announcement has version {fields['version']!r}; this release reads {VERSION}")
@@ -82,7 +82,7 @@ def _from_fields(fields: dict[str, object]) -> Announcement:
     return Announcement(
         validate_system_id(_typed(fields["system_id"], str)),
         _typed(fields["public_key"], bytes),
-        _typed(fields["issued_ms"], int),
+        _time_ms(fields["issued_ms"]),
         _typed(fields["algorithm"], str),
         tuple(_epoch(entry) for entry in epochs),
     )
@@ -90,13 +90,19 @@ def _from_fields(fields: dict[str, object]) -> Announcement:
 
 def _epoch(entry: list[object]) -> PublicEpoch:
     epoch_id, starts_ms, ends_ms, destroy_ms, public_key = entry
-    span = EpochSpan(_typed(starts_ms, int), _typed(ends_ms, int), _typed(destroy_ms, int))
+    span = EpochSpan(_time_ms(starts_ms), _time_ms(ends_ms), _time_ms(destroy_ms))
     epoch = PublicEpoch(_typed(epoch_id, bytes), span, _typed(public_key, bytes))
     if len(epoch.epoch_id) != EPOCH_ID_BYTES or len(epoch.public_key) != PUBLIC_KEY_BYTES:
         raise ValueError("epoch")
     if not 0 < span.starts_ms < span.ends_ms <= span.destroy_ms:
         raise ValueError("span")
     return epoch
+
+
+def _time_ms(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("time")
+    return value
 
 
 def _typed(value: object, kind: type[T]) -> T:

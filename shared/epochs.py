@@ -48,17 +48,34 @@ def retention_ms(key_ttl_seconds: int) -> int:
 
 
 def missing_spans(have: Iterable[EpochSpan], now_ms: int, epoch_seconds: int, key_ttl_seconds: int) -> list[EpochSpan]:
-    """The spans still to be made so that now and one key lifetime ahead are covered without a gap."""
+    """The spans still to be made so that now and one key lifetime ahead are covered without a gap.
+
+    Gaps are filled wherever they are: a file may have been lost, or the clock set back.
+    """
     step_ms = epoch_seconds * 1000
-    ahead_ms = min(key_ttl_seconds * 1000 + step_ms, MAX_EPOCHS_AHEAD * step_ms)
-    covered_until = max((span.ends_ms for span in have), default=0)
-    start = max(covered_until, now_ms - now_ms % step_ms)
-    spans: list[EpochSpan] = []
-    while start <= now_ms + ahead_ms and len(spans) < MAX_EPOCHS_AHEAD:
-        end = start + step_ms - start % step_ms
-        spans.append(EpochSpan(start, end, end + retention_ms(key_ttl_seconds)))
-        start = end
-    return spans
+    until_ms = now_ms + min(key_ttl_seconds * 1000 + step_ms, MAX_EPOCHS_AHEAD * step_ms)
+    present = sorted(have, key=lambda span: span.starts_ms)
+    missing: list[EpochSpan] = []
+    at_ms = now_ms - now_ms % step_ms
+    while at_ms <= until_ms:
+        covered_until = max((s.ends_ms for s in present if s.starts_ms <= at_ms < s.ends_ms), default=None)
+        if covered_until is None:
+            covered_until = _end_of_gap(present, at_ms, step_ms)
+            missing.append(EpochSpan(at_ms, covered_until, covered_until + retention_ms(key_ttl_seconds)))
+        at_ms = covered_until
+    return missing
+
+
+def _end_of_gap(present: list[EpochSpan], at_ms: int, step_ms: int) -> int:
+    """Where a span made at ``at_ms`` ends: on the grid of epochs, or where the next one that is there begins."""
+    boundary = at_ms + step_ms - at_ms % step_ms
+    return min((s.starts_ms for s in present if at_ms < s.starts_ms < boundary), default=boundary)
+
+
+def longest_life_ms(epoch_seconds: int, key_ttl_seconds: int) -> int:
+    """No private half is needed for longer after its making: made ahead, used, and kept for the last key."""
+    ahead_ms = (key_ttl_seconds + epoch_seconds) * 1000
+    return ahead_ms + epoch_seconds * 1000 + retention_ms(key_ttl_seconds)
 
 
 def current_epoch(epochs: Iterable[PublicEpoch], now_ms: int) -> PublicEpoch | None:

@@ -59,7 +59,7 @@ def verify(public_key: bytes, signature: bytes, data: bytes, context: bytes) -> 
     """Returns when the signature is ``public_key``'s over ``data``; raises SealBroken otherwise."""
     try:
         MLDSA87PublicKey.from_public_bytes(public_key).verify(signature, data, context)
-    except (InvalidSignature, ValueError) as error:
+    except (InvalidSignature, ValueError, TypeError) as error:
         raise SealBroken("the signature does not verify") from error
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from shared.identity import Identity, fingerprint
 from shared.pins import PinBook
 
 VERSION = 1
+_EPOCH_NAME = re.compile(f"[0-9a-f]{{{2 * EPOCH_ID_BYTES}}}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,14 @@ class Keyring:
     def epoch_ids(self) -> list[bytes]:
         """The ids of all epochs whose private half is still here, in no order."""
         names = (path.stem for path in self._epochs.glob("*.json"))
-        return [bytes.fromhex(name) for name in names if len(name) == 2 * EPOCH_ID_BYTES]
+        return [bytes.fromhex(name) for name in names if _EPOCH_NAME.fullmatch(name)]
+
+    def epoch_written_ms(self, epoch_id: bytes) -> int:
+        """When (UTC ms) an epoch's file was written, for one that cannot be read. Raises KeyringError."""
+        try:
+            return int(self._file(epoch_id).stat().st_mtime * 1000)
+        except OSError as error:
+            raise KeyringError(f"epoch {epoch_id.hex()} is not in the keyring") from error
 
     def read_epoch(self, epoch_id: bytes) -> PrivateEpoch:
         """One live epoch. Raises KeyringError where it was destroyed, never was here, or is damaged."""

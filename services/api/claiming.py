@@ -101,8 +101,9 @@ class ClaimBatch:
     def __init__(self, opener: Opener, requests: Sequence[ClaimRequest]) -> None:
         self._opener = opener
         self._requests = requests
-        self._token = secrets.token_bytes(16)
         self._answers: list[ClaimedKey | SkipbusError] = []
+        # Each run's token and answers: an interrupted commit may land late, when the next run is on its way.
+        self._runs: list[tuple[bytes, list[ClaimedKey | SkipbusError]]] = []
         self._seen: set[bytes] = set()
 
     def run(self, connection: Connection) -> Sequence[ClaimedKey | SkipbusError]:
@@ -115,14 +116,19 @@ class ClaimBatch:
         if claimed:
             self._seen.update(record.key_id for record in claimed)
             key_ids = [record.key_id for record in claimed]
-            commit_claimed(connection, key_ids, self._events(claimed, at_ms), self._token)
+            commit_claimed(connection, key_ids, self._events(claimed, at_ms), self._new_token())
         else:
             end_without_change(connection)
         return self._answers
 
     def committed(self, connection: Connection) -> Sequence[ClaimedKey | SkipbusError] | None:
-        """The answers of the interrupted commit, if it happened: its token then stands in the outbox."""
-        return self._answers if fetch_commit_token(connection, self._token) else None
+        """The answers of an interrupted commit that happened: its token then stands in the outbox."""
+        return next((answers for token, answers in self._runs if fetch_commit_token(connection, token)), None)
+
+    def _new_token(self) -> bytes:
+        token = secrets.token_bytes(16)
+        self._runs.append((token, self._answers))
+        return token
 
     def _claim_one(
         self,

@@ -103,8 +103,9 @@ class IssueBatch:
         self._sealer = sealer
         self._ttl_ms = key_ttl_seconds * 1000
         self._requests = requests
-        self._token = secrets.token_bytes(16)
         self._answers: list[IssuedKey | SkipbusError] = []
+        # Each run's token and answers: an interrupted commit may land late, when the next run is on its way.
+        self._runs: list[tuple[bytes, list[IssuedKey | SkipbusError]]] = []
 
     def run(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError]:
         """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot."""
@@ -120,14 +121,19 @@ class IssueBatch:
         if not records:
             return self._answers
         unstored = [current.unstored for current in used.values() if current.unstored]
-        commit_issued(connection, records, unstored, self._events(records, at_ms), self._token)
+        commit_issued(connection, records, unstored, self._events(records, at_ms), self._new_token())
         for current in used.values():
             current.unstored = None
         return self._answers
 
     def committed(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError] | None:
-        """The answers of the interrupted commit, if it happened: its token then stands in the outbox."""
-        return self._answers if fetch_commit_token(connection, self._token) else None
+        """The answers of an interrupted commit that happened: its token then stands in the outbox."""
+        return next((answers for token, answers in self._runs if fetch_commit_token(connection, token)), None)
+
+    def _new_token(self) -> bytes:
+        token = secrets.token_bytes(16)
+        self._runs.append((token, self._answers))
+        return token
 
     def _seal_one(self, request: IssueRequest, at_ms: int, used: dict[str, _Current]) -> KeyRecord:
         current = used.get(request.target_id)

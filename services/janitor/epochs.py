@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from shared.announcements import Announcement, digest, sign_announcement
 from shared.config import Settings
 from shared.database import driver_errors
-from shared.epochs import PublicEpoch, missing_spans, new_epoch_id
+from shared.epochs import PublicEpoch, longest_life_ms, missing_spans, new_epoch_id
 from shared.errors import KeyringError
 from shared.hybrid import HybridPrivateKey
 from shared.keyring import Keyring, PrivateEpoch, check_pinned_identity
@@ -36,6 +36,7 @@ class EpochKeeper:
         self._engine = engine
         self._keyring = keyring
         self._epochs: dict[bytes, PublicEpoch] = {}
+        self._unreadable: set[bytes] = set()
         self._announced: frozenset[bytes] | None = None
         self._digest = b""
 
@@ -48,14 +49,16 @@ class EpochKeeper:
 
     def _read_new_files(self) -> None:
         present = set(self._keyring.epoch_ids())
+        self._unreadable &= present
         for gone in self._epochs.keys() - present:
             del self._epochs[gone]
-        for epoch_id in present - self._epochs.keys():
+        for epoch_id in present - self._epochs.keys() - self._unreadable:
             try:
                 self._epochs[epoch_id] = self._keyring.read_epoch(epoch_id).public()
             except KeyringError as error:
                 # One damaged file must not stop the making of new epochs; keys sealed to it are lost.
-                _log.error("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error))
+                self._unreadable.add(epoch_id)
+                _log.warning("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error))
 
     def _destroy_ended(self, now_ms: int) -> None:
         for epoch_id, epoch in list(self._epochs.items()):
@@ -63,6 +66,14 @@ class EpochKeeper:
                 self._keyring.destroy_epoch(epoch_id)
                 del self._epochs[epoch_id]
                 _log.info("epoch destroyed", epoch=epoch_id.hex(), ended_ms=epoch.span.ends_ms)
+
+        # What cannot be read may still be a private half: it goes when no key sealed to it can be alive.
+        longest_ms = longest_life_ms(self._settings.epoch_seconds, self._settings.key_ttl_seconds)
+        for epoch_id in list(self._unreadable):
+            if self._keyring.epoch_written_ms(epoch_id) + longest_ms <= now_ms:
+                self._keyring.destroy_epoch(epoch_id)
+                self._unreadable.discard(epoch_id)
+                _log.info("unreadable epoch destroyed", epoch=epoch_id.hex())
 
     def _make_missing(self, now_ms: int) -> None:
         spans = missing_spans(

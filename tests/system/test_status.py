@@ -144,20 +144,12 @@ def test_a_peer_goes_from_online_to_late_to_offline_and_back_and_counts_what_it_
         wait_for(lambda: changes(alice, before)[-2:] == ["peer late", "peer offline"], timeout_seconds=TOLD_SECONDS)
         # Over a shared store the keys do not need the bus.
         ledger.exchange(alice, BOB, issued=3, retrieved=0)
-        # Nobody acknowledges: the same envelope is sent again, and waits for the peer twice.
-        wait_for(lambda: was_sent_again(alice, before), timeout_seconds=2 * TOLD_SECONDS)
     finally:
         os.kill(syncer, signal.SIGCONT)
     wait_status(alice, BOB, "online")
     assert peer(alice, BOB)["last_heartbeat"] > heard[1]
     wait_for(lambda: changes(alice, before)[-1] == "peer online", timeout_seconds=TOLD_SECONDS)
     ledger.wait_until_told(alice, bob)
-
-
-def was_sent_again(kp: KeyProvider, first_line: int) -> bool:
-    """Whether an envelope with issued keys was sent a second time."""
-    lines = log_lines(kp, "syncer")[first_line:]
-    return any(line.get("type") == "key.issued" and line.get("attempt", 0) > 1 for line in lines)
 
 
 def changes(kp: KeyProvider, first_line: int) -> list[str]:
