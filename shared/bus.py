@@ -205,8 +205,7 @@ class Bus:
     async def _one_session(self) -> None:
         session = await self._connect()
         try:
-            async with asyncio.timeout(CONFIRM_SECONDS):
-                await self._set_up(session)
+            await self._set_up_in_time(session)
             self._tell_up()
             await session.lost.wait()
         finally:
@@ -214,6 +213,16 @@ class Bus:
             self._session = self._exchange = None
             self._consumers = []
             await session.close()
+
+    async def _set_up_in_time(self, session: _Session) -> None:
+        try:
+            async with asyncio.timeout(CONFIRM_SECONDS):
+                await self._set_up(session)
+        except TimeoutError as error:
+            raise ConnectionError(
+                f"the broker did not set up this key provider's queues within {CONFIRM_SECONDS:g} s: is one of them "
+                "without a leader? (rabbitmq-queues quorum_status)"
+            ) from error
 
     async def _connect(self) -> _Session:
         url = make_url(self._url.reveal(), heartbeat=_AMQP_HEARTBEAT_SECONDS, name=self._name)

@@ -73,8 +73,6 @@ class Lab:
         self.kps: dict[str, KeyProvider] = {}
         self.handed_out: list[Key] = []
         self.log_dirs: list[Path] = []
-        # Not every test that ends a server or a process can do without tracebacks of libraries.
-        self.tracebacks_allowed = False
 
     def add(
         self, system_id: str, *remote_ids: str, folder: str | None = None, env: Mapping[str, str] | None = None
@@ -149,8 +147,7 @@ class Lab:
         for kp in self.kps.values():
             kp.stop_all()
         assert needles.found_in_files(self.logs()) == []
-        if not self.tracebacks_allowed:
-            assert tracebacks(self.logs()) == []
+        assert tracebacks(self.logs()) == []
 
     def _remember(self, source: KeyProvider, target_id: str, answer: Answer) -> Key:
         key = Key(source.system_id, target_id, answer.body["keyId"], answer.body["key"])
