@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -24,6 +25,7 @@ from services.api.status import StatusPages
 from services.api.store_view import StoreView
 from shared.config import Settings, config_from_argv
 from shared.database import connect, make_engine
+from shared.errors import BackendError
 from shared.keyring import Keyring
 from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
 from shared.logs import configure_logging, get_logger
@@ -32,6 +34,7 @@ from shared.peer_directory import PeerDirectory
 from shared.system_ids import RemoteSystemIds
 
 _REFRESH_SECONDS = 1.0
+_FIRST_READING_SECONDS = 3.0
 
 _log = get_logger("api")
 
@@ -67,6 +70,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
     await runner.setup()
     try:
+        await _first_reading(view)
         await listen(runner, settings.host, settings.port, settings.local_system_id)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
@@ -79,6 +83,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await issue.close()
         await claim.close()
         engine.dispose()
+
+
+async def _first_reading(view: StoreView) -> None:
+    """Lets the process know its peers before it shares the port; a store that is away keeps nobody waiting."""
+    with suppress(BackendError, TimeoutError):
+        async with asyncio.timeout(_FIRST_READING_SECONDS):
+            await view.refresh()
 
 
 def _issue_lane(settings: Settings, sealer: Sealer) -> Lane[IssueRequest, IssuedKey]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from urllib.parse import unquote
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 
 from services.api.access_log import ENTRY, Entry
 from services.api.responses import RouteError, error_response, reason_of
@@ -75,6 +75,9 @@ def _plain_path(request: web.BaseRequest, path: str) -> str:
 
 
 def _check_method(request: web.BaseRequest) -> None:
+    if request.version < HttpVersion10:
+        # The parser takes a request line without a version for HTTP/0.9, which has neither status nor headers.
+        raise RouteError(400, "the request is not well-formed HTTP: its first line names no version")
     if request.method != "GET":
         raise RouteError(405, "only GET is supported", Allow="GET")
     if request.body_exists:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -119,14 +119,14 @@ class BoundedServer(web.Server):
         return Connection(self, loop=self._loop, **self._kwargs)
 
     def _make_room(self) -> None:
-        # Connections stand in order of their beginning: the first idle one has been there for longest.
-        for connection in self._connections:
-            if isinstance(connection, Connection) and connection.idle:
-                # Its entry goes only when the loop has run; a second call in this turn must find another.
-                del self._connections[connection]
-                connection.force_close()
-                self.evicted += 1
-                return
+        # Connections stand in order of their beginning: the first idle one has been there for longest. Where none
+        # is idle the oldest goes all the same, or clients that never read would be as many as they like.
+        connections = [c for c in self._connections if isinstance(c, Connection)]
+        victim = next((c for c in connections if c.idle), connections[0])
+        # Its entry goes only when the loop has run; a second call in this turn must find another.
+        del self._connections[victim]
+        _abort(victim)
+        self.evicted += 1
 
     async def sweep(self, stop: asyncio.Event) -> None:
         """Ends overdue connections, every second, until ``stop``."""
@@ -151,5 +151,6 @@ def _abort(connection: RequestHandler) -> None:
     # close() would wait for the client to take what is written; one that does not read never does.
     transport = connection.transport
     connection.force_close()
-    if isinstance(transport, asyncio.WriteTransport):
-        transport.abort()
+    if transport is not None:
+        # uvloop's transports have asyncio's methods but are none of its classes: isinstance would say no.
+        cast(asyncio.WriteTransport, transport).abort()

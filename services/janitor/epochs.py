@@ -6,6 +6,8 @@ that a crash could take away.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from sqlalchemy import Engine
 
 from shared.announcements import Announcement, digest, sign_announcement
@@ -52,13 +54,16 @@ class EpochKeeper:
         self._unreadable &= present
         for gone in self._epochs.keys() - present:
             del self._epochs[gone]
-        for epoch_id in present - self._epochs.keys() - self._unreadable:
+        for epoch_id in present - self._epochs.keys():
             try:
                 self._epochs[epoch_id] = self._keyring.read_epoch(epoch_id).public()
             except KeyringError as error:
                 # One damaged file must not stop the making of new epochs; keys sealed to it are lost.
+                if epoch_id not in self._unreadable:
+                    _log.warning("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error))
                 self._unreadable.add(epoch_id)
-                _log.warning("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error))
+            else:
+                self._unreadable.discard(epoch_id)
 
     def _destroy_ended(self, now_ms: int) -> None:
         for epoch_id, epoch in list(self._epochs.items()):
@@ -71,9 +76,11 @@ class EpochKeeper:
         longest_ms = longest_life_ms(self._settings.epoch_seconds, self._settings.key_ttl_seconds)
         for epoch_id in list(self._unreadable):
             if self._keyring.epoch_written_ms(epoch_id) + longest_ms <= now_ms:
-                self._keyring.destroy_epoch(epoch_id)
-                self._unreadable.discard(epoch_id)
-                _log.info("unreadable epoch destroyed", epoch=epoch_id.hex())
+                # Another user's file cannot be destroyed either; that must not end the making of epochs.
+                with suppress(OSError):
+                    self._keyring.destroy_epoch(epoch_id)
+                    self._unreadable.discard(epoch_id)
+                    _log.info("unreadable epoch destroyed", epoch=epoch_id.hex())
 
     def _make_missing(self, now_ms: int) -> None:
         spans = missing_spans(

@@ -296,3 +296,31 @@ def test_an_epoch_that_cannot_be_read_is_destroyed_too_once_nothing_sealed_to_it
     assert path.exists()
     restarted.tend(latest_ms + EPOCH_MS)
     assert not path.exists()
+
+
+def test_an_epoch_that_can_be_neither_read_nor_destroyed_stops_no_other_work(
+    store: Store, keyring: Keyring, keeper: EpochKeeper
+) -> None:
+    # As another user's file would, a folder in its place refuses both.
+    keeper.tend(START_MS)
+    stray = keyring.path / "epochs" / f"{'0' * 32}.json"
+    stray.mkdir(mode=0o700)
+    os.utime(stray, (1, 1))
+    later_ms = START_MS + 86_400_000
+    keeper.tend(later_ms)
+    assert current_epoch(stored(store).epochs, later_ms) is not None
+
+
+def test_an_epoch_that_was_made_readable_again_is_used_again(
+    store: Store, keyring: Keyring, keeper: EpochKeeper
+) -> None:
+    keeper.tend(START_MS)
+    epoch_id = keyring.epoch_ids()[0]
+    path = keyring.path / "epochs" / f"{epoch_id.hex()}.json"
+    os.utime(path, (START_MS / 1000, START_MS / 1000))
+    path.chmod(0o644)
+    restarted = keeper_of(store, keyring)
+    restarted.tend(START_MS + 1000)
+    path.chmod(0o600)
+    restarted.tend(START_MS + 2000)
+    assert epoch_id in {epoch.epoch_id for epoch in stored(store).epochs}
