@@ -121,8 +121,8 @@ class BoundedServer(web.Server):
     def _make_room(self) -> None:
         # Connections stand in order of their beginning: the first idle one has been there for longest. Where none
         # is idle the oldest goes all the same, or clients that never read would be as many as they like.
-        connections = [c for c in self._connections if isinstance(c, Connection)]
-        victim = next((c for c in connections if c.idle), connections[0])
+        idle = (c for c in self._connections if isinstance(c, Connection) and c.idle)
+        victim = next(idle, next(iter(self._connections)))
         # Its entry goes only when the loop has run; a second call in this turn must find another.
         del self._connections[victim]
         _abort(victim)
