@@ -123,8 +123,7 @@ def _tls_lines(kp: KeyProvider) -> list[str]:
     tls = kp.tls
     return [
         f"  cd {tls.folder}",
-        f"  curl --cacert {tls.ca_file.name} --cert {tls.client_cert_file.name}"
-        f" --key {tls.client_key_file.name} '{tls.url}/capabilities'",
+        "  curl --cacert ca.pem --cert client.pem --key client.key " + f"'{tls.url}/capabilities'",
         f"  openssl s_client -connect {tls.address} -psk_identity {tls.psk_identity} -psk <psk_hex>",
     ]
 

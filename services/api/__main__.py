@@ -71,7 +71,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     await runner.setup()
     try:
         await listen(runner, plain_host(settings), settings.port, settings.local_system_id)
-        tls.listen(server)
+        await tls.listen(server)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
             tasks.create_task(server.sweep(stop), name="connection sweep")

@@ -42,6 +42,8 @@ class Accepted:
     address: str
     socket: socket
     on_failure: Callable[[TlsObject, ssl.SSLError], None] = field(repr=False)
+    # What a client that speaks HTTP without TLS is told.
+    plain_answer: bytes = b""
 
 
 # Set while the event loop makes a connection's ssl object, which is the only way to hand it something.
@@ -92,9 +94,11 @@ class TlsObject(ssl.SSLObject):
             return
         self.accepted.on_failure(self, error)
         # The event loop drops what OpenSSL has left to say, but the alert is what the client's operator sees.
-        alert = self.outgoing.read() if self.outgoing is not None else b""
+        last_words = self.outgoing.read() if self.outgoing is not None else b""
+        if error.reason == "HTTP_REQUEST":
+            last_words = self.accepted.plain_answer
         with contextlib.suppress(OSError):
-            self.accepted.socket.send(alert, MSG_DONTWAIT | MSG_NOSIGNAL)
+            self.accepted.socket.send(last_words, MSG_DONTWAIT | MSG_NOSIGNAL)
 
     @cached_property
     def caller(self) -> Caller:

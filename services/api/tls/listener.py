@@ -18,7 +18,7 @@ from collections import Counter
 from typing import Any
 
 from services.api.server import BoundedServer, Connection
-from services.api.tls import refusals
+from services.api.tls import port_taken, refusals
 from services.api.tls.handshakes import ACCEPTED, Accepted
 from services.api.tls.material import Material
 from shared.errors import OperatorError
@@ -41,18 +41,22 @@ class TlsListener:
         *,
         handshake_timeout_seconds: float,
         max_connections_per_address: int,
+        system_id: str,
     ) -> None:
         self._server = server
         self._material = material
         self._timeout_seconds = handshake_timeout_seconds
         self._max_per_address = max_connections_per_address
+        self._plain_answer = port_taken.plain_answer(system_id)
+        self._system_id = system_id
         self._sockets: list[socket.socket] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._of_address: Counter[str] = Counter()
         self._crowded: set[str] = set()
 
-    def listen(self, host: str, port: int) -> None:
-        """Binds and accepts from now on. Raises OperatorError."""
+    async def listen(self, host: str, port: int) -> None:
+        """Binds and accepts from now on. Raises OperatorError, also where the port is another key provider's."""
+        await asyncio.to_thread(port_taken.refuse_foreign, host, port, self._system_id)
         try:
             for family, _, _, _, address in socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -116,7 +120,7 @@ class TlsListener:
         return False
 
     async def _shake_hands(self, accepted: socket.socket, address: str) -> None:
-        ACCEPTED.set(Accepted(address, accepted, refusals.log_failure))
+        ACCEPTED.set(Accepted(address, accepted, refusals.log_failure, self._plain_answer))
         release = functools.partial(self._release, address)
         made = self._server()
         if not isinstance(made, Connection):

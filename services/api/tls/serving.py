@@ -30,7 +30,7 @@ class Tls:
         """Sentences for /health."""
         return self._material.warnings() if self._material is not None else []
 
-    def listen(self, server: BoundedServer) -> None:
+    async def listen(self, server: BoundedServer) -> None:
         """Serves from now on. Raises OperatorError."""
         if self._material is None:
             return
@@ -40,8 +40,9 @@ class Tls:
             self._material,
             handshake_timeout_seconds=tls.handshake_timeout_seconds,
             max_connections_per_address=tls.max_connections_per_address,
+            system_id=self._settings.local_system_id,
         )
-        self._listener.listen(self._settings.host, tls.port)
+        await self._listener.listen(self._settings.host, tls.port)
 
     async def watch(self, stop: asyncio.Event) -> None:
         """Reads files again on SIGHUP and when they change, until ``stop``."""
