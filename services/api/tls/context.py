@@ -72,7 +72,8 @@ def make_context(recipe: Recipe, keys: PskKeys) -> TlsContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= _OPTIONS
     context.num_tickets = 0
-    context.set_ciphers(":".join([*_certificate_suites(settings), *_psk_suites(settings, modes)]))
+    # Only who has a pre-shared key offers its suites, and may have no certificate: they come first.
+    context.set_ciphers(":".join([*_psk_suites(settings, modes), *_certificate_suites(settings)]))
     context.load_dh_params(str(_DH_GROUP))
     _load_certificates(context, settings)
     if modes.native:
