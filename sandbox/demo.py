@@ -22,6 +22,7 @@ from types import FrameType
 
 from sandbox.client import target
 from sandbox.exchange import Exchange
+from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError, write_private
 from sandbox.site import Site
 from sandbox.supervisor import Supervisor
@@ -104,12 +105,27 @@ def _how_to_go_on(site: Site) -> str:
         f"  curl '{alice.url}/status/sync'",
         f"  curl '{bob.url}/health'",
         "",
+        "Over TLS, with a client certificate or a pre-shared key (in the state file):",
+        "",
+        *_tls_lines(alice),
+        "",
         f"Logs:   {site.logs}",
-        f"State:  {_DEMO_DIR / 'state.json'} (addresses, process ids, the database's password)",
+        f"State:  {_DEMO_DIR / 'state.json'} (addresses, process ids, the database's password, TLS keys)",
         "",
         "Kill any of the processes and watch it come back. Ctrl-C ends everything.",
     ]
     return "\n".join(lines)
+
+
+def _tls_lines(kp: KeyProvider) -> list[str]:
+    if kp.tls is None:
+        return []
+    tls = kp.tls
+    return [
+        f"  cd {tls.folder}",
+        "  curl --cacert ca.pem --cert client.pem --key client.key " + f"'{tls.url}/capabilities'",
+        f"  openssl s_client -connect {tls.address} -psk_identity {tls.psk_identity} -psk <psk_hex>",
+    ]
 
 
 def _read_wishes(environ: Mapping[str, str]) -> tuple[bool, int | None]:
@@ -117,8 +133,8 @@ def _read_wishes(environ: Mapping[str, str]) -> tuple[bool, int | None]:
     text = environ.get("PORT_BASE", "")
     if not text:
         return once, None
-    if not text.isdecimal() or not 1024 <= int(text) <= 65530:
-        raise UsageError(f"PORT_BASE={text} is not a port number from 1024 to 65530")
+    if not text.isdecimal() or not 1024 <= int(text) <= 65528:
+        raise UsageError(f"PORT_BASE={text} is not a port number from 1024 to 65528")
     return once, int(text)
 
 

@@ -16,6 +16,7 @@ from sandbox.client import get
 from sandbox.ports import LOOPBACK, free_port
 from sandbox.processes import POLL_SECONDS, Child, SandboxError, minimal_environ, tail, write_private
 from sandbox.servers import Database
+from sandbox.tls_files import TlsFiles
 
 ROLES = ("api", "syncer", "janitor")
 # A service drains for at most 10 s.
@@ -47,12 +48,21 @@ class KeyProvider:
         self.keyring_dir = root / "keyring"
         self.log_dir = log_dir or root / "logs"
         self.processes: dict[str, Child] = {}
+        self.tls: TlsFiles | None = None
         self.environ = self._write_environ(remote_ids, mysql, rabbitmq) | dict(env_overrides or {})
+
+    def serve_tls(self, port: int) -> None:
+        """Have the api serve pre-shared keys and client certificates too; to be said before it starts."""
+        self.tls = TlsFiles(self.root / "tls", self.system_id, port)
+        self.environ = self.tls.environ() | self.environ
 
     def start_all(self) -> None:
         """Make the keyring where there is none, and start the three processes without waiting for health."""
         if not self.keyring_dir.exists():
             self.run_skipctl("keyring", "init")
+        if self.tls is not None and not self.tls.folder.exists():
+            self.run_skipctl("cert", "init", str(self.tls.folder), "--client", self.tls.client)
+            self.run_skipctl("psk", "add", self.tls.psk_identity)
         for role in ROLES:
             self.start(role)
 

@@ -61,6 +61,11 @@ class Child:
         if self.running:
             os.kill(self.pid, signal.SIGTERM)
 
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the child alone, without waiting; nothing happens when it has ended."""
+        if self.running:
+            os.kill(self.pid, number)
+
     def stop(self, grace_seconds: float) -> None:
         """SIGTERM, then SIGKILL to the whole session after the grace."""
         self.terminate()

@@ -15,7 +15,16 @@ from sandbox.servers import MariaDbServer, RabbitMqServer
 ALICE = "KP_Alice"
 BOB = "KP_Bob"
 
-_PORTS = ("KP_Alice", "KP_Bob", "MySQL", "RabbitMQ", "RabbitMQ's distribution", "epmd")
+_PORTS = (
+    "KP_Alice",
+    "KP_Bob",
+    "MySQL",
+    "RabbitMQ",
+    "RabbitMQ's distribution",
+    "epmd",
+    "KP_Alice's TLS",
+    "KP_Bob's TLS",
+)
 
 
 class Site:
@@ -28,6 +37,7 @@ class Site:
         self._root = root
         ports = _ports(port_base)
         self._kp_ports = {ALICE: ports[0], BOB: ports[1]}
+        self._tls_ports = {ALICE: ports[6], BOB: ports[7]}
         self.mysql = MariaDbServer(root / "mysql", port=ports[2], log=self.logs / "mysql.log")
         self.rabbitmq = RabbitMqServer(
             root / "rabbitmq",
@@ -64,7 +74,7 @@ class Site:
         self.rabbitmq.stop()
 
     def _key_provider(self, system_id: str, remote_id: str) -> KeyProvider:
-        return KeyProvider(
+        key_provider = KeyProvider(
             system_id,
             [remote_id],
             self.mysql.dsn,
@@ -73,6 +83,8 @@ class Site:
             root=self._root / system_id,
             log_dir=self.logs / system_id,
         )
+        key_provider.serve_tls(self._tls_ports[system_id])
+        return key_provider
 
 
 def _ports(port_base: int | None) -> list[int]:

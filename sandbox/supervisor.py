@@ -164,4 +164,5 @@ def _key_provider_state(key_provider: KeyProvider) -> dict[str, Any]:
         "processes": {role: [child.pid] for role, child in key_provider.processes.items()},
         "keyring": str(key_provider.keyring_dir),
         "log_dir": str(key_provider.log_dir),
+        **(key_provider.tls.state() if key_provider.tls is not None else {}),
     }

@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from shared.config_sources import ENVIRONMENT, ProblemError, Raw, Sources, read_sources, shown
 from shared.errors import OperatorError
-from shared.options import CONFIG_FILE, OPTIONS, REMOTE_PREFIX, Option, remote_number
+from shared.option_kinds import NO_FILE
+from shared.options import CONFIG_FILE, IDENTITIES_PLACE, OPTIONS, REMOTE_PREFIX, Option, remote_number
 from shared.secret import Secret
 from shared.system_ids import validate_pattern
 
@@ -41,6 +42,7 @@ EXIT_BAD_CONFIGURATION = 2
 _DEFAULT = "default"
 # An announcement carries a public key for every epoch of a key's lifetime, so their number has to stay sane.
 _MAX_LIVE_EPOCHS = 2048
+MAX_IDENTITY_PATTERN = 256
 _REMOTE_FIX = f"Set {REMOTE_PREFIX}1 and following to the ids, or globs of ids, of the key providers at the other ends."
 
 
@@ -64,6 +66,25 @@ class MySqlSettings:
 
 
 @dataclass(frozen=True)
+class TlsSettings:
+    """How the api serves TLS itself. ``identities`` maps patterns to what those callers may ask for."""
+
+    port: int
+    cert_files: tuple[Path, ...]
+    key_files: tuple[Path, ...]
+    client_ca_files: tuple[Path, ...]
+    psk_files: tuple[Path, ...]
+    handshake_timeout_seconds: float
+    max_connections_per_address: int
+    identities: Mapping[str, tuple[str, ...]] = field(hash=False)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to serve TLS with."""
+        return bool(self.cert_files or self.psk_files)
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that a process is told from outside. `origins` says where each value came from."""
 
@@ -78,6 +99,8 @@ class Settings:
     epoch_seconds: int
     host: str
     port: int
+    allow_plaintext: bool
+    tls: TlsSettings
     api_workers: int
     heartbeat_seconds: float
     request_timeout_seconds: float
@@ -99,6 +122,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     values = _read_options(sources, origins)
     values["config_file"] = sources.toml_path
     values["remote_system_ids"] = _read_remotes(sources, origins)
+    values["tls.identities"] = _read_identities(sources)
     sources.problems.extend(_cross_check(values))
     if sources.problems:
         raise ConfigurationError(tuple(sources.problems))
@@ -164,6 +188,26 @@ def _checked_remote(raw: Raw | ProblemError, names: Mapping[str, str]) -> Raw:
     return raw
 
 
+def _read_identities(sources: Sources) -> dict[str, tuple[str, ...]]:
+    """The TOML table of identities, without the entries that have a problem."""
+    table: dict[str, tuple[str, ...]] = {}
+    for pattern, value in sources.find_identities().items():
+        try:
+            table[pattern] = _checked_identity(pattern, value)
+        except ValueError as error:
+            place = f"{sources.toml_path}: {IDENTITIES_PLACE}.{shown(pattern)}"
+            sources.problems.append(f'{place}: {error}. Write it as "router-*" = ["KP_Bob"].')
+    return table
+
+
+def _checked_identity(pattern: str, value: object) -> tuple[str, ...]:
+    if not 1 <= len(pattern) <= MAX_IDENTITY_PATTERN or not pattern.isprintable():
+        raise ValueError(f"the pattern has not 1 to {MAX_IDENTITY_PATTERN} printable characters")
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ValueError("it is not a list of remote system ids")
+    return tuple(validate_pattern(entry) for entry in value)
+
+
 def _cross_check(values: Mapping[str, object]) -> Iterator[str]:
     """What only two options together show; a field with a problem of its own is not there to be judged."""
     match values:
@@ -181,6 +225,23 @@ def _cross_check(values: Mapping[str, object]) -> Iterator[str]:
     match values:
         case {"port": int(port), "metrics_port": int(metrics), "api_workers": int(workers)} if metrics:
             yield from _check_metrics_ports(port, metrics, workers)
+    yield from _check_tls(values)
+
+
+def _check_tls(values: Mapping[str, Any]) -> Iterator[str]:
+    certs, keys = values.get("tls.cert_files"), values.get("tls.key_files")
+    if certs is None or keys is None:
+        return
+    if len(certs) != len(keys):
+        yield (
+            f"SKIP_TLS_CERT_FILE names {len(certs)} files and SKIP_TLS_KEY_FILE {len(keys)}."
+            " Name one private key for each certificate chain, in the same order."
+        )
+    if values.get("tls.client_ca_files") and not certs:
+        yield "SKIP_TLS_CLIENT_CA_FILE is set without SKIP_TLS_CERT_FILE. Set both, or remove it."
+    match values:
+        case {"port": int(port), "tls.port": int(tls), "tls.psk_files": files} if port == tls and (certs or files):
+            yield f"SKIP_TLS_PORT is {tls}, as SKIP_PORT is. Set it to another port."
 
 
 def _check_metrics_ports(port: int, metrics: int, workers: int) -> Iterator[str]:
@@ -193,10 +254,11 @@ def _check_metrics_ports(port: int, metrics: int, workers: int) -> Iterator[str]
 
 def _assemble(values: dict[str, Any], origins: dict[str, str]) -> Settings:
     mysql = {field: values.pop(f"mysql.{field}") for field in ("host", "port", "user", "password", "database")}
+    tls = {name.removeprefix("tls."): values.pop(name) for name in list(values) if name.startswith("tls.")}
     if values["debug"]:
         values["log_level"] = "debug"
         origins["SKIP_LOG_LEVEL"] = "SKIP_DEBUG"
-    return Settings(mysql=MySqlSettings(**mysql), origins=origins, **values)
+    return Settings(mysql=MySqlSettings(**mysql), tls=TlsSettings(**tls), origins=origins, **values)
 
 
 def describe(settings: Settings) -> list[tuple[str, str, str]]:
@@ -205,6 +267,8 @@ def describe(settings: Settings) -> list[tuple[str, str, str]]:
     remote_names = [name for name in settings.origins if remote_number(name)]
     values |= dict(zip(remote_names, settings.remote_system_ids, strict=True))
     lines = [(name, value, settings.origins[name]) for name, value in values.items()]
+    for pattern, allowed in settings.tls.identities.items():
+        lines.append((f'identities."{pattern}"', ", ".join(allowed) or NO_FILE, f"TOML {settings.config_file}"))
     if settings.config_file is not None:
         lines.insert(0, (CONFIG_FILE, settings.config_file, ENVIRONMENT))
     return lines
@@ -212,6 +276,8 @@ def describe(settings: Settings) -> list[tuple[str, str, str]]:
 
 def _shown_value(settings: Settings, field: str) -> str:
     value = attrgetter(field)(settings)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or NO_FILE
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from shared.options import (
     CONFIG_FILE,
     EARLIER_NAMES,
+    IDENTITIES_PLACE,
     OPTIONS,
     REMOTE_PLACE,
     REMOTE_PREFIX,
@@ -75,6 +76,11 @@ class Sources:
         if not isinstance(listed, list):
             return [ProblemError(f'{self.toml_path}: {REMOTE_PLACE} is not a list. Write it as ["KP_Bob"].')]
         return [self._remote_from_toml(value) for value in listed]
+
+    def find_identities(self) -> dict[str, Any]:
+        """What stands in the TOML table of identities, by pattern."""
+        prefix = f"{IDENTITIES_PLACE}."
+        return {place.removeprefix(prefix): value for place, value in self.toml.items() if place.startswith(prefix)}
 
     def _remote_from_toml(self, value: object) -> Raw | ProblemError:
         try:
@@ -133,7 +139,7 @@ def _from_secret_file(name: str, path: str) -> Raw:
 
 
 def _read_secret_file(path: str) -> str:
-    octets, mode = _read_regular_file(path)
+    octets, mode = read_regular_file(path)
     # Any account of the host could have read it, or could replace it: the secret is no secret any more.
     if mode & 0o007:
         raise ValueError("is open to every user of this host. Close it with chmod o-rwx, and change the secret.")
@@ -147,7 +153,7 @@ def _read_secret_file(path: str) -> str:
     return text
 
 
-def _read_regular_file(path: str) -> tuple[bytes, int]:
+def read_regular_file(path: str) -> tuple[bytes, int]:
     """Read the whole file; the mode is the opened file's, so that a swap after the check gains nothing."""
     # O_NONBLOCK, because opening a FIFO that nobody writes to would hold the start for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -185,7 +191,7 @@ def _read_toml(path: str) -> dict[str, Any]:
     if not path:
         raise ProblemError(f"{CONFIG_FILE} is empty. Set it to a TOML file, or remove it.")
     try:
-        return dict(_leaves(tomllib.loads(_read_regular_file(path)[0].decode())))
+        return dict(_leaves(tomllib.loads(read_regular_file(path)[0].decode())))
     except OSError as error:
         fault = f"cannot be read ({error.strerror}). Name a file that this user can read."
     except UnicodeDecodeError:
@@ -211,6 +217,8 @@ def _unknown_places(path: str, places: Mapping[str, Any]) -> Iterator[str]:
     for place, value in places.items():
         if place in secrets:
             yield f"{path}: {place} is a secret. Remove it from this file and set {secrets[place].file_name}."
+        elif place.startswith(f"{IDENTITIES_PLACE}."):
+            continue
         elif place not in known and not _is_empty_table(place, value, known):
             yield f"{path}: {shown(place)} is not a known key. {_nearest(place, known)}"
 

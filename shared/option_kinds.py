@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from shared.secret import Secret
 
+NO_FILE = "none"
 _N = TypeVar("_N", int, float)
 _TRUE = frozenset({"true", "1", "yes"})
 _FALSE = frozenset({"false", "0", "no"})
@@ -105,6 +106,21 @@ def _folder(text: str) -> Path:
     if "\0" in text:
         raise ValueError
     return Path(text).absolute()
+
+
+def files(most: int) -> Kind:
+    """Paths of files with commas between them, at most ``most``; "none" is none."""
+    wants = "the path of a file" if most == 1 else f"the paths of at most {most} files with a comma between them"
+    return Kind(wants, lambda text: _files(text, most))
+
+
+def _files(text: str, most: int) -> tuple[Path, ...]:
+    if text == NO_FILE:
+        return ()
+    paths = tuple(_folder(part.strip()) for part in text.split(",") if part.strip())
+    if not 1 <= len(paths) <= most:
+        raise ValueError
+    return paths
 
 
 def database_name() -> Kind:

@@ -12,11 +12,13 @@ import re
 from dataclasses import dataclass
 
 from shared.option_kinds import (
+    NO_FILE,
     Kind,
     account_name,
     amqp_url,
     choice,
     database_name,
+    files,
     folder,
     host,
     number,
@@ -90,6 +92,22 @@ OPTIONS: tuple[Option, ...] = (
            "the address that the api listens on"),
     Option("SKIP_PORT", "port", "api.port", PORT, "8080",
            "the port that the api listens on"),
+    Option("SKIP_ALLOW_PLAINTEXT", "allow_plaintext", "api.allow_plaintext", yes_no(), "false",
+           "true serves SKIP_PORT, without TLS, on SKIP_HOST too where that is not this host alone"),
+    Option("SKIP_TLS_PORT", "tls.port", "tls.port", PORT, "8443",
+           "the port for TLS, served once there is a certificate or a file of pre-shared keys"),
+    Option("SKIP_TLS_CERT_FILE", "tls.cert_files", "tls.cert_file", files(2), NO_FILE,
+           "certificate chain in PEM; two with a comma between them, RSA and ECDSA"),
+    Option("SKIP_TLS_KEY_FILE", "tls.key_files", "tls.key_file", files(2), NO_FILE,
+           "the private key of each certificate chain, in PEM, in the same order"),
+    Option("SKIP_TLS_CLIENT_CA_FILE", "tls.client_ca_files", "tls.client_ca_file", files(1), NO_FILE,
+           "authorities in PEM; a client without a pre-shared key must then have a certificate from one of them"),
+    Option("SKIP_TLS_PSK_FILE", "tls.psk_files", "tls.psk_file", files(1), NO_FILE,
+           "pre-shared keys, a line of identity:hex each, as stunnel reads them"),
+    Option("SKIP_TLS_HANDSHAKE_TIMEOUT_SECONDS", "tls.handshake_timeout_seconds", "tls.handshake_timeout_seconds",
+           WAIT, "10", "how long a client may take for a TLS handshake"),
+    Option("SKIP_MAX_CONNECTIONS_PER_ADDRESS", "tls.max_connections_per_address", "tls.max_connections_per_address",
+           whole(1, 1_000_000), "1000", "TLS connections of one client address to one api process at a time"),
     Option("SKIP_API_WORKERS", "api_workers", "api.workers", whole(1, 64), "1",
            "api processes that share the port"),
     Option("SKIP_REQUEST_TIMEOUT_SECONDS", "request_timeout_seconds", "api.request_timeout_seconds", WAIT,
@@ -116,6 +134,8 @@ OPTIONS: tuple[Option, ...] = (
 CONFIG_FILE = "SKIP_CONFIG_FILE"
 REMOTE_PREFIX = "SKIP_REMOTE_SYSTEM_ID_"
 REMOTE_PLACE = "remote_system_ids"
+# A table: a pattern of identities, and the ids or globs of ids that they may ask for.
+IDENTITIES_PLACE = "identities"
 # The earlier server's name, which Compose files of its users still carry. SKIP_ENV wins where both are there.
 EARLIER_NAMES = {"SKIP_ENV": "FLASK_ENV"}
 

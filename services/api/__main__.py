@@ -23,6 +23,8 @@ from services.api.server import BoundedServer
 from services.api.skip import SkipMethods
 from services.api.status import StatusPages
 from services.api.store_view import StoreView
+from services.api.tls.plaintext import plain_host
+from services.api.tls.serving import Tls
 from shared.config import Settings, config_from_argv
 from shared.database import connect, make_engine
 from shared.errors import BackendError
@@ -64,21 +66,25 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     issue = _issue_lane(settings, sealer)
     claim = _claim_lane(settings, opener)
     skip = SkipMethods(settings, directory, issue, claim)
-    server = _make_server(settings, Application(skip, StatusPages(settings, directory, view)))
+    tls = Tls(settings)
+    server = _make_server(settings, Application(skip, StatusPages(settings, directory, view, tls.warnings)))
     serve_metrics(settings.metrics_port, REGISTRY)
 
     runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
     await runner.setup()
     try:
         await _first_reading(view)
-        await listen(runner, settings.host, settings.port, settings.local_system_id)
+        await listen(runner, plain_host(settings), settings.port, settings.local_system_id)
+        await tls.listen(server)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
             tasks.create_task(server.sweep(stop), name="connection sweep")
+            tasks.create_task(tls.watch(stop), name="tls files")
             tasks.create_task(stop_group(stop), name="stop")
     except* Stopped:
         _log.info("draining")
     finally:
+        tls.close()
         await runner.cleanup()
         await issue.close()
         await claim.close()

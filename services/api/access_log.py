@@ -19,6 +19,7 @@ from aiohttp.abc import AbstractAccessLogger
 from aiohttp.web import BaseRequest, StreamResponse
 
 from services.api.metrics import observe_request
+from services.api.tls.callers import Caller
 from shared.log_rendering import utc_timestamp
 from shared.logs import line_writer
 
@@ -30,9 +31,10 @@ ENTRY = "skipbus.entry"
 class Entry:
     """What the log says of one request beyond what HTTP says."""
 
-    __slots__ = ("correlation_id", "issued_as", "key_id", "reason", "remote_system_id", "route", "started")
+    __slots__ = ("caller", "correlation_id", "issued_as", "key_id", "reason", "remote_system_id", "route", "started")
 
-    def __init__(self, correlation_id: str) -> None:
+    def __init__(self, correlation_id: str, caller: Caller | None = None) -> None:
+        self.caller = caller
         self.correlation_id = correlation_id
         self.started = perf_counter()
         self.route: str | None = None
@@ -73,6 +75,9 @@ class AccessLine:
                 value = getattr(entry, name)
                 if value is not None:
                     fields[name] = value
+            if entry.caller is not None:
+                fields["identity"] = entry.caller.shown
+                fields["proof"] = entry.caller.proof
         return fields
 
 

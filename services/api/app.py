@@ -36,7 +36,7 @@ class Application:
         """The answer to one request; every error of skipbus is one, any other is a 500 and a traceback in the log."""
         correlation_id = new_correlation_id()
         CORRELATION_ID.set(correlation_id)
-        entry = request[ENTRY] = Entry(correlation_id)
+        entry = request[ENTRY] = Entry(correlation_id, getattr(request.protocol, "caller", None))
         try:
             return await self._dispatch(request, entry)
         except SkipbusError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Callable
 from typing import Any, cast
 
 from aiohttp import web
@@ -17,6 +18,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from services.api.access_log import ENTRY, Entry
 from services.api.responses import RouteError, error_response
+from services.api.tls.callers import Caller
 from shared.logs import get_logger, new_correlation_id
 
 MAX_LINE_BYTES = 2048
@@ -33,13 +35,37 @@ _log = get_logger("server")
 class Connection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("busy_count", "busy_since", "partial_since")
+    __slots__ = ("busy_count", "busy_since", "caller", "lost", "partial_since", "when_gone")
 
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 -- handed through
         super().__init__(*args, **options)
         self.partial_since = 0.0
         self.busy_since = 0.0
         self.busy_count = -1
+        self.caller: Caller | None = None
+        self.lost = False
+        self.when_gone: Callable[[], None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Works out who is calling, once for all requests of the connection; nobody is known without TLS."""
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        self.caller = None if tls is None else tls.caller
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Tells whoever counts connections."""
+        super().connection_lost(exc)
+        self.lost = True
+        if self.when_gone is not None:
+            self.when_gone()
+            self.when_gone = None
+
+    def when_lost(self, action: Callable[[], None]) -> None:
+        """Has ``action`` called once when the connection is lost, at once if it is."""
+        if self.lost:
+            action()
+        else:
+            self.when_gone = action
 
     def data_received(self, data: bytes) -> None:
         """Notes since when a request has been coming in that is not complete."""
@@ -64,7 +90,7 @@ class Connection(RequestHandler):
             _log.error("request failed", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer was begun already")
-        entry = request[ENTRY] = Entry(new_correlation_id())
+        entry = request[ENTRY] = Entry(new_correlation_id(), self.caller)
         entry.reason = f"{error} ({type(exc).__name__})"
         response = error_response(error, entry.correlation_id)
         response.force_close()

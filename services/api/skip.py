@@ -14,7 +14,7 @@ from services.api.claiming import ClaimedKey, ClaimRequest
 from services.api.issuing import IssuedKey, IssueRequest, not_usable
 from services.api.responses import prepared_response, secret_response
 from shared.config import Settings
-from shared.errors import NoEntropy
+from shared.errors import CallerError, NoEntropy
 from shared.peer_directory import PeerDirectory
 from shared.system_ids import RemoteSystemIds
 
@@ -53,6 +53,7 @@ class SkipMethods:
     async def get_key(self, entry: Entry, query: str) -> web.Response:
         """``GET /key`` (draft 4.2): a fresh key, placed at the remote KP before it is answered."""
         target = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
+        _check_caller(entry, target)
         size_bits = parameters.key_size_bits(query)
         if self._directory.get(target) is None:
             raise not_usable(target, identity_changed=target in self._directory.conflicts())
@@ -65,6 +66,7 @@ class SkipMethods:
         wanted = parameters.key_id(key_id)
         entry.key_id = key_id
         source = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
+        _check_caller(entry, source)
         claimed = await self._claim.submit(ClaimRequest(wanted, source, entry.correlation_id))
         entry.issued_as = claimed.issued_as
         return secret_response(b'{"keyId":"%b","key":"%b"}' % (key_id.encode(), claimed.key.encode()))
@@ -77,3 +79,9 @@ class SkipMethods:
         except OSError as error:
             raise NoEntropy("the random number generator of the operating system failed") from error
         return secret_response(b'{"randomStr":"%b","minentropy":%d}' % (random.encode(), bits))
+
+
+def _check_caller(entry: Entry, remote_system_id: str) -> None:
+    """Raises CallerError when the table of identities does not allow this caller this remoteSystemID."""
+    if entry.caller is not None and not entry.caller.may_ask_for(remote_system_id):
+        raise CallerError("remoteSystemID is not one that this client may ask for", parameter="remoteSystemID")

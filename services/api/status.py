@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from aiohttp import web
@@ -22,10 +23,18 @@ _PROCESS_LATE_INTERVALS = 3
 class StatusPages:
     """Shows what ``StoreView`` read last."""
 
-    def __init__(self, settings: Settings, directory: PeerDirectory, view: StoreView) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        directory: PeerDirectory,
+        view: StoreView,
+        warnings: Callable[[], list[str]] = list,
+    ) -> None:
+        """``warnings`` are sentences about what works still and should be looked at."""
         self._settings = settings
         self._directory = directory
         self._view = view
+        self._warnings = warnings
         self._version = project_version()
 
     async def get_health(self, entry: Entry, _query: str) -> web.Response:
@@ -42,6 +51,7 @@ class StatusPages:
             "epoch": "ok" if self._view.epoch_present else "missing",
             **worker_states,
             "faults": faults,
+            "warnings": self._warnings(),
         }
         return json_response(body, 503 if faults else 200)
 

@@ -65,18 +65,27 @@ class _Worker:
 
 def supervise(settings: Settings) -> int:
     """Runs ``settings.api_workers`` workers until SIGTERM or SIGINT; the exit code of the whole."""
-    stop = threading.Event()
+    stop, hangup = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGHUP, lambda *_: hangup.set())
     workers = [_Worker(index, settings.metrics_port) for index in range(settings.api_workers)]
     _log.info("workers started", count=len(workers), pids=[worker.process.pid for worker in workers])
     refused = False
     while not stop.wait(0.1) and not refused:
+        if hangup.is_set():
+            hangup.clear()
+            _pass_on(signal.SIGHUP, workers)
         for worker in workers:
             worker.look_after()
         refused = all(worker.process.poll() == EXIT_BAD_CONFIGURATION for worker in workers)
     _stop_all(workers)
     return EXIT_FAILED if refused else EXIT_OK
+
+
+def _pass_on(number: signal.Signals, workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.process.send_signal(number)
 
 
 def _stop_all(workers: list[_Worker]) -> None:

@@ -221,6 +221,14 @@ BAD_VALUES = {
     "SKIP_EPOCH_SECONDS": ["1", "86401", "-600"],
     "SKIP_HOST": ["0.0.0.0:80", "", "ho st"],
     "SKIP_PORT": ["0", "65536", "http", "\uff18\uff10", "8_0", " 80", "+80", "9" * 5000],
+    "SKIP_ALLOW_PLAINTEXT": ["2", "maybe"],
+    "SKIP_TLS_PORT": ["0", "65536", "https"],
+    "SKIP_TLS_CERT_FILE": ["a.pem,b.pem,c.pem", ",", "~/a.pem"],
+    "SKIP_TLS_KEY_FILE": ["a.key,b.key,c.key", "a\x00"],
+    "SKIP_TLS_CLIENT_CA_FILE": ["a.pem,b.pem", "~/ca.pem"],
+    "SKIP_TLS_PSK_FILE": ["a,b", "~/psk.txt"],
+    "SKIP_TLS_HANDSHAKE_TIMEOUT_SECONDS": ["0", "301"],
+    "SKIP_MAX_CONNECTIONS_PER_ADDRESS": ["0", "1000001"],
     "SKIP_API_WORKERS": ["0", "65"],
     "SKIP_REQUEST_TIMEOUT_SECONDS": ["0", "301", "nan"],
     "SKIP_HEADER_TIMEOUT_SECONDS": ["0.05", "inf"],
@@ -498,6 +506,7 @@ epoch_seconds = 20
 [api]
 host = "::1"
 port = 81
+allow_plaintext = true
 workers = 2
 request_timeout_seconds = 1
 header_timeout_seconds = 2.5
@@ -505,6 +514,14 @@ keepalive_seconds = 3
 max_connections = 4
 max_batch = 5
 max_queue = 6
+[tls]
+port = 444
+cert_file = "/srv/rsa.pem,/srv/ecdsa.pem"
+key_file = "/srv/rsa.key,/srv/ecdsa.key"
+client_ca_file = "/srv/ca.pem"
+psk_file = "/srv/psk.txt"
+handshake_timeout_seconds = 1.5
+max_connections_per_address = 7
 [syncer]
 heartbeat_seconds = 0.5
 [metrics]

@@ -1,0 +1,139 @@
+"""The server's TLS context: which protocols, suites and groups are spoken, and which certificates shown.
+
+The suites are the draft's Table 1, those that routers offer besides, and modern ones for everybody else, strongest and
+forward secret first. What is not in the list is not spoken: nothing below 128 bits, no SHA-1 but the draft's own
+``DHE-PSK-AES256-CBC-SHA``, no renegotiation, no compression, no resumption. OpenSSL's security level 2 stays: level 3
+would refuse the suites without forward secrecy that routers have.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.api.tls import openssl, psk
+from services.api.tls.callers import CallerBook
+from services.api.tls.handshakes import TlsContext
+from services.api.tls.self_check import PskModes
+from shared.config import TlsSettings
+from shared.errors import OperatorError
+from shared.psk_file import PskKeys
+
+CERTIFICATE_SUITES = (
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-RSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-CHACHA20-POLY1305",
+    "ECDHE-RSA-CHACHA20-POLY1305",
+    # The draft's, for whoever has nothing better.
+    "AES256-SHA256",
+)
+PSK_SUITES = (
+    "ECDHE-PSK-CHACHA20-POLY1305",
+    "DHE-PSK-AES256-GCM-SHA384",
+    "ECDHE-PSK-AES256-CBC-SHA384",
+    "DHE-PSK-AES256-CBC-SHA384",
+    "PSK-AES256-GCM-SHA384",
+    "PSK-AES256-CBC-SHA384",
+    # The draft's only suite with SHA-1.
+    "DHE-PSK-AES256-CBC-SHA",
+)
+_TLS_1_3_SUITES = b"TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256"
+# The hybrid group first, where OpenSSL has it (3.5); whoever records today reads nothing tomorrow.
+_HYBRID_GROUPS = "X25519MLKEM768:X25519:secp384r1:secp256r1:ffdhe3072"
+_GROUPS = "X25519:secp384r1:secp256r1:ffdhe3072"
+# RFC 7919's group of 3072 bits, 128 bits of security, for the DHE suites of TLS 1.2.
+_DH_GROUP = Path(__file__).with_name("ffdhe3072.pem")
+_OPTIONS = (
+    ssl.OP_NO_COMPRESSION
+    | ssl.OP_NO_RENEGOTIATION
+    | ssl.OP_NO_TICKET
+    | ssl.OP_CIPHER_SERVER_PREFERENCE
+    | ssl.OP_SINGLE_DH_USE
+    | ssl.OP_SINGLE_ECDH_USE
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a context is made of, beside the files."""
+
+    settings: TlsSettings
+    callers: CallerBook
+    modes: PskModes
+
+
+def make_context(recipe: Recipe, keys: PskKeys) -> TlsContext:
+    """A context over the present files. Raises OperatorError with the file that is wrong."""
+    settings, modes = recipe.settings, recipe.modes
+    context = TlsContext(ssl.PROTOCOL_TLS_SERVER)
+    context.keys, context.callers = keys, recipe.callers
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= _OPTIONS
+    context.num_tickets = 0
+    # Only who has a pre-shared key offers its suites, and may have no certificate: they come first.
+    context.set_ciphers(":".join([*_psk_suites(settings, modes), *_certificate_suites(settings)]))
+    context.load_dh_params(str(_DH_GROUP))
+    _load_certificates(context, settings)
+    if modes.native:
+        _go_beyond_ssl(context)
+    if settings.psk_files:
+        _serve_psk(context, settings, modes)
+    return context
+
+
+def _certificate_suites(settings: TlsSettings) -> Sequence[str]:
+    return CERTIFICATE_SUITES if settings.cert_files else ()
+
+
+def _psk_suites(settings: TlsSettings, modes: PskModes) -> Sequence[str]:
+    return PSK_SUITES if settings.psk_files and modes.any else ()
+
+
+def _load_certificates(context: TlsContext, settings: TlsSettings) -> None:
+    for chain, key in zip(settings.cert_files, settings.key_files, strict=True):
+        try:
+            # Without a password at hand, OpenSSL would ask for one at the terminal and wait.
+            context.load_cert_chain(chain, key, password=_no_password)
+        except (OSError, ValueError) as error:
+            raise OperatorError(
+                f"{chain} with {key}: {_words(error)} (SKIP_TLS_CERT_FILE, SKIP_TLS_KEY_FILE)"
+            ) from error
+    for authorities in settings.client_ca_files:
+        try:
+            context.load_verify_locations(authorities)
+        except (OSError, ValueError) as error:
+            raise OperatorError(f"{authorities}: {_words(error)} (SKIP_TLS_CLIENT_CA_FILE)") from error
+        # Whoever has shown a pre-shared key is not asked for a certificate: OpenSSL never does with those suites.
+        context.verify_mode = ssl.CERT_REQUIRED
+
+
+def _no_password() -> str:
+    raise ValueError("the private key is encrypted; give one without a password, readable by this user only")
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or str(error)).lower().replace("_", " ")
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _go_beyond_ssl(context: TlsContext) -> None:
+    library = openssl.library()
+    library.forget_sessions(context)
+    library.SSL_CTX_set_ciphersuites(openssl.context_pointer(context), _TLS_1_3_SUITES)
+    if not library.set_groups(context, _HYBRID_GROUPS):
+        library.set_groups(context, _GROUPS)
+
+
+def _serve_psk(context: TlsContext, settings: TlsSettings, modes: PskModes) -> None:
+    if modes.native:
+        psk.install(context)
+    elif modes.standard:
+        psk.install_standard(context)
+        if not settings.cert_files:
+            # A client that offers both versions must get the one that works.
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+    elif not settings.cert_files:
+        raise OperatorError(f"{modes.fault}, and no certificate is configured to serve TLS with")

@@ -1,0 +1,171 @@
+"""The TLS port: accepts, bounds what one address may have, and shakes hands, one task a connection.
+
+The event loop's own servers take a context once and say nothing about a handshake that failed. Here every connection
+gets the context of its moment, and every refused one its line in the log. When the handshake is done the connection
+is aiohttp's, like one of the plain port.
+
+A file descriptor that is not a connection's must be free for the store: when there are none, accepting pauses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+import ssl
+from collections import Counter
+from typing import Any
+
+from services.api.server import BoundedServer, Connection
+from services.api.tls import port_taken, refusals
+from services.api.tls.handshakes import ACCEPTED, Accepted
+from services.api.tls.material import Material
+from shared.errors import OperatorError
+from shared.logs import get_logger
+
+_BACKLOG = 4096
+_ACCEPTS_AT_A_TIME = 64
+_PAUSE_SECONDS = 0.2
+_SHUTDOWN_SECONDS = 2.0
+_log = get_logger("tls")
+
+
+class TlsListener:
+    """Hands connections to ``server`` once their handshake is done."""
+
+    def __init__(
+        self,
+        server: BoundedServer,
+        material: Material,
+        *,
+        handshake_timeout_seconds: float,
+        max_connections_per_address: int,
+        system_id: str,
+    ) -> None:
+        self._server = server
+        self._material = material
+        self._timeout_seconds = handshake_timeout_seconds
+        self._max_per_address = max_connections_per_address
+        self._plain_answer = port_taken.plain_answer(system_id)
+        self._system_id = system_id
+        self._sockets: list[socket.socket] = []
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._of_address: Counter[str] = Counter()
+        self._crowded: set[str] = set()
+
+    async def listen(self, host: str, port: int) -> None:
+        """Binds and accepts from now on. Raises OperatorError, also where the port is another key provider's."""
+        await asyncio.to_thread(port_taken.refuse_foreign, host, port, self._system_id)
+        try:
+            for family, _, _, _, address in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            ):
+                self._sockets.append(_bound(family, address))
+        except OSError as error:
+            self.close()
+            raise OperatorError(
+                f"cannot listen on {host}:{port}: {error.strerror or error} (SKIP_HOST, SKIP_TLS_PORT)"
+            ) from error
+        for bound in self._sockets:
+            self._accept_from(bound)
+        _log.info("listening", host=host, port=port, tls=True, psk_identities=self._material.psk_count)
+
+    def close(self) -> None:
+        """No new connections, and none that are still shaking hands; the others are the server's."""
+        for bound in self._sockets:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().remove_reader(bound)
+            bound.close()
+        self._sockets.clear()
+        for handshake in self._handshakes:
+            handshake.cancel()
+
+    def _accept_from(self, bound: socket.socket) -> None:
+        if bound.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(bound, self._accept, bound)
+
+    def _accept(self, bound: socket.socket) -> None:
+        for _ in range(_ACCEPTS_AT_A_TIME):
+            try:
+                accepted, address = bound.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # Out of files or memory: whoever waits in the backlog is served when others have gone.
+                _log.error("cannot accept", reason=error.strerror or str(error))
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(bound)
+                loop.call_later(_PAUSE_SECONDS, self._accept_from, bound)
+                return
+            self._take(accepted, str(address[0]))
+
+    def _take(self, accepted: socket.socket, address: str) -> None:
+        if len(self._handshakes) >= self._server.max_connections or not self._has_room(address):
+            accepted.close()
+            return
+        accepted.setblocking(False)
+        self._of_address[address] += 1
+        handshake = asyncio.create_task(self._shake_hands(accepted, address), name="handshake")
+        self._handshakes.add(handshake)
+        handshake.add_done_callback(self._handshakes.discard)
+
+    def _has_room(self, address: str) -> bool:
+        if self._of_address[address] < self._max_per_address:
+            return True
+        # One line when it begins, not one for every connection of whoever does this.
+        if address not in self._crowded:
+            self._crowded.add(address)
+            refusals.log_refusal(address, refusals.TOO_MANY, limit=self._max_per_address)
+        return False
+
+    async def _shake_hands(self, accepted: socket.socket, address: str) -> None:
+        ACCEPTED.set(Accepted(address, accepted, refusals.log_failure, self._plain_answer))
+        release = functools.partial(self._release, address)
+        made = self._server()
+        if not isinstance(made, Connection):
+            raise TypeError("the server makes connections of its own kind")
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: made,
+                accepted,
+                ssl=self._material.context,
+                ssl_handshake_timeout=self._timeout_seconds,
+                ssl_shutdown_timeout=_SHUTDOWN_SECONDS,
+            )
+        except ssl.SSLError:
+            release()  # the handshake itself has told why
+        except (ConnectionAbortedError, TimeoutError):
+            release()
+            refusals.log_refusal(address, refusals.TIMEOUT.format(seconds=self._timeout_seconds))
+        except OSError:
+            release()
+            refusals.log_refusal(address, refusals.GONE)
+        except asyncio.CancelledError:
+            release()
+            raise
+        else:
+            made.when_lost(release)
+
+    def _release(self, address: str) -> None:
+        self._of_address[address] -= 1
+        if self._of_address[address] <= 0:
+            del self._of_address[address]
+            self._crowded.discard(address)
+
+
+def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Every api process of a KP binds the same port; the kernel spreads connections over them.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+        bound.listen(_BACKLOG)
+        bound.setblocking(False)
+    except OSError:
+        bound.close()
+        raise
+    return bound

@@ -1,0 +1,39 @@
+"""Where the plain port is served: on this host alone, unless an operator takes it upon himself.
+
+Keys go over it in the clear. stunnel on the same host may use it; nobody else should.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from shared.config import Settings
+from shared.logs import get_logger
+
+_log = get_logger("api")
+
+
+def plain_host(settings: Settings) -> str:
+    """The host to bind the plain port to; says so where it is not the configured one, or is open."""
+    if is_loopback(settings.host):
+        return settings.host
+    if settings.allow_plaintext:
+        _log.warning("keys are served without TLS", host=settings.host, port=settings.port, why="SKIP_ALLOW_PLAINTEXT")
+        return settings.host
+    loopback = "::1" if ":" in settings.host else "127.0.0.1"
+    _log.warning(
+        "plain port on loopback only",
+        host=loopback,
+        port=settings.port,
+        reason=f"SKIP_HOST is {settings.host}, and keys would leave this host in the clear",
+        fix="use SKIP_TLS_PORT, or set SKIP_ALLOW_PLAINTEXT=1",
+    )
+    return loopback
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach it. A name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in ("localhost", "localhost.localdomain", "ip6-localhost")

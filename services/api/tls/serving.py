@@ -1,0 +1,70 @@
+"""TLS as the api's main program sees it: made when it is configured, started, watched and closed."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from services.api.server import BoundedServer
+from services.api.tls.callers import CallerBook
+from services.api.tls.context import Recipe
+from services.api.tls.listener import TlsListener
+from services.api.tls.material import Material
+from services.api.tls.self_check import find_psk_modes
+from shared.config import Settings
+from shared.logs import get_logger
+
+_log = get_logger("tls")
+
+
+class Tls:
+    """The TLS port of one api process; nothing at all where TLS is not configured."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Reads certificates and keys. Raises OperatorError."""
+        self._settings = settings
+        self._listener: TlsListener | None = None
+        self._material = _material(settings) if settings.tls.enabled else None
+
+    def warnings(self) -> list[str]:
+        """Sentences for /health."""
+        return self._material.warnings() if self._material is not None else []
+
+    async def listen(self, server: BoundedServer) -> None:
+        """Serves from now on. Raises OperatorError."""
+        if self._material is None:
+            return
+        tls = self._settings.tls
+        self._listener = TlsListener(
+            server,
+            self._material,
+            handshake_timeout_seconds=tls.handshake_timeout_seconds,
+            max_connections_per_address=tls.max_connections_per_address,
+            system_id=self._settings.local_system_id,
+        )
+        await self._listener.listen(self._settings.host, tls.port)
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        """Reads files again on SIGHUP and when they change, until ``stop``."""
+        hangup = asyncio.Event()
+        # Without TLS too: SIGHUP ends no process that has nothing to read again.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.set)
+        if self._material is not None:
+            await self._material.watch(stop, hangup)
+
+    def close(self) -> None:
+        """Accepts no more."""
+        if self._listener is not None:
+            self._listener.close()
+
+
+def _material(settings: Settings) -> Material:
+    tls = settings.tls
+    modes = find_psk_modes()
+    if modes.fault is not None and tls.psk_files:
+        _log.error("psk not in full", reason=modes.fault)
+    callers = CallerBook(tls.identities, settings.local_system_id)
+    material = Material(Recipe(tls, callers, modes))
+    if tls.cert_files and not tls.client_ca_files:
+        _log.warning("clients without a certificate are served", fix="set SKIP_TLS_CLIENT_CA_FILE")
+    return material

@@ -1,0 +1,232 @@
+"""Who is refused at the TLS port, and that the log says why in a line that a person can act on."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from sandbox.ports import LOOPBACK
+from tests.system.tls_api import TlsApi, s_client, tlslite_psk
+from tests.waiting import wait_for
+
+HANDSHAKE_TIMEOUT_SECONDS = 1.0
+MAX_PER_ADDRESS = 40
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
+    """Pre-shared keys and client certificates on one port, with little patience."""
+    impatient = {
+        "SKIP_TLS_HANDSHAKE_TIMEOUT_SECONDS": str(HANDSHAKE_TIMEOUT_SECONDS),
+        "SKIP_HEADER_TIMEOUT_SECONDS": "1",
+        "SKIP_MAX_CONNECTIONS_PER_ADDRESS": str(MAX_PER_ADDRESS),
+    }
+    made = TlsApi(tmp_path_factory.mktemp("tls"), impatient)
+    made.prepare()
+    try:
+        yield made.start()
+    finally:
+        made.stop()
+
+
+def openssl(*arguments: str, folder: Path) -> None:
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
+
+
+def refused(api: TlsApi, *arguments: str) -> tuple[str, str]:
+    """What s_client printed and the reason in the log."""
+    before = api.refusals()
+    seen = s_client(api.port, *arguments)
+    assert not seen.served, seen.output
+    line = api.refusal(before)
+    assert line["client"] == LOOPBACK
+    return seen.output, line["reason"]
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_a_wrong_key_is_told_from_an_unknown_identity(api: TlsApi, version: str) -> None:
+    _, reason = refused(api, version, *api.psk(key_hex=secrets.token_hex(32)))
+    assert reason == f"wrong key for the PSK identity '{api.tls.psk_identity}'"
+
+
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+@pytest.mark.parametrize(
+    ("identity", "told"),
+    [
+        ("nobody", "unknown PSK identity 'nobody'"),
+        ("x" * 127, f"unknown PSK identity '{'x' * 127}'"),
+        ("ro\nuter\x1b[31m", "unknown PSK identity 'ro\\nuter\\x1b[31m'"),
+        ("é", "unknown PSK identity 'é'"),
+    ],
+    ids=["unknown", "long", "control characters", "not ASCII"],
+)
+def test_an_unknown_identity_is_named(api: TlsApi, version: str, identity: str, told: str) -> None:
+    output, reason = refused(api, version, "-cipher", "PSK", *api.psk(identity=identity))
+    assert reason == told
+    assert "unknown psk identity" in output
+
+
+def test_an_empty_identity_is_refused_in_tls_1_2(api: TlsApi) -> None:
+    before = api.refusals()
+    command = [
+        "openssl",
+        "s_client",
+        "-connect",
+        f"{LOOPBACK}:{api.port}",
+        "-tls1_2",
+        "-cipher",
+        "PSK",
+        "-psk_identity",
+    ]
+    subprocess.run([*command, "", "-psk", api.tls.psk_hex], input=b"", capture_output=True, timeout=20, check=False)
+    assert api.refusal(before)["reason"] == "empty PSK identity"
+
+
+def test_an_identity_of_bytes_that_are_no_text_is_refused(api: TlsApi) -> None:
+    before = api.refusals()
+    with pytest.raises(Exception, match=r"unknown_psk_identity|Remote|closed"):
+        tlslite_psk(api.port, b"\xff\xfe\x00", secrets.token_bytes(32), "sha384", "aes256gcm")
+    assert api.refusal(before)["reason"].startswith("unknown PSK identity '\\xff\\xfe")
+
+
+def test_a_client_without_a_certificate_is_refused_where_certificates_are_asked_for(api: TlsApi) -> None:
+    for version in ("-tls1_2", "-tls1_3"):
+        _, reason = refused(api, version)
+        assert reason == "no client certificate, and no pre-shared key"
+
+
+def test_a_certificate_of_a_foreign_authority_is_refused(api: TlsApi, tmp_path: Path) -> None:
+    api.kp.run_skipctl("cert", "init", str(tmp_path / "foreign"))
+    foreign = ["-cert", f"{tmp_path}/foreign/client.pem", "-key", f"{tmp_path}/foreign/client.key"]
+    for version in ("-tls1_2", "-tls1_3"):
+        _, reason = refused(api, version, *foreign)
+        assert reason == "bad client certificate: unable to get local issuer certificate"
+
+
+def test_an_expired_client_certificate_is_refused(api: TlsApi, tmp_path: Path) -> None:
+    ca = ["-CA", str(api.tls.ca_file), "-CAkey", str(api.tls.folder / "ca.key"), "-CAcreateserial"]
+    openssl("req", "-newkey", "rsa:3072", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=late", folder=tmp_path)
+    openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-days", "-1", "-out", "c", folder=tmp_path)
+    _, reason = refused(api, "-tls1_3", "-cert", f"{tmp_path}/c", "-key", f"{tmp_path}/k")
+    assert reason == "bad client certificate: certificate has expired"
+
+
+def test_a_server_certificate_is_no_client_certificate(api: TlsApi) -> None:
+    files = ["-cert", str(api.tls.folder / "ecdsa.pem"), "-key", str(api.tls.folder / "ecdsa.key")]
+    _, reason = refused(api, "-tls1_3", *files)
+    assert reason.startswith("bad client certificate: ")
+
+
+def test_a_weak_client_certificate_is_refused(api: TlsApi, tmp_path: Path) -> None:
+    ca = ["-CA", str(api.tls.ca_file), "-CAkey", str(api.tls.folder / "ca.key"), "-CAcreateserial"]
+    openssl("req", "-newkey", "rsa:1024", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=weak", folder=tmp_path)
+    openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-out", "c", folder=tmp_path)
+    weak = ["-cert", f"{tmp_path}/c", "-key", f"{tmp_path}/k", "-cipher", "DEFAULT@SECLEVEL=0"]
+    _, reason = refused(api, "-tls1_3", *weak)
+    assert reason.startswith("bad client certificate: ")
+
+
+@pytest.mark.parametrize("version", ["-tls1", "-tls1_1"])
+def test_older_versions_are_refused(api: TlsApi, version: str) -> None:
+    _, reason = refused(api, version, "-cipher", "ALL@SECLEVEL=0", *api.psk())
+    assert reason == "no shared version: only TLS 1.2 and 1.3 are spoken here"
+
+
+def test_plain_http_on_the_tls_port_is_told_so(api: TlsApi) -> None:
+    before = api.refusals()
+    with socket.create_connection((LOOPBACK, api.port), timeout=5) as plain:
+        plain.sendall(b"GET /capabilities HTTP/1.1\r\nHost: kp\r\n\r\n")
+        answer = plain.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"HTTPS" in answer
+    assert api.refusal(before)["reason"] == "plain HTTP on the TLS port"
+
+
+def test_what_is_not_tls_at_all_is_refused(api: TlsApi) -> None:
+    before = api.refusals()
+    with socket.create_connection((LOOPBACK, api.port), timeout=5) as noise:
+        noise.sendall(secrets.token_bytes(3) + b"\x00" * 500)
+        noise.settimeout(5)
+        while noise.recv(4096):
+            pass
+    assert api.refusal(before)["reason"]
+
+
+def test_a_handshake_that_stops_half_way_is_ended_in_time(api: TlsApi) -> None:
+    context = ssl.create_default_context(cafile=str(api.tls.ca_file))
+    outgoing = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    for sent in (b"", hello[:50], hello):
+        before, started = api.refusals(), time.monotonic()
+        with socket.create_connection((LOOPBACK, api.port), timeout=10) as half:
+            half.sendall(sent)
+            half.settimeout(10)
+            while half.recv(65536):
+                pass
+        assert time.monotonic() - started < HANDSHAKE_TIMEOUT_SECONDS + 2
+        assert api.refusal(before)["reason"] == "timeout: the handshake did not end within 1 s"
+
+
+def test_a_client_that_goes_away_in_the_handshake_leaves_a_line(api: TlsApi) -> None:
+    before = api.refusals()
+    socket.create_connection((LOOPBACK, api.port), timeout=5).close()
+    assert api.refusal(before)["reason"] == "the client ended the connection during the handshake"
+
+
+def test_a_request_that_is_never_finished_is_ended_under_tls_too(api: TlsApi) -> None:
+    context = ssl.create_default_context(cafile=str(api.tls.ca_file))
+    context.load_cert_chain(api.tls.client_cert_file, api.tls.client_key_file)
+    with (
+        socket.create_connection((LOOPBACK, api.port), timeout=10) as raw,
+        context.wrap_socket(raw, server_hostname="localhost") as tls,
+    ):
+        tls.sendall(b"GET /capabilities HT")
+        started = time.monotonic()
+        assert tls.recv(100) == b""
+        assert time.monotonic() - started < 5
+
+
+def test_one_address_cannot_have_more_connections_than_its_share(api: TlsApi) -> None:
+    crowd = [socket.create_connection((LOOPBACK, api.port), timeout=5) for _ in range(MAX_PER_ADDRESS + 5)]
+    try:
+        wait_for(lambda: bool(api.lines("handshake refused", limit=MAX_PER_ADDRESS)), timeout_seconds=5)
+        (line,) = api.lines("handshake refused", limit=MAX_PER_ADDRESS)
+        assert line["reason"] == "too many connections from this address"
+    finally:
+        for one in crowd:
+            one.close()
+    wait_for(lambda: s_client(api.port, *api.psk()).served, timeout_seconds=5)
+
+
+def test_connections_that_have_ended_give_their_place_back(api: TlsApi) -> None:
+    for _ in range(MAX_PER_ADDRESS + 2):
+        assert s_client(api.port, *api.psk()).served
+
+
+def test_the_end_of_a_certificate_is_announced_in_the_log_and_in_health(tmp_path: Path) -> None:
+    api = TlsApi(tmp_path)
+    api.prepare()
+    for name in ("ca.pem", "ca.key", "rsa.pem", "rsa.key", "ecdsa.pem", "ecdsa.key", "client.pem", "client.key"):
+        (api.tls.folder / name).unlink()
+    api.kp.run_skipctl("cert", "init", str(api.tls.folder), "--days", "5")
+    try:
+        api.start()
+        ends = (datetime.now(UTC) + timedelta(days=5)).strftime("%Y-%m-%d")
+        warnings = api.warnings()
+        assert len(warnings) == 2
+        assert all("rsa.pem" in text or "ecdsa.pem" in text for text in warnings)
+        assert all("expires in 4 days" in text and ends in text for text in warnings)
+        assert [line["reason"] for line in api.lines("certificate ends")] == warnings
+    finally:
+        api.stop()
