@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Iterator
 
 import pytest
@@ -132,21 +130,6 @@ def test_curl_keeps_one_connection_for_several_requests(api: TlsApi) -> None:
     seen = curl(api.port, *credentials, f"https://127.0.0.1:{api.port}/capabilities")
     assert seen.output.count("SSL connection using") == 1
     assert seen.output.count("HTTP/1.1 200 OK") == 2
-
-
-def test_the_skip_qkd_client_is_served_with_its_certificate(api: TlsApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its PSK mode cannot connect to anything: it checks host names where there are none. It imports `sslpsk3` for
-    that mode, which wants a compiler; its certificates need nothing of it."""
-    stand_in = types.ModuleType("sslpsk3")
-    stand_in.SSLPSKContext = None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sslpsk3", stand_in)
-    from skip_qkd.skip_qkd import MTLSConfig, SkipQKDClient  # noqa: PLC0415
-
-    files = MTLSConfig(str(api.tls.ca_file), str(api.tls.client_cert_file), str(api.tls.client_key_file))
-    with SkipQKDClient(api.tls.address, "KP_Alice", mtls_config=files) as client:
-        assert client.capabilities()["localSystemID"] == "KP_Alice"
-    with SkipQKDClient(api.tls.address, "KP_Alice", mtls_config=files) as client:
-        assert client.entropy(512)["minentropy"] == 512
 
 
 @pytest.mark.parametrize("suite", WEAK_SUITES)
