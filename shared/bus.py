@@ -124,7 +124,6 @@ class Bus:
         self._url = url
         self._local_id = local_id
         self._name = name
-        self._session: _Session | None = None
         self._exchange: AbstractExchange | None = None
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
@@ -210,7 +209,7 @@ class Bus:
             await session.lost.wait()
         finally:
             self.up.clear()
-            self._session = self._exchange = None
+            self._exchange = None
             self._consumers = []
             await session.close()
 
@@ -246,7 +245,7 @@ class Bus:
                 self._consumers.append((queue, tag))
         if session.lost.is_set():
             raise ConnectionError("the connection was lost while it was set up")
-        self._session, self._exchange = session, exchange
+        self._exchange = exchange
 
     async def _take_in(self, session: _Session, message: AbstractIncomingMessage) -> None:
         self._deliveries.put_nowait(Delivery(message.body, bool(message.redelivered), message, session))
