@@ -11,10 +11,11 @@ from sqlalchemy import Connection, bindparam, select, text
 
 from shared.schema import KEY_RECORDS as K
 
-# SQLAlchemy has no ORDER BY for DELETE. The order makes it the stretch that was read and locked before.
+# SQLAlchemy has no ORDER BY for DELETE. The order makes it the stretch that was read and locked before. It leaves
+# out target_id, which is constant here: with it in front MariaDB sorts all that has expired for every batch.
 _DELETE_STRETCH = text(
     "DELETE FROM key_records WHERE target_id = :target_id AND expires_ms <= :until_ms "
-    "ORDER BY target_id, expires_ms, key_id LIMIT :rows"
+    "ORDER BY expires_ms, key_id LIMIT :rows"
 )
 _DELETE_WRAPPING_KEYS = text("DELETE FROM wrapping_keys WHERE expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows")
 
@@ -32,7 +33,7 @@ class ExpiredKey:
 _EXPIRED = (
     select(K.c.key_id, K.c.source_id, K.c.expires_ms, K.c.correlation_id)
     .where(K.c.target_id == bindparam("target_id"), K.c.expires_ms <= bindparam("now_ms"))
-    .order_by(K.c.target_id, K.c.expires_ms, K.c.key_id)
+    .order_by(K.c.expires_ms, K.c.key_id)
     .limit(bindparam("rows"))
     .with_for_update()
 )

@@ -83,6 +83,8 @@ def test_a_kp_tells_of_its_new_announcement_and_asks_for_one_that_it_lacks(rig: 
     alice, carol = rig.add("KP_Alice", "KP_Carol"), rig.add_voice("KP_Carol")
     alice.process.start("syncer")
     wait_log(alice, "broker connected")
+    # A heartbeat of one whom it does not know yet would be refused, and this voice sends only one.
+    wait_log(alice, carol.id)
     newer = Announcement(carol.id, carol.identity.public_key, now_ms() + 1, "newer", ())
     body = sign_announcement(newer, carol.identity)
     with bus_of(rig.rabbitmq_url) as bus:
