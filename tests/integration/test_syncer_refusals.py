@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from urllib.request import urlopen
 
 import pytest
 
+from sandbox.ports import free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from services.syncer.payloads import pack_capabilities, pack_heartbeat
 from shared import wire
@@ -38,15 +40,23 @@ class Scene:
     def __init__(self, rig: Rig, bus: TestBus, bob: Kp, carol: Kp) -> None:
         self.rig, self.bus, self.bob, self.carol = rig, bus, bob, carol
 
+    def refused(self, reason: str) -> float:
+        """How many envelopes Bob's syncer counts as refused for this reason. Its log leaves some out in a flood."""
+        port = self.bob.process.environ["SKIP_METRICS_PORT"]
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        told = [line for line in lines if line.startswith(f'skipbus_envelopes_refused_total{{reason="{reason}"')]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in told)
+
     def assert_refused(self, envelope: bytes, reason: str, *, live: bool = False) -> None:
-        """It has no effect and lies in the dead-letter queue, and Carol's next envelope is handled."""
-        before = self.rig.count(self.bob, self.carol, "retrieved")
+        """It is counted, has no effect and lies in the dead-letter queue, and Carol's next envelope is handled."""
+        before, refused_before = self.rig.count(self.bob, self.carol, "retrieved"), self.refused(reason)
         self.bus.publish(self.bob, envelope, live=live)
         self.bus.publish(self.bob, signed(self.carol, self.bob, RETRIEVED, events(RETRIEVED, 1)))
         self.rig.wait_count(self.bob, self.carol, "retrieved", before + 1)
         assert self.bus.wait_dead(self.bob) == envelope
         assert self.bus.dead(self.bob) is None
-        wait_for(lambda: f'"reason":"{reason}"' in self.bob.log, timeout_seconds=10)
+        assert self.refused(reason) == refused_before + 1
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +66,7 @@ def scene(
     database = mariadb.create_database("syncer_refusals", user="syncer_refusals")
     rig = Rig(tmp_path_factory.mktemp("refusals"), database, rabbitmq.url)
     try:
-        bob = rig.add("KP_Bob", "KP_Carol", "KP_Dave*")
+        bob = rig.add("KP_Bob", "KP_Carol", "KP_Dave*", SKIP_METRICS_PORT=str(free_port()))
         carol = rig.add_voice("KP_Carol")
         bob.process.start("syncer")
         wait_for(lambda: "broker connected" in bob.log and "elected" in bob.log, timeout_seconds=TIMEOUT_SECONDS)
@@ -166,6 +176,14 @@ def test_another_kps_announcement_is_dead_lettered(scene: Scene) -> None:
     borrowed = scene.rig.announcement(scene.bob.id)
     envelope = signed(scene.carol, scene.bob, EnvelopeType.CAPABILITIES, pack_capabilities(borrowed, request=False))
     scene.assert_refused(envelope, "malformed_payload")
+
+
+def test_a_refusal_is_told_with_its_reason_and_sender(scene: Scene) -> None:
+    time.sleep(1.1)  # a second of its own, in which no line is left out
+    mallory = Kp(scene.rig.name("KP_Mallory-told"), Identity.generate())
+    scene.bus.publish(scene.bob, signed(mallory, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
+    told = f'"reason":"unknown_sender","sender":"{mallory.id}"'
+    wait_for(lambda: told in scene.bob.log, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def test_refusals_are_told_in_no_more_than_ten_lines_a_second(scene: Scene) -> None:
