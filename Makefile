@@ -15,7 +15,7 @@ demo:
 	@$(PYTHON) -m sandbox.demo
 
 test:
-	@scripts/setup python servers
+	@scripts/setup python servers curl stunnel
 	@$(PYTHON) -m pytest $(TESTS)
 
 lint:
@@ -30,7 +30,7 @@ format:
 	$(PYTHON) -m ruff format .
 
 bench:
-	@scripts/setup python servers wrk
+	@scripts/setup python servers wrk stunnel
 	@$(PYTHON) -m bench $(BENCH)
 
 lock:

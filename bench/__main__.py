@@ -18,7 +18,7 @@ from types import FrameType
 
 from bench import machine
 from bench.cpu import CpuMeter
-from bench.items import latency, live_keys, memory, throughput, workers, zeroizing
+from bench.items import latency, live_keys, memory, throughput, tls, workers, zeroizing
 from bench.plan import FULL, QUICK, Plan
 from bench.report import Finding, all_met, markdown_table, plain_table
 from bench.stage import Stage, tell
@@ -31,6 +31,7 @@ _ITEMS: dict[int, tuple[str, Callable[[Stage, Plan], Finding]]] = {
     4: ("two api workers", workers.measure),
     5: ("zeroizing", zeroizing.measure),
     6: ("memory", memory.measure),
+    7: ("TLS", tls.measure),
 }
 # What other programs may take of the processor before a figure is said to be disturbed.
 _QUIET_CORES = 0.1

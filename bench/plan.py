@@ -16,6 +16,7 @@ class Plan:
     expired_keys: int
     inserts: int
     memory_requests: int
+    handshakes: int
 
 
 FULL = Plan(
@@ -26,6 +27,7 @@ FULL = Plan(
     expired_keys=1_000_000,
     inserts=2_000,
     memory_requests=1_000_000,
+    handshakes=100_000,
 )
 QUICK = Plan(
     step_seconds=1,
@@ -35,4 +37,5 @@ QUICK = Plan(
     expired_keys=200_000,
     inserts=300,
     memory_requests=40_000,
+    handshakes=10_000,
 )

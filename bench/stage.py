@@ -21,7 +21,7 @@ from bench.filler import Filler
 from bench.machine import file_system_of
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
-from sandbox.ports import LOOPBACK
+from sandbox.ports import LOOPBACK, free_port
 from sandbox.processes import SandboxError
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from sandbox.site import ALICE, BOB
@@ -91,6 +91,24 @@ class Stage:
         other.start("api")
         other.wait_healthy(_READY_SECONDS)
         wait_for_keys(other, BOB)
+        return other
+
+    def tls_api(self) -> KeyProvider:
+        """Another api of KP_Alice with TLS, whose clients need no certificate."""
+        other = KeyProvider(
+            ALICE,
+            [BOB],
+            self.mysql.dsn,
+            self._rabbitmq.url,
+            root=self.alice.root,
+            log_dir=self._logs / "tls",
+        )
+        self._others.append(other)
+        other.serve_tls(free_port())
+        del other.environ["SKIP_TLS_CLIENT_CA_FILE"]
+        other.make_files()
+        other.start("api")
+        other.wait_healthy(_READY_SECONDS)
         return other
 
     def restart_api(self) -> None:

@@ -58,13 +58,17 @@ class KeyProvider:
 
     def start_all(self) -> None:
         """Make the keyring where there is none, and start the three processes without waiting for health."""
+        self.make_files()
+        for role in ROLES:
+            self.start(role)
+
+    def make_files(self) -> None:
+        """Make the keyring, and what TLS needs, where there is none."""
         if not self.keyring_dir.exists():
             self.run_skipctl("keyring", "init")
         if self.tls is not None and not self.tls.folder.exists():
             self.run_skipctl("cert", "init", str(self.tls.folder), "--client", self.tls.client)
             self.run_skipctl("psk", "add", self.tls.psk_identity)
-        for role in ROLES:
-            self.start(role)
 
     def start(self, role: str) -> Child:
         """Start one process unless it runs."""

@@ -1,0 +1,97 @@
+"""Item 7: TLS in the process against stunnel before the plain port, and whether handshakes leave anything."""
+
+from __future__ import annotations
+
+import ssl
+
+from bench import wrk
+from bench.handshakes import Shaker, with_certificate, with_psk
+from bench.machine import resident_mib
+from bench.plan import Plan
+from bench.report import Figure, Finding, Line, Target
+from bench.stage import Stage, tell
+from sandbox.key_provider import KeyProvider
+from sandbox.processes import SandboxError
+from sandbox.stunnel import Stunnel
+
+_LIMIT_RATIO = 1.05
+
+
+def measure(stage: Stage, plan: Plan) -> Finding:
+    """A second api of KP_Alice serves TLS, and its plain port is stunnel's; clients need no certificate here."""
+    api = stage.tls_api()
+    root = stage.root / "stunnel"
+    root.mkdir()
+    stunnel = Stunnel(api, root, server="ecdsa", client_certificates=False).start()
+    try:
+        lines = [_kept(api, stunnel, plan), *_handshakes(api, stunnel, plan), _memory(api, plan)]
+    finally:
+        stunnel.stop()
+        api.stop_all()
+    return Finding(lines, ["item 7: DHE uses ffdhe3072 in the process, and stunnel's own group of 2048 bits there"])
+
+
+def _kept(api: KeyProvider, stunnel: Stunnel, plan: Plan) -> Line:
+    native: list[float] = []
+    through: list[float] = []
+    for _ in range(plan.rounds):
+        native.append(wrk.rate(f"{_tls_url(api)}/capabilities", plan.step_seconds))
+        through.append(wrk.rate(f"https://127.0.0.1:{stunnel.port}/capabilities", plan.step_seconds))
+    return Line(
+        7,
+        Figure("GET /capabilities, TLS kept, in the process", native, "/s"),
+        Figure("through stunnel", through, "/s"),
+        Target("at least", 1.0),
+    )
+
+
+def _handshakes(api: KeyProvider, stunnel: Stunnel, plan: Plan) -> list[Line]:
+    native, through = _shakers(api, _tls_port(api)), _shakers(api, stunnel.port)
+    lines = []
+    for name in native:
+        rates: tuple[list[float], list[float]] = ([], [])
+        for _ in range(plan.rounds):
+            for shaker, samples in zip((native[name], through[name]), rates, strict=True):
+                samples.append(shaker.rate(plan.step_seconds))
+        lines.append(
+            Line(7, Figure(f"handshakes, {name}, in the process", rates[0], "/s"), Figure("stunnel", rates[1], "/s"))
+        )
+    return lines
+
+
+def _memory(api: KeyProvider, plan: Plan) -> Line:
+    half = plan.handshakes // 2
+    shaker = _shakers(api, _tls_port(api))["PSK"]
+    tell(f"  {plan.handshakes:,} handshakes")
+    pid = api.processes["api"].pid
+    shaker.run(half)
+    at_half = resident_mib(pid)
+    shaker.run(half)
+    return Line(
+        7,
+        Figure(f"api process after {plan.handshakes:,} handshakes", [resident_mib(pid)], "MiB"),
+        Figure("after half of them", [at_half], "MiB"),
+        Target("at most", _LIMIT_RATIO),
+    )
+
+
+def _shakers(api: KeyProvider, port: int) -> dict[str, Shaker]:
+    if api.tls is None:
+        raise SandboxError("the api serves no TLS")
+    identity, key_hex = api.tls.psk_identity, api.tls.psk_hex
+    return {
+        "PSK": with_psk(port, identity, key_hex, "PSK-AES256-GCM-SHA384"),
+        "DHE-PSK": with_psk(port, identity, key_hex, "DHE-PSK-AES256-GCM-SHA384"),
+        "certificate, TLS 1.2": with_certificate(port, ssl.TLSVersion.TLSv1_2),
+        "certificate, TLS 1.3": with_certificate(port, ssl.TLSVersion.TLSv1_3),
+    }
+
+
+def _tls_url(api: KeyProvider) -> str:
+    return f"https://127.0.0.1:{_tls_port(api)}"
+
+
+def _tls_port(api: KeyProvider) -> int:
+    if api.tls is None:
+        raise SandboxError("the api serves no TLS")
+    return api.tls.port

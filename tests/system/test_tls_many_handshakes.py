@@ -1,0 +1,53 @@
+"""Ten thousand handshakes with identities that nobody has: nothing grows and nothing slows down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.handshakes import with_psk, with_random_identities
+from bench.machine import resident_mib
+from tests.system.tls_api import TlsApi
+from tests.waiting import wait_for
+
+REFUSED = 10_000
+SAMPLE = 1_000
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[TlsApi]:
+    """One with pre-shared keys."""
+    made = TlsApi(tmp_path)
+    made.prepare()
+    try:
+        yield made.start()
+    finally:
+        made.stop()
+
+
+def handshakes_a_second(api: TlsApi) -> float:
+    """The best of three: what else runs on the machine only ever takes away."""
+    shaker = with_psk(api.port, api.tls.psk_identity, api.tls.psk_hex, "PSK-AES256-GCM-SHA384")
+    return max(shaker.run(SAMPLE) for _ in range(3))
+
+
+def test_random_identities_leak_nothing_and_slow_nothing_down(api: TlsApi) -> None:
+    handshakes_a_second(api)
+    pid = api.kp.processes["api"].pid
+    rate_before = handshakes_a_second(api)
+    with_random_identities(api.port).run(REFUSED // 5)
+    memory_before = resident_mib(pid)
+    with_random_identities(api.port).run(REFUSED)
+    memory_after = resident_mib(pid)
+    rates = []
+
+    def as_fast_as_before() -> bool:
+        rates.append(handshakes_a_second(api))
+        return rates[-1] >= 0.95 * rate_before
+
+    # A machine that does something else for a moment is measured again.
+    wait_for(as_fast_as_before, timeout_seconds=30)
+    assert memory_after <= 1.05 * memory_before
+    assert api.refusals() == REFUSED + REFUSED // 5
