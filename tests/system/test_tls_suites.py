@@ -61,7 +61,7 @@ def test_tls_1_2_with_a_psk_is_served_and_its_identity_stands_in_the_access_log(
     before = len(api.lines("request", proof="psk"))
     seen = s_client(api.port, "-tls1_2", "-cipher", suite, *api.psk())
     assert (seen.served, seen.cipher) == (True, suite), seen.output
-    (line,) = api.lines("request", proof="psk")[before:]
+    line = api.request_line(before, proof="psk")
     assert line["identity"] == api.tls.psk_identity
 
 
@@ -78,7 +78,7 @@ def test_tls_1_2_with_a_client_certificate_is_served_and_its_names_stand_in_the_
     before = len(api.lines("request", proof="certificate"))
     seen = s_client(api.port, "-tls1_2", "-cipher", suite, *api.certificate())
     assert (seen.served, seen.cipher) == (True, suite), seen.output
-    (line,) = api.lines("request", proof="certificate")[before:]
+    line = api.request_line(before, proof="certificate")
     assert line["identity"] == "CN=client; DNS:client"
 
 
@@ -95,7 +95,7 @@ def test_tls_1_3_with_a_psk_takes_the_draft_s_suite(which: str, request: pytest.
     answer, cipher = tlslite_psk(api.port, api.tls.psk_identity.encode(), key, "sha384", "aes256gcm")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert cipher == "aes256gcm"
-    (line,) = api.lines("request", proof="psk")[before:]
+    line = api.request_line(before, proof="psk")
     assert line["identity"] == api.tls.psk_identity
 
 
@@ -110,9 +110,10 @@ def test_tls_1_3_with_a_psk_for_sha_256_is_served_too(api: TlsApi, cipher: str) 
 def test_s_client_with_a_psk_and_no_other_wish_is_served(which: str, request: pytest.FixtureRequest) -> None:
     """Its keys are for SHA-256 in TLS 1.3: the earlier server's README has this line."""
     api: TlsApi = request.getfixturevalue(which)
+    before = len(api.lines("request"))
     seen = s_client(api.port, *api.psk())
     assert seen.served, seen.output
-    assert api.lines("request")[-1]["identity"] == api.tls.psk_identity
+    assert api.request_line(before)["identity"] == api.tls.psk_identity
 
 
 def test_curl_with_a_client_certificate_is_served(api: TlsApi) -> None:

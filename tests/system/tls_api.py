@@ -85,6 +85,11 @@ class TlsApi:
             if line["event"] == event and all(line.get(name) == value for name, value in fields.items())
         ]
 
+    def request_line(self, before: int, **fields: object) -> dict[str, Any]:
+        """The last request, once there are more than `before` of this kind: its line is written after the answer."""
+        wait_for(lambda: len(self.lines("request", **fields)) > before, timeout_seconds=10)
+        return self.lines("request", **fields)[-1]
+
     def refusal(self, before: int) -> dict[str, Any]:
         """The one refused handshake since there were `before` of them."""
         wait_for(lambda: len(self.lines("handshake refused")) > before, timeout_seconds=10)
