@@ -48,9 +48,10 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Works out who is calling, once for all requests of the connection; nobody is known without TLS."""
-        super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
+        # First, so that no request is ever served to a TLS client of whom this has failed: nobody is unlimited.
         self.caller = None if tls is None else tls.caller
+        super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Tells whoever counts connections."""
@@ -138,6 +139,11 @@ class BoundedServer(web.Server):
         self.max_connections = max(1, min(max_connections, files - _RESERVED_FILES))
         self._header_timeout_seconds = header_timeout_seconds
         self.evicted = 0
+
+    @property
+    def connection_count(self) -> int:
+        """How many connections there are now."""
+        return len(self._connections)
 
     def __call__(self) -> RequestHandler:
         if len(self._connections) >= self.max_connections:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,9 @@ def _seen(answer: str, output: str) -> Seen:
     return Seen(json.loads(found[0]) if found else None, (cipher[1] or cipher[2]) if cipher else "", output)
 
 
-def tlslite_psk(port: int, identity: bytes, key: bytes, digest: str, cipher: str) -> tuple[bytes, str]:
+def tlslite_psk(
+    port: int, identity: bytes, key: bytes, digest: str, cipher: str, more: Sequence[tuple[bytes, bytes, str]] = ()
+) -> tuple[bytes, str]:
     """One request by tlslite-ng with a TLS 1.3 pre-shared key: the answer and the suite. Raises its errors."""
     with warnings.catch_warnings():
         # It imports what Python 3.12 has removed, and does without.
@@ -164,7 +166,7 @@ def tlslite_psk(port: int, identity: bytes, key: bytes, digest: str, cipher: str
 
     settings = HandshakeSettings()
     settings.minVersion = settings.maxVersion = (3, 4)
-    settings.pskConfigs = [(identity, key, digest)]
+    settings.pskConfigs = [(identity, key, digest), *more]
     settings.cipherNames = [cipher]
     with socket.create_connection((LOOPBACK, port), timeout=10) as raw:
         connection = TLSConnection(raw)
