@@ -25,6 +25,8 @@ MAX_LINE_BYTES = 2048
 MAX_FIELD_BYTES = 4096
 MAX_HEADERS = 64
 ANSWER_TIMEOUT_SECONDS = 30.0
+# More than any answer has. TLS talks by itself too: a client may ask for new keys without end (RFC 8446, 4.6.3).
+_MAX_UNTAKEN_BYTES = 65_536
 _SWEEP_SECONDS = 1.0
 # Files that are not connections: the store, logs, libraries.
 _RESERVED_FILES = 128
@@ -108,12 +110,18 @@ class Connection(RequestHandler):
             self.busy_count = -1
             if self.partial_since and now - self.partial_since > header_timeout_seconds:
                 return f"a request was not complete within {header_timeout_seconds:g} s"
-            return None
+            return "what it asks for in TLS is not taken" if self._untaken_bytes() > _MAX_UNTAKEN_BYTES else None
         if self.busy_count != self._request_count:
             self.busy_count, self.busy_since = self._request_count, now
         elif now - self.busy_since > ANSWER_TIMEOUT_SECONDS:
             return f"an answer was not taken within {ANSWER_TIMEOUT_SECONDS:g} s"
         return None
+
+    def _untaken_bytes(self) -> int:
+        """What waits in memory for a TLS client to read. Of the plain port nothing does while it is idle."""
+        if self.caller is None or self.transport is None:
+            return 0
+        return cast(asyncio.WriteTransport, self.transport).get_write_buffer_size()
 
 
 class BoundedServer(web.Server):

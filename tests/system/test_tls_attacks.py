@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _ssl
 import contextlib
+import ctypes
 import secrets
 import signal
 import socket
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from bench.handshakes import with_psk
+from bench.machine import resident_mib
 from sandbox.ports import LOOPBACK
 from tests.system.harness import in_background
 from tests.system.tls_api import REQUEST, TlsApi, s_client, tlslite_psk
@@ -136,3 +139,52 @@ def test_the_files_are_exchanged_while_handshakes_run_and_none_of_them_fails(api
             api.kp.processes["api"].send(signal.SIGHUP)
             wait_for(lambda: len(api.lines("tls files read again")) > again + number, timeout_seconds=5)  # noqa: B023
     assert api.refusals() == before
+
+
+KEY_UPDATES = 1_000_000
+UPDATE_REQUESTED = 1
+
+
+class KeyUpdater:
+    """A client in TLS 1.3 that asks for new keys, and again, and reads nothing."""
+
+    def __init__(self, api: TlsApi) -> None:
+        self.socket = socket.create_connection((LOOPBACK, api.port), timeout=10)
+        incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._client = client_context(api).wrap_bio(incoming, self._outgoing, server_hostname="localhost")
+        while self._goes_on():
+            incoming.write(self.socket.recv(65_536))
+        self._library = ctypes.CDLL(_ssl.__file__)
+        # `struct { PyObject_HEAD; PyObject *Socket; SSL *ssl; ... }` in every release from 3.11 to 3.13.
+        self._pointer = ctypes.c_void_p.from_address(id(vars(self._client)["_sslobj"]) + object.__basicsize__ + 8)
+
+    def _goes_on(self) -> bool:
+        try:
+            self._client.do_handshake()
+            return False
+        except ssl.SSLWantReadError:
+            return True
+        finally:
+            self.socket.sendall(self._outgoing.read())
+
+    def ask(self, times: int) -> None:
+        """Sends so many requests. Raises OSError once the server has ended the connection."""
+        for _ in range(times):
+            assert self._library.SSL_key_update(self._pointer, UPDATE_REQUESTED) == 1
+            assert self._library.SSL_do_handshake(self._pointer) == 1
+        self.socket.sendall(self._outgoing.read())
+
+
+def test_a_client_that_asks_for_new_keys_without_end_and_reads_nothing_is_ended(api: TlsApi) -> None:
+    pid = api.kp.processes["api"].pid
+    before = resident_mib(pid)
+    updater, asked = KeyUpdater(api), 0
+    with updater.socket, contextlib.suppress(ConnectionError):
+        while asked < KEY_UPDATES:
+            updater.ask(1_000)
+            asked += 1_000
+    assert asked < KEY_UPDATES
+    (line,) = api.lines("connection ended")
+    assert line["reason"] == "what it asks for in TLS is not taken"
+    assert resident_mib(pid) < before + 32
+    assert s_client(api.port, *api.psk()).served

@@ -87,8 +87,12 @@ class TlsApi:
 
     def refusal(self, before: int) -> dict[str, Any]:
         """The one refused handshake since there were `before` of them."""
-        wait_for(lambda: len(self.lines("handshake refused")) > before, timeout_seconds=10)
-        (line,) = self.lines("handshake refused")[before:]
+        return self.one_more(before, "handshake refused")
+
+    def one_more(self, before: int, event: str, **fields: object) -> dict[str, Any]:
+        """The one line since there were `before` of them. It is written when the answer may be read already."""
+        wait_for(lambda: len(self.lines(event, **fields)) > before, timeout_seconds=10)
+        (line,) = self.lines(event, **fields)[before:]
         return line
 
     def refusals(self) -> int:
@@ -120,6 +124,19 @@ def s_client(port: int, *arguments: str, request: str = REQUEST) -> Seen:
         check=False,
     )
     return _seen(result.stdout, result.stdout + result.stderr)
+
+
+def openssl(*arguments: str, folder: Path) -> None:
+    """One of its other commands."""
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
+
+
+def expired_certificate(api: TlsApi, folder: Path) -> list[str]:
+    """Arguments of s_client: a certificate of the right authority that ended yesterday."""
+    ca = ["-CA", str(api.tls.ca_file), "-CAkey", str(api.tls.folder / "ca.key"), "-CAcreateserial"]
+    openssl("req", "-newkey", "rsa:3072", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=late", folder=folder)
+    openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-days", "-1", "-out", "c", folder=folder)
+    return ["-cert", f"{folder}/c", "-key", f"{folder}/k"]
 
 
 def renegotiate(port: int, *arguments: str) -> str:

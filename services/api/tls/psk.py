@@ -14,8 +14,8 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterator
-from itertools import islice
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from services.api.tls.handshakes import TlsContext, TlsObject, current
