@@ -93,10 +93,12 @@ def test_a_client_cannot_renegotiate(api: TlsApi, stunnel: tuple[Stunnel, str]) 
 
 def test_a_handshake_that_stops_half_way_is_ended_in_time(stunnel: tuple[Stunnel, str]) -> None:
     started = time.monotonic()
-    with socket.create_connection((LOOPBACK, stunnel[0].port), timeout=10) as half:
-        # It ends the connection, politely or not.
-        with contextlib.suppress(ConnectionResetError):
-            assert half.recv(1) == b""
+    # It ends the connection, politely or not.
+    with (
+        socket.create_connection((LOOPBACK, stunnel[0].port), timeout=10) as half,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert half.recv(1) == b""
     assert time.monotonic() - started < 5
 
 
