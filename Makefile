@@ -15,7 +15,7 @@ demo:
 	@$(PYTHON) -m sandbox.demo
 
 test:
-	@scripts/setup python servers curl stunnel
+	@scripts/setup python servers curl stunnel clients
 	@$(PYTHON) -m pytest $(TESTS)
 
 lint:
@@ -38,5 +38,5 @@ lock:
 	PYTHON=$(PYTHON) scripts/lock
 
 clean:
-	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-clients .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,6 +36,8 @@ class Stunnel:
             ("/etc/stunnel/psk.txt", str(key_provider.tls.psk_file)),
             ("/etc/stunnel/server", f"{folder}/{server}"),
             ("/etc/stunnel/ca.pem", str(folder / "ca.pem")),
+            # Tests wait for it.
+            ("TIMEOUTbusy = 10", "TIMEOUTbusy = 2"),
             ("debug = notice", "debug = notice" if client_certificates else "debug = crit"),
             *([] if client_certificates else [("verifyChain = yes", "")]),
         ):

@@ -25,6 +25,8 @@ MAX_LINE_BYTES = 2048
 MAX_FIELD_BYTES = 4096
 MAX_HEADERS = 64
 ANSWER_TIMEOUT_SECONDS = 30.0
+# More than any answer has. TLS talks by itself too: a client may ask for new keys without end (RFC 8446, 4.6.3).
+_MAX_UNTAKEN_BYTES = 65_536
 _SWEEP_SECONDS = 1.0
 # Files that are not connections: the store, logs, libraries.
 _RESERVED_FILES = 128
@@ -48,9 +50,10 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Works out who is calling, once for all requests of the connection; nobody is known without TLS."""
-        super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
+        # First, so that no request is ever served to a TLS client of whom this has failed: nobody is unlimited.
         self.caller = None if tls is None else tls.caller
+        super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Tells whoever counts connections."""
@@ -107,12 +110,18 @@ class Connection(RequestHandler):
             self.busy_count = -1
             if self.partial_since and now - self.partial_since > header_timeout_seconds:
                 return f"a request was not complete within {header_timeout_seconds:g} s"
-            return None
+            return "what it asks for in TLS is not taken" if self._untaken_bytes() > _MAX_UNTAKEN_BYTES else None
         if self.busy_count != self._request_count:
             self.busy_count, self.busy_since = self._request_count, now
         elif now - self.busy_since > ANSWER_TIMEOUT_SECONDS:
             return f"an answer was not taken within {ANSWER_TIMEOUT_SECONDS:g} s"
         return None
+
+    def _untaken_bytes(self) -> int:
+        """What waits in memory for a TLS client to read. Of the plain port nothing does while it is idle."""
+        if self.caller is None or self.transport is None:
+            return 0
+        return cast(asyncio.WriteTransport, self.transport).get_write_buffer_size()
 
 
 class BoundedServer(web.Server):
@@ -138,6 +147,11 @@ class BoundedServer(web.Server):
         self.max_connections = max(1, min(max_connections, files - _RESERVED_FILES))
         self._header_timeout_seconds = header_timeout_seconds
         self.evicted = 0
+
+    @property
+    def connection_count(self) -> int:
+        """How many connections there are now."""
+        return len(self._connections)
 
     def __call__(self) -> RequestHandler:
         if len(self._connections) >= self.max_connections:

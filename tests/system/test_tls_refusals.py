@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sandbox.ports import LOOPBACK
-from tests.system.tls_api import TlsApi, s_client, tlslite_psk
+from tests.system.tls_api import TlsApi, curl, expired_certificate, openssl, s_client, tlslite_psk
 from tests.waiting import wait_for
 
 HANDSHAKE_TIMEOUT_SECONDS = 1.0
@@ -35,10 +36,6 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
         yield made.start()
     finally:
         made.stop()
-
-
-def openssl(*arguments: str, folder: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
 
 
 def refused(api: TlsApi, *arguments: str) -> tuple[str, str]:
@@ -90,6 +87,36 @@ def test_an_empty_identity_is_refused_in_tls_1_2(api: TlsApi) -> None:
     assert api.refusal(before)["reason"] == "empty PSK identity"
 
 
+def hello_with_an_empty_identity() -> bytes:
+    """A ClientHello of TLS 1.3 by hand: no client offers an empty identity, which RFC 8446 forbids (4.2.11)."""
+
+    def sized(size_format: str, octets: bytes) -> bytes:
+        return struct.pack(size_format, len(octets)) + octets
+
+    extensions = {
+        43: b"\x02\x03\x04",  # TLS 1.3
+        10: sized(">H", b"\x00\x1d"),  # X25519
+        13: sized(">H", b"\x08\x04"),
+        51: sized(">H", b"\x00\x1d" + sized(">H", secrets.token_bytes(32))),
+        45: b"\x01\x01",
+        41: sized(">H", sized(">H", b"") + bytes(4)) + sized(">H", sized("B", secrets.token_bytes(48))),
+    }
+    listed = b"".join(struct.pack(">H", number) + sized(">H", octets) for number, octets in extensions.items())
+    body = (
+        b"\x03\x03" + secrets.token_bytes(32) + b"\x00" + sized(">H", b"\x13\x02") + b"\x01\x00" + sized(">H", listed)
+    )
+    return b"\x16\x03\x01" + sized(">H", b"\x01" + struct.pack(">I", len(body))[1:] + body)
+
+
+def test_an_empty_identity_is_refused_in_tls_1_3(api: TlsApi) -> None:
+    before = api.refusals()
+    with socket.create_connection((LOOPBACK, api.port), timeout=5) as client:
+        client.sendall(hello_with_an_empty_identity())
+        # A fatal alert (RFC 8446, 6.2): unknown_psk_identity.
+        assert client.recv(4096) == b"\x15\x03\x03\x00\x02\x02\x73"
+    assert api.refusal(before)["reason"] == "empty PSK identity"
+
+
 def test_an_identity_of_bytes_that_are_no_text_is_refused(api: TlsApi) -> None:
     before = api.refusals()
     with pytest.raises(Exception, match=r"unknown_psk_identity|Remote|closed"):
@@ -112,11 +139,10 @@ def test_a_certificate_of_a_foreign_authority_is_refused(api: TlsApi, tmp_path: 
 
 
 def test_an_expired_client_certificate_is_refused(api: TlsApi, tmp_path: Path) -> None:
-    ca = ["-CA", str(api.tls.ca_file), "-CAkey", str(api.tls.folder / "ca.key"), "-CAcreateserial"]
-    openssl("req", "-newkey", "rsa:3072", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=late", folder=tmp_path)
-    openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-days", "-1", "-out", "c", folder=tmp_path)
-    _, reason = refused(api, "-tls1_3", "-cert", f"{tmp_path}/c", "-key", f"{tmp_path}/k")
-    assert reason == "bad client certificate: certificate has expired"
+    late = expired_certificate(api, tmp_path)
+    for version in ("-tls1_2", "-tls1_3"):
+        _, reason = refused(api, version, *late)
+        assert reason == "bad client certificate: certificate has expired"
 
 
 def test_a_server_certificate_is_no_client_certificate(api: TlsApi) -> None:
@@ -134,10 +160,39 @@ def test_a_weak_client_certificate_is_refused(api: TlsApi, tmp_path: Path) -> No
     assert reason.startswith("bad client certificate: ")
 
 
+def test_a_client_certificate_of_2048_bits_is_taken_since_routers_have_it(api: TlsApi, tmp_path: Path) -> None:
+    ca = ["-CA", str(api.tls.ca_file), "-CAkey", str(api.tls.folder / "ca.key"), "-CAcreateserial"]
+    openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=router", folder=tmp_path)
+    openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-out", "c", folder=tmp_path)
+    assert s_client(api.port, "-tls1_2", "-cert", f"{tmp_path}/c", "-key", f"{tmp_path}/k").served
+
+
 @pytest.mark.parametrize("version", ["-tls1", "-tls1_1"])
 def test_older_versions_are_refused(api: TlsApi, version: str) -> None:
     _, reason = refused(api, version, "-cipher", "ALL@SECLEVEL=0", *api.psk())
     assert reason == "no shared version: only TLS 1.2 and 1.3 are spoken here"
+
+
+def test_a_client_that_does_not_trust_our_authority_is_told_from_one_that_we_do_not_trust(api: TlsApi) -> None:
+    """The commonest fault of all: the router has the wrong authority, or none."""
+    before = api.refusals()
+    seen = curl(api.port, "--cert", str(api.tls.client_cert_file), "--key", str(api.tls.client_key_file))
+    assert not seen.served
+    assert api.refusal(before)["reason"] == "the client refused, with the alert unknown ca"
+
+
+@pytest.mark.parametrize("digest", ["SHA1", "SHA224"])
+def test_a_client_that_takes_weak_signatures_only_is_refused(api: TlsApi, digest: str) -> None:
+    wish = ["-sigalgs", f"RSA+{digest}:ECDSA+{digest}", "-cipher", "ECDHE-RSA-AES256-GCM-SHA384@SECLEVEL=0"]
+    _, reason = refused(api, "-tls1_2", *wish, *api.certificate())
+    assert reason in ("no shared signature algorithm", "no shared cipher suite")
+
+
+@pytest.mark.parametrize(("version", "group"), [("-tls1_2", "secp224r1"), ("-tls1_3", "ffdhe2048")])
+def test_a_client_with_groups_below_128_bits_only_is_refused(api: TlsApi, version: str, group: str) -> None:
+    wish = ["-groups", group, "-cipher", "ECDHE-RSA-AES256-GCM-SHA384@SECLEVEL=0"]
+    _, reason = refused(api, version, *wish, *api.certificate())
+    assert reason in ("no shared key exchange group", "no shared cipher suite")
 
 
 def test_plain_http_on_the_tls_port_is_told_so(api: TlsApi) -> None:
@@ -224,8 +279,9 @@ def test_the_end_of_a_certificate_is_announced_in_the_log_and_in_health(tmp_path
         api.start()
         ends = (datetime.now(UTC) + timedelta(days=5)).strftime("%Y-%m-%d")
         warnings = api.warnings()
-        assert len(warnings) == 2
-        assert all("rsa.pem" in text or "ecdsa.pem" in text for text in warnings)
+        assert [sum(name in text for text in warnings) for name in ("/rsa.pem", "/ecdsa.pem", "/ca.pem")] == [1, 1, 1]
+        # With the authority of the clients every one of them would be locked out.
+        assert any("ca.pem (CN=skipbus lab)" in text for text in warnings)
         assert all("expires in 4 days" in text and ends in text for text in warnings)
         assert [line["reason"] for line in api.lines("certificate ends")] == warnings
     finally:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.system.tls_api import TlsApi, curl, renegotiate, s_client, tlslite_psk
+from tests.waiting import wait_for
 
 PSK_SUITES = [
     # The draft's Table 1.
@@ -17,7 +20,14 @@ PSK_SUITES = [
     "DHE-PSK-AES256-GCM-SHA384",
     "PSK-AES256-CBC-SHA384",
 ]
-CERTIFICATE_SUITES = ["AES256-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-RSA-AES256-GCM-SHA384"]
+MORE_PSK_SUITES = ["ECDHE-PSK-AES256-CBC-SHA384", "ECDHE-PSK-CHACHA20-POLY1305"]
+CERTIFICATE_SUITES = [
+    "AES256-SHA256",
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-RSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-CHACHA20-POLY1305",
+    "ECDHE-RSA-CHACHA20-POLY1305",
+]
 WEAK_SUITES = [
     "AES128-SHA",
     "AES256-SHA",
@@ -56,12 +66,12 @@ def psk_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
         made.stop()
 
 
-@pytest.mark.parametrize("suite", PSK_SUITES)
+@pytest.mark.parametrize("suite", PSK_SUITES + MORE_PSK_SUITES)
 def test_tls_1_2_with_a_psk_is_served_and_its_identity_stands_in_the_access_log(api: TlsApi, suite: str) -> None:
     before = len(api.lines("request", proof="psk"))
     seen = s_client(api.port, "-tls1_2", "-cipher", suite, *api.psk())
     assert (seen.served, seen.cipher) == (True, suite), seen.output
-    line = api.request_line(before, proof="psk")
+    line = api.one_more(before, "request", proof="psk")
     assert line["identity"] == api.tls.psk_identity
 
 
@@ -78,7 +88,7 @@ def test_tls_1_2_with_a_client_certificate_is_served_and_its_names_stand_in_the_
     before = len(api.lines("request", proof="certificate"))
     seen = s_client(api.port, "-tls1_2", "-cipher", suite, *api.certificate())
     assert (seen.served, seen.cipher) == (True, suite), seen.output
-    line = api.request_line(before, proof="certificate")
+    line = api.one_more(before, "request", proof="certificate")
     assert line["identity"] == "CN=client; DNS:client"
 
 
@@ -95,7 +105,7 @@ def test_tls_1_3_with_a_psk_takes_the_draft_s_suite(which: str, request: pytest.
     answer, cipher = tlslite_psk(api.port, api.tls.psk_identity.encode(), key, "sha384", "aes256gcm")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert cipher == "aes256gcm"
-    line = api.request_line(before, proof="psk")
+    line = api.one_more(before, "request", proof="psk")
     assert line["identity"] == api.tls.psk_identity
 
 
@@ -110,10 +120,9 @@ def test_tls_1_3_with_a_psk_for_sha_256_is_served_too(api: TlsApi, cipher: str) 
 def test_s_client_with_a_psk_and_no_other_wish_is_served(which: str, request: pytest.FixtureRequest) -> None:
     """Its keys are for SHA-256 in TLS 1.3: the earlier server's README has this line."""
     api: TlsApi = request.getfixturevalue(which)
-    before = len(api.lines("request"))
     seen = s_client(api.port, *api.psk())
     assert seen.served, seen.output
-    assert api.request_line(before)["identity"] == api.tls.psk_identity
+    wait_for(lambda: api.lines("request")[-1].get("identity") == api.tls.psk_identity, timeout_seconds=5)
 
 
 def test_curl_with_a_client_certificate_is_served(api: TlsApi) -> None:
@@ -153,9 +162,19 @@ def test_neither_sessions_nor_tickets_are_given_out(api: TlsApi) -> None:
     assert "Post-Handshake New Session Ticket" not in s_client(api.port, "-tls1_3", *api.certificate()).output
 
 
-def test_a_client_cannot_renegotiate(api: TlsApi) -> None:
-    output = renegotiate(api.port, "-tls1_2", *api.certificate())
+@pytest.mark.parametrize("proof", ["certificate", "psk"])
+def test_a_client_cannot_renegotiate(api: TlsApi, proof: str) -> None:
+    credentials = api.certificate() if proof == "certificate" else ["-cipher", "PSK", *api.psk()]
+    output = renegotiate(api.port, "-tls1_2", *credentials)
     assert "no renegotiation" in output.lower()
+
+
+def test_the_hybrid_group_is_taken_where_openssl_has_it_and_x25519_elsewhere(api: TlsApi) -> None:
+    """The server's OpenSSL is this interpreter's; the client's is the program's."""
+    output = s_client(api.port, "-tls1_3", *api.certificate()).output
+    program = subprocess.run(["openssl", "version"], capture_output=True, text=True, check=True).stdout
+    both = min(ssl.OPENSSL_VERSION_INFO[:2], tuple(map(int, program.split()[1].split(".")[:2])))
+    assert ("X25519MLKEM768" if both >= (3, 5) else "Server Temp Key: X25519,") in output
 
 
 def test_compression_is_off(api: TlsApi) -> None:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,14 @@ class TlsApi:
             if line["event"] == event and all(line.get(name) == value for name, value in fields.items())
         ]
 
-    def request_line(self, before: int, **fields: object) -> dict[str, Any]:
-        """The last request, once there are more than `before` of this kind: its line is written after the answer."""
-        wait_for(lambda: len(self.lines("request", **fields)) > before, timeout_seconds=10)
-        return self.lines("request", **fields)[-1]
-
     def refusal(self, before: int) -> dict[str, Any]:
         """The one refused handshake since there were `before` of them."""
-        wait_for(lambda: len(self.lines("handshake refused")) > before, timeout_seconds=10)
-        (line,) = self.lines("handshake refused")[before:]
+        return self.one_more(before, "handshake refused")
+
+    def one_more(self, before: int, event: str, **fields: object) -> dict[str, Any]:
+        """The one line since there were `before` of them. It is written when the answer may be read already."""
+        wait_for(lambda: len(self.lines(event, **fields)) > before, timeout_seconds=10)
+        (line,) = self.lines(event, **fields)[before:]
         return line
 
     def refusals(self) -> int:
@@ -125,6 +124,19 @@ def s_client(port: int, *arguments: str, request: str = REQUEST) -> Seen:
         check=False,
     )
     return _seen(result.stdout, result.stdout + result.stderr)
+
+
+def openssl(*arguments: str, folder: Path) -> None:
+    """One of its other commands."""
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
+
+
+def expired_certificate(api: TlsApi, folder: Path) -> list[str]:
+    """Arguments of s_client: a certificate of the right authority that ended yesterday."""
+    ca = ["-CA", str(api.tls.ca_file), "-CAkey", str(api.tls.folder / "ca.key"), "-CAcreateserial"]
+    openssl("req", "-newkey", "rsa:3072", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=late", folder=folder)
+    openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-days", "-1", "-out", "c", folder=folder)
+    return ["-cert", f"{folder}/c", "-key", f"{folder}/k"]
 
 
 def renegotiate(port: int, *arguments: str) -> str:
@@ -160,7 +172,9 @@ def _seen(answer: str, output: str) -> Seen:
     return Seen(json.loads(found[0]) if found else None, (cipher[1] or cipher[2]) if cipher else "", output)
 
 
-def tlslite_psk(port: int, identity: bytes, key: bytes, digest: str, cipher: str) -> tuple[bytes, str]:
+def tlslite_psk(
+    port: int, identity: bytes, key: bytes, digest: str, cipher: str, more: Sequence[tuple[bytes, bytes, str]] = ()
+) -> tuple[bytes, str]:
     """One request by tlslite-ng with a TLS 1.3 pre-shared key: the answer and the suite. Raises its errors."""
     with warnings.catch_warnings():
         # It imports what Python 3.12 has removed, and does without.
@@ -169,7 +183,7 @@ def tlslite_psk(port: int, identity: bytes, key: bytes, digest: str, cipher: str
 
     settings = HandshakeSettings()
     settings.minVersion = settings.maxVersion = (3, 4)
-    settings.pskConfigs = [(identity, key, digest)]
+    settings.pskConfigs = [(identity, key, digest), *more]
     settings.cipherNames = [cipher]
     with socket.create_connection((LOOPBACK, port), timeout=10) as raw:
         connection = TLSConnection(raw)

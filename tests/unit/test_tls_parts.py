@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ssl
 import struct
+import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.api.tls import context as tls_context
+from services.api.tls import openssl
 from services.api.tls.callers import CallerBook
 from services.api.tls.certificates import Certificate
 from services.api.tls.psk import OfferedPsk, parse_offered
@@ -41,6 +44,38 @@ def test_an_extension_of_any_bytes_is_read_or_refused(octets: bytes) -> None:
         list(parse_offered(octets))
     except (ValueError, struct.error):
         return
+
+
+def test_nine_thousand_offered_keys_are_read_in_a_moment() -> None:
+    offered = [OfferedPsk(b"", 0, 0)] * 9_000
+    octets = extension(*offered)
+    started = time.process_time()
+    assert len(list(parse_offered(octets))) == 9_000
+    # Copying the rest for each of them took ten times as long.
+    assert time.process_time() - started < 0.05
+
+
+def test_a_list_that_this_openssl_does_not_know_changes_nothing_and_leaves_no_error_behind() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    library = openssl.library()
+    assert library.set_groups(context, "secp384r1")
+    for refused in ("no-such-group:X25519", "a//b", ""):
+        assert not library.set_groups(context, refused)
+    assert not library.set_signature_algorithms(context, "no-such-algorithm")
+    assert library.ERR_peek_error() == 0
+
+
+def test_the_hybrid_group_comes_first_exactly_where_openssl_has_it() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    hybrid, classical = tls_context._GROUPS
+    assert hybrid.startswith("X25519MLKEM768/")
+    assert openssl.library().set_groups(context, classical)
+    assert openssl.library().set_groups(context, hybrid) == (ssl.OPENSSL_VERSION_INFO >= (3, 5))
+
+
+def test_one_list_of_signature_algorithms_is_understood_by_every_openssl() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    assert openssl.library().set_signature_algorithms(context, tls_context._SIGNATURE_LISTS[-1])
 
 
 def test_without_a_table_everybody_may_ask_for_everything() -> None:
@@ -86,13 +121,13 @@ def test_whoever_shows_nothing_may_ask_for_nothing_once_there_is_a_table() -> No
     ids=str,
 )
 def test_the_end_of_a_certificate_is_warned_of_30_7_and_1_days_ahead(left: timedelta, warned: int | None) -> None:
-    certificate = Certificate(Path("rsa.pem"), NOW + left)
+    certificate = Certificate("rsa.pem", NOW + left)
     assert certificate.warned_days(NOW) == warned
     assert (certificate.warning(NOW) is None) == (warned is None)
 
 
 def test_a_warning_tells_how_long_is_left_and_then_that_it_is_over() -> None:
-    ends = Certificate(Path("rsa.pem"), NOW)
+    ends = Certificate("rsa.pem", NOW)
     assert ends.warning(NOW - timedelta(days=3, hours=1)) == (
         "the certificate rsa.pem expires in 3 days, at 2026-11-23T12:00:00Z"
     )

@@ -15,11 +15,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import NameOID
 
 from shared.system_ids import RemoteSystemIds
 
 _MAX_SHOWN = 256
+# What cryptography raises for certificates that OpenSSL does not mind; only some of it is a ValueError.
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,7 @@ class CallerBook:
     def _certificate_caller(self, der: bytes) -> Caller:
         try:
             subject, names = certificate_names(x509.load_der_x509_certificate(der))
-        except ValueError:
+        except _UNREADABLE:
             # OpenSSL let through what cryptography cannot read: it has proved something, but has no name.
             return Caller("unreadable certificate", "certificate", self._allowed(()))
         shown = "; ".join([subject, *(f"{kind}:{name}" for kind, name in names if kind != "CN")])

@@ -40,9 +40,16 @@ PSK_SUITES = (
     "DHE-PSK-AES256-CBC-SHA",
 )
 _TLS_1_3_SUITES = b"TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256"
-# The hybrid group first, where OpenSSL has it (3.5); whoever records today reads nothing tomorrow.
-_HYBRID_GROUPS = "X25519MLKEM768:X25519:secp384r1:secp256r1:ffdhe3072"
-_GROUPS = "X25519:secp384r1:secp256r1:ffdhe3072"
+# The hybrid group first, where OpenSSL has it (3.5); whoever records today reads nothing tomorrow. The slash has a
+# client that can do it, but began with another group, begin again. Older releases understand neither.
+_GROUPS = ("X25519MLKEM768/X25519:secp384r1:secp256r1:ffdhe3072", "X25519:secp384r1:secp256r1:ffdhe3072")
+_SIGNATURES = (
+    "ecdsa_secp384r1_sha384:ecdsa_secp521r1_sha512:ecdsa_secp256r1_sha256:ed25519:ed448:"
+    "rsa_pss_rsae_sha384:rsa_pss_rsae_sha512:rsa_pss_rsae_sha256:rsa_pss_pss_sha384:rsa_pss_pss_sha512:rsa_pss_pss_sha256:"
+    "rsa_pkcs1_sha384:rsa_pkcs1_sha512:rsa_pkcs1_sha256"
+)
+# Neither SHA-1 nor SHA-224. ML-DSA where OpenSSL has it (3.5): the question mark passes over what is not known.
+_SIGNATURE_LISTS = (f"?mldsa87:?mldsa65:?mldsa44:{_SIGNATURES}", _SIGNATURES)
 # RFC 7919's group of 3072 bits, 128 bits of security, for the DHE suites of TLS 1.2.
 _DH_GROUP = Path(__file__).with_name("ffdhe3072.pem")
 _OPTIONS = (
@@ -123,8 +130,9 @@ def _go_beyond_ssl(context: TlsContext) -> None:
     library = openssl.library()
     library.forget_sessions(context)
     library.SSL_CTX_set_ciphersuites(openssl.context_pointer(context), _TLS_1_3_SUITES)
-    if not library.set_groups(context, _HYBRID_GROUPS):
-        library.set_groups(context, _GROUPS)
+    # The first list that this OpenSSL understands; where it understands none, its own, which security level 2 bounds.
+    any(library.set_groups(context, groups) for groups in _GROUPS)
+    any(library.set_signature_algorithms(context, names) for names in _SIGNATURE_LISTS)
 
 
 def _serve_psk(context: TlsContext, settings: TlsSettings, modes: PskModes) -> None:

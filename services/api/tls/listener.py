@@ -4,7 +4,9 @@ The event loop's own servers take a context once and say nothing about a handsha
 gets the context of its moment, and every refused one its line in the log. When the handshake is done the connection
 is aiohttp's, like one of the plain port.
 
-A file descriptor that is not a connection's must be free for the store: when there are none, accepting pauses.
+A file descriptor that is not a connection's must be free for the store: handshakes count as connections, and beyond
+the limit the oldest handshake makes room. So whoever begins many and ends none drives out himself, and nobody who has
+shown who he is. When there are no files all the same, accepting pauses.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class TlsListener:
         self._plain_answer = port_taken.plain_answer(system_id)
         self._system_id = system_id
         self._sockets: list[socket.socket] = []
-        self._handshakes: set[asyncio.Task[None]] = set()
+        # In the order in which they began, with their clients' addresses.
+        self._handshakes: dict[asyncio.Task[None], str] = {}
         self._of_address: Counter[str] = Counter()
         self._crowded: set[str] = set()
 
@@ -78,7 +81,7 @@ class TlsListener:
                 asyncio.get_running_loop().remove_reader(bound)
             bound.close()
         self._sockets.clear()
-        for handshake in self._handshakes:
+        for handshake in list(self._handshakes):
             handshake.cancel()
 
     def _accept_from(self, bound: socket.socket) -> None:
@@ -101,14 +104,31 @@ class TlsListener:
             self._take(accepted, str(address[0]))
 
     def _take(self, accepted: socket.socket, address: str) -> None:
-        if len(self._handshakes) >= self._server.max_connections or not self._has_room(address):
+        if not self._has_room(address):
             accepted.close()
             return
+        self._make_room()
         accepted.setblocking(False)
         self._of_address[address] += 1
         handshake = asyncio.create_task(self._shake_hands(accepted, address), name="handshake")
-        self._handshakes.add(handshake)
-        handshake.add_done_callback(self._handshakes.discard)
+        self._handshakes[handshake] = address
+        handshake.add_done_callback(functools.partial(self._ended, accepted=accepted, address=address))
+
+    def _ended(self, handshake: asyncio.Task[None], *, accepted: socket.socket, address: str) -> None:
+        self._handshakes.pop(handshake, None)
+        # One that is cancelled before its first step never sees it: what it holds is given back here.
+        if handshake.cancelled():
+            accepted.close()
+            self._release(address)
+
+    def _make_room(self) -> None:
+        while self._handshakes and self._is_full():
+            oldest = next(iter(self._handshakes))
+            refusals.log_refusal(self._handshakes.pop(oldest), refusals.CROWDED_OUT)
+            oldest.cancel()
+
+    def _is_full(self) -> bool:
+        return len(self._handshakes) + self._server.connection_count >= self._server.max_connections
 
     def _has_room(self, address: str) -> bool:
         if self._of_address[address] < self._max_per_address:
@@ -133,20 +153,22 @@ class TlsListener:
                 ssl_handshake_timeout=self._timeout_seconds,
                 ssl_shutdown_timeout=_SHUTDOWN_SECONDS,
             )
-        except ssl.SSLError:
-            release()  # the handshake itself has told why
-        except (ConnectionAbortedError, TimeoutError):
+        except Exception as error:  # noqa: BLE001 -- whatever it was, the address gets its place back
             release()
-            refusals.log_refusal(address, refusals.TIMEOUT.format(seconds=self._timeout_seconds))
-        except OSError:
-            release()
-            refusals.log_refusal(address, refusals.GONE)
-        except asyncio.CancelledError:
-            release()
-            raise
+            self._tell(address, error)
         else:
             made.when_lost(release)
             _acknowledge(accepted)
+
+    def _tell(self, address: str, error: Exception) -> None:
+        if isinstance(error, ssl.SSLError):
+            return  # the handshake itself has told why
+        if isinstance(error, ConnectionAbortedError | TimeoutError):
+            refusals.log_refusal(address, refusals.TIMEOUT.format(seconds=self._timeout_seconds))
+        elif isinstance(error, OSError):
+            refusals.log_refusal(address, refusals.GONE)
+        else:
+            _log.error("handshake failed", client=address, exc_info=error)
 
     def _release(self, address: str) -> None:
         self._of_address[address] -= 1

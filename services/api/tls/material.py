@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.api.tls.certificates import Certificate, read_certificates, utc_now
+from services.api.tls.certificates import Certificate, read_authorities, read_certificates, utc_now
 from services.api.tls.context import Recipe, make_context
 from services.api.tls.handshakes import TlsContext
 from shared.config import TlsSettings
@@ -35,7 +35,7 @@ class Material:
         self._paths = _paths(recipe.settings)
         self._loaded = self._seen = self._stamps()
         self._fault: str | None = None
-        self._warned: dict[Path, int] = {}
+        self._warned: dict[Certificate, int] = {}
         self._certificates: tuple[Certificate, ...] = ()
         self.context: TlsContext
         self.psk_count = 0
@@ -68,9 +68,10 @@ class Material:
         """Reads everything again; the old stays where that fails."""
         try:
             self._take(await asyncio.to_thread(self._read))
-        except OperatorError as error:
-            self._fault = f"the old TLS files stay in use: {error}"
-            _log.error("tls files refused", reason=str(error))
+        except Exception as error:  # noqa: BLE001 -- no file, whatever is in it, may end a process that serves
+            reason = str(error) if isinstance(error, OperatorError) else f"{type(error).__name__}: {error}"
+            self._fault = f"the old TLS files stay in use: {reason}"
+            _log.error("tls files refused", reason=reason)
             return
         _log.info("tls files read again", psk_identities=self.psk_count, certificates=len(self._certificates))
 
@@ -79,8 +80,8 @@ class Material:
         now = utc_now()
         for certificate in self._certificates:
             days = certificate.warned_days(now)
-            if days is not None and self._warned.get(certificate.path, days + 1) > days:
-                self._warned[certificate.path] = days
+            if days is not None and self._warned.get(certificate, days + 1) > days:
+                self._warned[certificate] = days
                 _log.warning("certificate ends", reason=certificate.warning(now))
 
     def _read(self) -> tuple[TlsContext, tuple[Certificate, ...]]:
@@ -88,7 +89,8 @@ class Material:
         keys = PskKeys()
         for path in settings.psk_files:
             keys = read_psk_file(path)
-        return make_context(self._recipe, keys), read_certificates(settings.cert_files)
+        context = make_context(self._recipe, keys)
+        return context, read_certificates(settings.cert_files) + read_authorities(settings.client_ca_files)
 
     def _take(self, read: tuple[TlsContext, tuple[Certificate, ...]]) -> None:
         self.context, self._certificates = read

@@ -12,7 +12,7 @@ import _ssl
 import ctypes
 import ssl
 import sys
-from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_long, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_long, c_size_t, c_uint, c_uint64, c_ulong, c_void_p
 from functools import cache
 from typing import Any
 
@@ -24,8 +24,11 @@ PskClientCallback = CFUNCTYPE(c_uint, c_void_p, c_char_p, c_void_p, c_uint, c_vo
 
 _SET_SESSION_CACHE_MODE = 44
 _SET_GROUPS_LIST = 92
+_SET_SIGALGS_LIST = 98
 TLS_1_3 = 0x0304
 _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ERR_clear_error": (None, ()),
+    "ERR_peek_error": (c_ulong, ()),
     "SSL_CTX_get_options": (c_uint64, (c_void_p,)),
     "SSL_CTX_ctrl": (c_long, (c_void_p, c_int, c_long, c_void_p)),
     "SSL_CTX_set_session_id_context": (c_int, (c_void_p, c_char_p, c_uint)),
@@ -113,9 +116,19 @@ class Library:
         self.SSL_CTX_ctrl(context_pointer(context), _SET_SESSION_CACHE_MODE, 0, None)
 
     def set_groups(self, context: ssl.SSLContext, groups: str) -> bool:
-        """The key exchange groups in order of preference; whether this OpenSSL knows all of them."""
-        ok: int = self.SSL_CTX_ctrl(context_pointer(context), _SET_GROUPS_LIST, 0, groups.encode())
-        return ok == 1
+        """The key exchange groups in order of preference; whether this OpenSSL understands the whole list."""
+        return self._set_list(context, _SET_GROUPS_LIST, groups)
+
+    def set_signature_algorithms(self, context: ssl.SSLContext, algorithms: str) -> bool:
+        """What may be signed with, by both sides; whether this OpenSSL understands the whole list."""
+        return self._set_list(context, _SET_SIGALGS_LIST, algorithms)
+
+    def _set_list(self, context: ssl.SSLContext, command: int, names: str) -> bool:
+        if self.SSL_CTX_ctrl(context_pointer(context), command, 0, names.encode()) == 1:
+            return True
+        # What is left in this thread's queue would be taken for the failure of whatever connection comes next.
+        self.ERR_clear_error()
+        return False
 
 
 @cache

@@ -15,6 +15,7 @@ import ctypes
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from services.api.tls.handshakes import TlsContext, TlsObject, current
@@ -29,7 +30,10 @@ from services.api.tls.openssl import (
 from shared.psk_file import shown_identity
 
 _PRE_SHARED_KEY = 41
-_UNKNOWN_PSK_IDENTITY = 115
+_ILLEGAL_PARAMETER, _UNKNOWN_PSK_IDENTITY = 47, 115
+# Clients offer one or two. OpenSSL asks for each in turn, and one ClientHello has room for nine thousand: that would
+# be a tenth of a second of the event loop for anybody who sends it.
+_MAX_OFFERED = 16
 _SUCCESS, _FAILURE = 1, 0
 # By the length of the binder: the suites that the connection may take, and the one that the session is made for.
 _SUITES = {
@@ -76,18 +80,20 @@ def _split(extension: bytes) -> tuple[bytes, bytes]:
 
 
 def _identities(octets: bytes) -> Iterator[tuple[bytes, int]]:
-    while octets:
-        (length,) = struct.unpack_from(">H", octets)
-        (age,) = struct.unpack_from(">I", octets, 2 + length)
-        yield octets[2 : 2 + length], age
-        octets = octets[6 + length :]
+    start = 0
+    while start < len(octets):
+        (length,) = struct.unpack_from(">H", octets, start)
+        (age,) = struct.unpack_from(">I", octets, start + 2 + length)
+        yield octets[start + 2 : start + 2 + length], age
+        start += 6 + length
 
 
 def _binders(octets: bytes) -> Iterator[bytes]:
-    while octets:
-        length = octets[0]
-        yield octets[1 : 1 + length]
-        octets = octets[1 + length :]
+    start = 0
+    while start < len(octets):
+        length = octets[start]
+        yield octets[start + 1 : start + 1 + length]
+        start += 1 + length
 
 
 def _note_unknown(handshake: TlsObject, identity: bytes) -> None:
@@ -119,10 +125,14 @@ def _look_at_hello(ssl_pointer: int, alert: Any) -> int:  # noqa: ANN401 -- a po
     if extension is None:
         return _SUCCESS
     try:
-        offered = list(parse_offered(extension))
+        offered = list(islice(parse_offered(extension), _MAX_OFFERED + 1))
     except (ValueError, struct.error):
         # OpenSSL refuses it in its own words.
         return _SUCCESS
+    if len(offered) > _MAX_OFFERED:
+        handshake.refusal = f"more than {_MAX_OFFERED} pre-shared keys offered at once"
+        alert[0] = _ILLEGAL_PARAMETER
+        return _FAILURE
     if not _choose_suites(handshake, ssl_pointer, offered):
         alert[0] = _UNKNOWN_PSK_IDENTITY
         return _FAILURE

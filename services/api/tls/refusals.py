@@ -41,6 +41,7 @@ _SENTENCES = {
 TIMEOUT = "timeout: the handshake did not end within {seconds:g} s"
 GONE = "the client ended the connection during the handshake"
 TOO_MANY = "too many connections from this address"
+CROWDED_OUT = "crowded out: SKIP_MAX_CONNECTIONS is reached, and this handshake was the oldest that had not ended"
 
 
 def log_failure(handshake: TlsObject, error: ssl.SSLError) -> None:
