@@ -215,6 +215,7 @@ def test_a_caller_gets_keys_only_for_the_remote_systems_of_its_identity(tmp_path
                 assert f"HTTP/1.1 {status}" in curl(api.port, *certificate, path=path).output
         # Whoever came by the plain port of this host is not limited: it has no identity.
         assert get(api.kp.url, "key", remoteSystemID="KP_Carol").status == 500
+        wait_for(lambda: len(api.lines("request", status=400)) == 5, timeout_seconds=5)
         refused = api.lines("request", status=400)
         assert {line["identity"] for line in refused} == {tls.psk_identity, "stranger", "CN=client; DNS:client"}
         assert all("may ask for" in line["reason"] for line in refused)
