@@ -18,6 +18,7 @@ from shared.database import connect, make_engine
 from shared.keyring import Keyring
 from shared.peer_directory import PeerDirectory
 from shared.secret import Secret
+from shared.store.steps import run_steps
 from shared.system_ids import RemoteSystemIds
 
 _BATCH = 1000
@@ -53,7 +54,7 @@ class Filler:
 
     def _fill_batch(self, count: int, ttl_seconds: int) -> list[str]:
         requests = [IssueRequest(self._target_id, 256, "bench")] * count
-        return _key_ids(IssueBatch(self._sealer, ttl_seconds, requests).run(self._connection))
+        return _key_ids(run_steps(self._connection, IssueBatch(self._sealer, ttl_seconds, requests).run()))
 
 
 def _key_ids(answers: Sequence[IssuedKey | Exception]) -> list[str]:

@@ -17,7 +17,7 @@ from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from shared.config import MySqlSettings
-from shared.errors import CommitUnknown, StoreRefused, StoreUnavailable
+from shared.errors import StoreRefused, StoreUnavailable
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_SECONDS = 10
@@ -102,24 +102,15 @@ def driver_errors() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        raise _translated(error.orig or error) from error
+        raise translated(error.orig or error) from error
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"the store did not answer: {type(error).__name__}") from error
     except (pymysql.err.Error, OSError) as error:
-        raise _translated(error) from error
+        raise translated(error) from error
 
 
-@contextmanager
-def commit_errors() -> Iterator[None]:
-    """As ``driver_errors``, but a connection that breaks here leaves unknown whether it was committed."""
-    try:
-        with driver_errors():
-            yield
-    except StoreUnavailable as error:
-        raise CommitUnknown("the connection to the store broke during a commit") from error
-
-
-def _translated(error: BaseException) -> StoreUnavailable | StoreRefused:
+def translated(error: BaseException) -> StoreUnavailable | StoreRefused:
+    """Our error for one of PyMySQL's or of the socket's; to be raised from it."""
     code = error.args[0] if error.args and isinstance(error.args[0], int) else None
     # The server's own words may quote values of a statement; the code is enough to look it up.
     told = f"MySQL error {code}" if code is not None else type(error).__name__

@@ -11,8 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from pymysql.connections import Connection
+from functools import partial
 
 from shared import wire
 from shared.clock import now_ms
@@ -29,6 +28,7 @@ from shared.store.keys import (
     fetch_for_claim,
     fetch_wrapping_keys,
 )
+from shared.store.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,13 @@ def not_available(reason: str) -> KeyNotAvailable:
     return error
 
 
+def _again(error: SealBroken) -> SealBroken:
+    # Each caller gets an error of its own: raising one writes into it.
+    copy = SealBroken(str(error))
+    copy.__cause__ = error.__cause__
+    return copy
+
+
 class Opener:
     """The opened wrapping keys of one lane, kept until their epoch's private half is destroyed."""
 
@@ -64,12 +71,15 @@ class Opener:
         self._directory = directory
         self._opened: dict[bytes, WrappingKey] = {}
 
-    def load(self, connection: Connection, wrapping_key_ids: Iterable[bytes]) -> None:
-        """Fetches and opens those that are not open yet; one that does not open is left out, with its reason kept."""
+    def load(self, wrapping_key_ids: Iterable[bytes]) -> Steps[dict[bytes, SealBroken]]:
+        """Fetches and opens those that are not open yet; those that do not open, with the reason."""
         missing = {i for i in wrapping_key_ids if i not in self._opened}
+        broken: dict[bytes, SealBroken] = {}
         if missing:
-            for sealed in fetch_wrapping_keys(connection, missing):
-                self._opened[sealed.wrapping_key_id] = self._open(sealed)
+            found = yield from fetch_wrapping_keys(missing)
+            # It reads files and verifies signatures, once for each epoch of a source.
+            yield partial(self._open_all, found, broken)
+        return broken
 
     def open(self, record: KeyRecord) -> bytes:
         """The key in a record. Raises SealBroken."""
@@ -83,6 +93,13 @@ class Opener:
         for wrapping_key_id, wrapping_key in list(self._opened.items()):
             if wrapping_key.expires_ms <= at_ms:
                 del self._opened[wrapping_key_id]
+
+    def _open_all(self, found: Sequence[SealedWrappingKey], broken: dict[bytes, SealBroken]) -> None:
+        for sealed in found:
+            try:
+                self._opened[sealed.wrapping_key_id] = self._open(sealed)
+            except SealBroken as error:
+                broken[sealed.wrapping_key_id] = error
 
     def _open(self, sealed: SealedWrappingKey) -> WrappingKey:
         source_public_key = self._directory.pin(sealed.source_id)
@@ -106,43 +123,52 @@ class ClaimBatch:
         self._runs: list[tuple[bytes, list[ClaimedKey | SkipbusError]]] = []
         self._seen: set[bytes] = set()
 
-    def run(self, connection: Connection) -> Sequence[ClaimedKey | SkipbusError]:
+    def run(self) -> Steps[Sequence[ClaimedKey | SkipbusError]]:
         """Claims, opens, deletes and commits; an error stands in the place of those that cannot."""
         at_ms = now_ms()
-        records = fetch_for_claim(connection, {request.key_id for request in self._requests})
+        records = yield from fetch_for_claim({request.key_id for request in self._requests})
         mine = {i: r for i, r in records.items() if r.target_id == self._opener.local_id and r.expires_ms > at_ms}
+        broken = yield from self._opener.load(self._wrapping_key_ids(mine))
         claimed: list[KeyRecord] = []
-        self._answers = [self._claim_one(connection, request, records, mine, claimed) for request in self._requests]
+        self._answers = [self._claim_one(request, records, mine, broken, claimed) for request in self._requests]
         if claimed:
             self._seen.update(record.key_id for record in claimed)
             key_ids = [record.key_id for record in claimed]
-            commit_claimed(connection, key_ids, self._events(claimed, at_ms), self._new_token())
+            yield from commit_claimed(key_ids, self._events(claimed, at_ms), self._new_token())
         else:
-            end_without_change(connection)
+            yield from end_without_change()
         return self._answers
 
-    def committed(self, connection: Connection) -> Sequence[ClaimedKey | SkipbusError] | None:
+    def committed(self) -> Steps[Sequence[ClaimedKey | SkipbusError] | None]:
         """The answers of an interrupted commit that happened: its token then stands in the outbox."""
-        return next((answers for token, answers in self._runs if fetch_commit_token(connection, token)), None)
+        for token, answers in self._runs:
+            if (yield from fetch_commit_token(token)):
+                return answers
+        return None
 
     def _new_token(self) -> bytes:
         token = secrets.token_bytes(16)
         self._runs.append((token, self._answers))
         return token
 
+    def _wrapping_key_ids(self, mine: dict[bytes, KeyRecord]) -> set[bytes]:
+        wanted = ((mine.get(request.key_id), request.source_id) for request in self._requests)
+        return {record.wrapping_key_id for record, source_id in wanted if record and record.source_id == source_id}
+
     def _claim_one(
         self,
-        connection: Connection,
         request: ClaimRequest,
         records: dict[bytes, KeyRecord],
         mine: dict[bytes, KeyRecord],
+        broken: dict[bytes, SealBroken],
         claimed: list[KeyRecord],
     ) -> ClaimedKey | SkipbusError:
         record = mine.get(request.key_id)
         if record is None or record.source_id != request.source_id:
             return self._refusal(request, records.get(request.key_id))
+        if record.wrapping_key_id in broken:
+            return _again(broken[record.wrapping_key_id])
         try:
-            self._opener.load(connection, [record.wrapping_key_id])
             key = self._opener.open(record)
         except SealBroken as error:
             return error

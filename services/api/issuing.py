@@ -10,19 +10,19 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from pymysql.connections import Connection
+from functools import partial
 
 from shared import wire
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType
-from shared.epochs import current_epoch
+from shared.epochs import PublicEpoch, current_epoch
 from shared.errors import NoEntropy, PeerNotReady, SkipbusError
 from shared.identity import Identity
 from shared.keys import new_key_id
 from shared.peer_directory import PeerDirectory
 from shared.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
 from shared.store.keys import OutboxEvent, commit_issued, fetch_commit_token
+from shared.store.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,29 @@ class Sealer:
         self._current: dict[str, _Current] = {}
 
     def wrapping_key_for(self, target_id: str, at_ms: int) -> _Current:
-        """The wrapping key for the target's epoch at ``at_ms``. Raises PeerNotReady where it has none."""
+        """The wrapping key for the target's epoch at ``at_ms``, made where there is none. Raises PeerNotReady.
+
+        Making one takes milliseconds; it is then in use at once.
+        """
+        current = self.held(target_id, at_ms)
+        if current is None:
+            made = make_wrapping_key(self._identity, self.local_id, target_id, self._epoch(target_id, at_ms))
+            current = self._current[target_id] = _Current(*made)
+        return current
+
+    def make(self, target_id: str, at_ms: int) -> None:
+        """``wrapping_key_for`` for a thread."""
+        self.wrapping_key_for(target_id, at_ms)
+
+    def held(self, target_id: str, at_ms: int) -> _Current | None:
+        """The wrapping key for the target's epoch at ``at_ms``, if it is made. Raises PeerNotReady."""
+        epoch = self._epoch(target_id, at_ms)
+        current = self._current.get(target_id)
+        if current is None or current.key.epoch_id != epoch.epoch_id or current.key.seals >= MAX_SEALS:
+            return None
+        return current
+
+    def _epoch(self, target_id: str, at_ms: int) -> PublicEpoch:
         announcement = self._directory.get(target_id)
         if announcement is None:
             raise not_usable(target_id, identity_changed=target_id in self._directory.conflicts())
@@ -70,11 +92,7 @@ class Sealer:
                 f"key provider {target_id} has no epoch for the present time: its janitor has been away for too "
                 "long, or the clocks differ"
             )
-        current = self._current.get(target_id)
-        if current is None or current.key.epoch_id != epoch.epoch_id or current.key.seals >= MAX_SEALS:
-            current = _Current(*make_wrapping_key(self._identity, self.local_id, target_id, epoch))
-            self._current[target_id] = current
-        return current
+        return epoch
 
     def forget_ended(self, at_ms: int) -> None:
         """Drops wrapping keys whose epoch's private half is destroyed by now."""
@@ -107,11 +125,11 @@ class IssueBatch:
         # Each run's token and answers: an interrupted commit may land late, when the next run is on its way.
         self._runs: list[tuple[bytes, list[IssuedKey | SkipbusError]]] = []
 
-    def run(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError]:
+    def run(self) -> Steps[Sequence[IssuedKey | SkipbusError]]:
         """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot."""
         at_ms = now_ms()
         self._answers = []
-        used: dict[str, _Current] = {}
+        used = yield from self._wrapping_keys(at_ms)
         records: list[KeyRecord] = []
         for request in self._requests:
             try:
@@ -121,14 +139,31 @@ class IssueBatch:
         if not records:
             return self._answers
         unstored = [current.unstored for current in used.values() if current.unstored]
-        commit_issued(connection, records, unstored, self._events(records, at_ms), self._new_token())
+        yield from commit_issued(records, unstored, self._events(records, at_ms), self._new_token())
         for current in used.values():
             current.unstored = None
         return self._answers
 
-    def committed(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError] | None:
+    def committed(self) -> Steps[Sequence[IssuedKey | SkipbusError] | None]:
         """The answers of an interrupted commit that happened: its token then stands in the outbox."""
-        return next((answers for token, answers in self._runs if fetch_commit_token(connection, token)), None)
+        for token, answers in self._runs:
+            if (yield from fetch_commit_token(token)):
+                return answers
+        return None
+
+    def _wrapping_keys(self, at_ms: int) -> Steps[dict[str, _Current]]:
+        """Those of the targets that can be sealed to; one that must be made is made in a thread."""
+        used: dict[str, _Current] = {}
+        for target_id in {request.target_id for request in self._requests}:
+            try:
+                current = self._sealer.held(target_id, at_ms)
+                if current is None:
+                    yield partial(self._sealer.make, target_id, at_ms)
+                    current = self._sealer.wrapping_key_for(target_id, at_ms)
+            except PeerNotReady:
+                continue  # each of its callers is told
+            used[target_id] = current
+        return used
 
     def _new_token(self) -> bytes:
         token = secrets.token_bytes(16)
@@ -138,6 +173,7 @@ class IssueBatch:
     def _seal_one(self, request: IssueRequest, at_ms: int, used: dict[str, _Current]) -> KeyRecord:
         current = used.get(request.target_id)
         if current is None:
+            # Raises for all but a peer that has become usable since.
             current = used[request.target_id] = self._sealer.wrapping_key_for(request.target_id, at_ms)
         try:
             key = os.urandom(request.size_bits // 8)

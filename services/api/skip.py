@@ -12,14 +12,17 @@ from services.api.access_log import Entry
 from services.api.batching import Lane
 from services.api.claiming import ClaimedKey, ClaimRequest
 from services.api.issuing import IssuedKey, IssueRequest, not_usable
-from services.api.responses import prepared_response, secret_response
+from services.api.responses import KeyResponse, prepared_response, secret_response
 from shared.config import Settings
 from shared.errors import CallerError, NoEntropy
+from shared.keys import DEFAULT_KEY_BITS, KEY_ID_BYTES
 from shared.peer_directory import PeerDirectory
 from shared.system_ids import RemoteSystemIds
 
 # What the earlier server says; routers show it to their operators (16 bytes are safe everywhere, draft 4.1).
 ALGORITHM = "pqc"
+_KEY_BODY = b'{"keyId":"%b","key":"%b"}'
+_KEY_BODY_OCTETS = len(_KEY_BODY % (b"", b""))
 
 
 class SkipMethods:
@@ -57,9 +60,12 @@ class SkipMethods:
         size_bits = parameters.key_size_bits(query)
         if self._directory.get(target) is None:
             raise not_usable(target, identity_changed=target in self._directory.conflicts())
-        issued = await self._issue.submit(IssueRequest(target, size_bits, entry.correlation_id))
+        on_its_way = self._issue.begin(IssueRequest(target, size_bits, entry.correlation_id))
+        response = KeyResponse(_KEY_BODY_OCTETS + 2 * KEY_ID_BYTES + size_bits // 4)
+        issued = await on_its_way
         entry.key_id = issued.key_id
-        return secret_response(b'{"keyId":"%b","key":"%b"}' % (issued.key_id.encode(), issued.key.encode()))
+        response.body = _KEY_BODY % (issued.key_id.encode(), issued.key.encode())
+        return response
 
     async def get_key_by_id(self, entry: Entry, query: str, key_id: str) -> web.Response:
         """``GET /key/{keyId}`` (draft 4.2): the key that the remote KP issued, once."""
@@ -67,9 +73,13 @@ class SkipMethods:
         entry.key_id = key_id
         source = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
         _check_caller(entry, source)
-        claimed = await self._claim.submit(ClaimRequest(wanted, source, entry.correlation_id))
+        on_its_way = self._claim.begin(ClaimRequest(wanted, source, entry.correlation_id))
+        # The size of the key is not known yet; 256 bits is what nearly all have.
+        response = KeyResponse(_KEY_BODY_OCTETS + len(key_id) + DEFAULT_KEY_BITS // 4)
+        claimed = await on_its_way
         entry.issued_as = claimed.issued_as
-        return secret_response(b'{"keyId":"%b","key":"%b"}' % (key_id.encode(), claimed.key.encode()))
+        response.body = _KEY_BODY % (key_id.encode(), claimed.key.encode())
+        return response
 
     async def get_entropy(self, _entry: Entry, query: str) -> web.Response:
         """``GET /entropy`` (draft 4.3): random bytes that are used for nothing else."""

@@ -1,4 +1,4 @@
-"""The api's hot path: key records in and out, on raw PyMySQL connections, a whole transaction in one round trip.
+"""The api's hot path: key records in and out, as steps, a whole transaction in one round trip.
 
 Statements are put together here, not by the driver, because escaping costs more than sealing. What makes that
 safe: every value of a row goes in as an integer or as a hexadecimal literal (``bytes.hex``), so no text of
@@ -13,12 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
-from pymysql.connections import Connection
-
-from shared.database import commit_errors, driver_errors
+from shared.errors import CommitUnknown, StoreUnavailable
 from shared.sealing import KeyRecord, SealedWrappingKey
+from shared.store.steps import Statement, Steps, octets, text
+
+_RECORD = (octets, text, text, int, int, octets, octets, octets, text)
+_WRAPPING_KEY = (octets, text, text, octets, int, octets, octets)
+_INSERT_RECORDS = (
+    "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, "
+    "nonce, sealed, correlation_id) VALUES "
+)
+_INSERT_EVENTS = "INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES "
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,80 +41,80 @@ class OutboxEvent:
 
 
 def commit_issued(
-    connection: Connection,
     records: Sequence[KeyRecord],
     wrapping_keys: Sequence[SealedWrappingKey],
     events: Sequence[OutboxEvent],
     token: bytes,
-) -> None:
+) -> Steps[None]:
     """Inserts sealed keys, the wrapping keys that are new, and the events, and commits.
 
-    Raises CommitUnknown, StoreUnavailable or StoreRefused; after any of them the connection must go.
+    Raises CommitUnknown or StoreRefused; after any of them the connection must go.
     """
-    statements = [_insert_wrapping_keys(wrapping_keys)] if wrapping_keys else []
-    statements += [_insert_records(records), _insert_events(events, token), "COMMIT"]
-    with commit_errors():
-        _run_all(connection, statements)
+    first = [_insert_wrapping_keys(wrapping_keys)] if wrapping_keys else []
+    return _commit([*first, _insert_records(records), _insert_events(events, token)])
 
 
-def fetch_for_claim(connection: Connection, key_ids: Iterable[bytes]) -> dict[bytes, KeyRecord]:
+def fetch_for_claim(key_ids: Iterable[bytes]) -> Steps[dict[bytes, KeyRecord]]:
     """The records with these keyIds, whoever they are for, locked until the transaction ends."""
-    statement = (
+    rows = yield Statement(
         "SELECT key_id, source_id, target_id, size_bits, expires_ms, wrapping_key_id, nonce, sealed, "
         "correlation_id FROM key_records FORCE INDEX (key_records_key_id) "
-        f"WHERE key_id IN ({_hex_list(key_ids)}) FOR UPDATE"
+        f"WHERE key_id IN ({_hex_list(key_ids)}) FOR UPDATE",
+        _RECORD,
     )
-    return {row[0]: KeyRecord(*row) for row in _rows(connection, statement)}
+    return {row[0]: KeyRecord(*row) for row in rows}
 
 
-def fetch_wrapping_keys(connection: Connection, wrapping_key_ids: Iterable[bytes]) -> list[SealedWrappingKey]:
+def fetch_wrapping_keys(wrapping_key_ids: Iterable[bytes]) -> Steps[list[SealedWrappingKey]]:
     """These wrapping keys, still sealed. Primary key."""
-    statement = (
+    rows = yield Statement(
         "SELECT wrapping_key_id, source_id, target_id, epoch_id, expires_ms, sealed, signature "
-        f"FROM wrapping_keys WHERE wrapping_key_id IN ({_hex_list(wrapping_key_ids)})"
+        f"FROM wrapping_keys WHERE wrapping_key_id IN ({_hex_list(wrapping_key_ids)})",
+        _WRAPPING_KEY,
     )
-    return [SealedWrappingKey(*row) for row in _rows(connection, statement)]
+    return [SealedWrappingKey(*row) for row in rows]
 
 
-def commit_claimed(
-    connection: Connection, key_ids: Sequence[bytes], events: Sequence[OutboxEvent], token: bytes
-) -> None:
+def commit_claimed(key_ids: Sequence[bytes], events: Sequence[OutboxEvent], token: bytes) -> Steps[None]:
     """Deletes the records that ``fetch_for_claim`` locked, inserts the events, and commits. Errors as above."""
     deletion = (
         f"DELETE k FROM key_records AS k FORCE INDEX (key_records_key_id) WHERE k.key_id IN ({_hex_list(key_ids)})"
     )
-    with commit_errors():
-        _run_all(connection, [deletion, _insert_events(events, token), "COMMIT"])
+    return _commit([deletion, _insert_events(events, token)])
 
 
-def end_without_change(connection: Connection) -> None:
+def end_without_change() -> Steps[None]:
     """Ends a transaction that found nothing to do, and its locks."""
-    with driver_errors():
-        connection.rollback()
+    yield Statement("ROLLBACK")
 
 
-def fetch_commit_token(connection: Connection, token: bytes) -> bool:
+def fetch_commit_token(token: bytes) -> Steps[bool]:
     """Whether the transaction that carried this token was committed (and its events not yet acknowledged)."""
-    found = bool(_rows(connection, f"SELECT 1 FROM outbox WHERE token = 0x{token.hex()}"))
-    end_without_change(connection)
-    return found
+    rows = yield Statement(f"SELECT 1 FROM outbox WHERE token = 0x{token.hex()}", (int,))
+    yield from end_without_change()
+    return bool(rows)
+
+
+def _commit(statements: Sequence[str]) -> Steps[None]:
+    try:
+        yield Statement(";".join((*statements, "COMMIT")), count=len(statements) + 1)
+    except StoreUnavailable as error:
+        # A connection that breaks here leaves unknown whether it was committed.
+        raise CommitUnknown("the connection to the store broke during a commit") from error
 
 
 def _insert_records(records: Sequence[KeyRecord]) -> str:
     rows = ",".join(
-        f"({_text(r.target_id)},{r.expires_ms},0x{r.key_id.hex()},{_text(r.source_id)},{r.size_bits},"
+        f"({_id(r.target_id)},{r.expires_ms},0x{r.key_id.hex()},{_id(r.source_id)},{r.size_bits},"
         f"0x{r.wrapping_key_id.hex()},0x{r.nonce.hex()},0x{r.sealed.hex()},{_text(r.correlation_id)})"
         for r in records
     )
-    return (
-        "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, "
-        f"nonce, sealed, correlation_id) VALUES {rows}"
-    )
+    return _INSERT_RECORDS + rows
 
 
 def _insert_wrapping_keys(wrapping_keys: Sequence[SealedWrappingKey]) -> str:
     rows = ",".join(
-        f"(0x{w.wrapping_key_id.hex()},{_text(w.source_id)},{_text(w.target_id)},0x{w.epoch_id.hex()},"
+        f"(0x{w.wrapping_key_id.hex()},{_id(w.source_id)},{_id(w.target_id)},0x{w.epoch_id.hex()},"
         f"0x{w.sealed.hex()},0x{w.signature.hex()},{w.expires_ms})"
         for w in wrapping_keys
     )
@@ -120,31 +127,20 @@ def _insert_wrapping_keys(wrapping_keys: Sequence[SealedWrappingKey]) -> str:
 
 def _insert_events(events: Sequence[OutboxEvent], token: bytes) -> str:
     rows = ",".join(
-        f"({_text(e.local_id)},{_text(e.peer_id)},{_text(e.type)},0x{e.payload.hex()},{e.items},"
+        f"({_id(e.local_id)},{_id(e.peer_id)},{_id(e.type)},0x{e.payload.hex()},{e.items},"
         f"{f'0x{token.hex()}' if first else 'NULL'},{e.created_ms})"
         for first, e in zip([True] + [False] * len(events), events, strict=False)
     )
-    return f"INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES {rows}"
+    return _INSERT_EVENTS + rows
 
 
 def _text(value: str) -> str:
     return f"_utf8mb4 0x{value.encode().hex()}" if value else "''"
 
 
+# The same few ids and types stand in every statement.
+_id = lru_cache(maxsize=4096)(_text)
+
+
 def _hex_list(values: Iterable[bytes]) -> str:
     return ",".join(f"0x{value.hex()}" for value in values)
-
-
-def _rows(connection: Connection, statement: str) -> tuple[tuple[Any, ...], ...]:
-    with driver_errors(), connection.cursor() as cursor:
-        cursor.execute(statement)
-        rows: tuple[tuple[Any, ...], ...] = cursor.fetchall()
-        return rows
-
-
-def _run_all(connection: Connection, statements: Sequence[str]) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(";".join(statements))
-        # Each statement's own result must be read: an error of a later one only shows there.
-        while cursor.nextset():
-            pass

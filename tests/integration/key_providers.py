@@ -26,6 +26,7 @@ from shared.errors import SkipbusError
 from shared.keyring import Keyring
 from shared.migrate import upgrade_store
 from shared.peer_directory import PeerDirectory
+from shared.store.steps import run_steps
 from shared.system_ids import RemoteSystemIds
 
 
@@ -115,7 +116,7 @@ class KeyProvider:
         name = target if isinstance(target, str) else target.system_id
         requests = [IssueRequest(name, size_bits, f"issue-{n}") for n in range(count)]
         with self.store.connect() as connection:
-            answers = self.issue_batch(requests).run(connection)
+            answers = run_steps(connection, self.issue_batch(requests).run())
         return [answer for answer in map(_or_raise, answers) if isinstance(answer, IssuedKey)]
 
     def claim(self, key_id: str | bytes, source: KeyProvider | str) -> ClaimedKey:
@@ -123,7 +124,7 @@ class KeyProvider:
         name = source if isinstance(source, str) else source.system_id
         wanted = bytes.fromhex(key_id) if isinstance(key_id, str) else key_id
         with self.store.connect() as connection:
-            (answer,) = self.claim_batch([ClaimRequest(wanted, name, "claim")]).run(connection)
+            (answer,) = run_steps(connection, self.claim_batch([ClaimRequest(wanted, name, "claim")]).run())
         claimed = _or_raise(answer)
         assert isinstance(claimed, ClaimedKey)
         return claimed

@@ -24,6 +24,7 @@ from shared.announcements import Announcement
 from shared.database import connect
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store import expiry, keys, messages, peers, processes
+from shared.store.steps import run_steps
 from tests.integration.key_providers import Store
 
 Parameters = dict[str, object] | tuple[object, ...] | None
@@ -76,12 +77,12 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_expired_processes": lambda c: processes.delete_expired_processes(c, KP, NOW_MS),
 }
 RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
-    "commit_issued": lambda c: keys.commit_issued(c, [RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16),
-    "fetch_for_claim": lambda c: keys.fetch_for_claim(c, KEY_IDS),
-    "fetch_wrapping_keys": lambda c: keys.fetch_wrapping_keys(c, [b"w" * 16, b"v" * 16]),
-    "commit_claimed": lambda c: keys.commit_claimed(c, KEY_IDS, [EVENT], b"u" * 16),
-    "fetch_commit_token": lambda c: keys.fetch_commit_token(c, b"t" * 16),
-    "end_without_change": keys.end_without_change,
+    "commit_issued": lambda c: run_steps(c, keys.commit_issued([RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16)),
+    "fetch_for_claim": lambda c: run_steps(c, keys.fetch_for_claim(KEY_IDS)),
+    "fetch_wrapping_keys": lambda c: run_steps(c, keys.fetch_wrapping_keys([b"w" * 16, b"v" * 16])),
+    "commit_claimed": lambda c: run_steps(c, keys.commit_claimed(KEY_IDS, [EVENT], b"u" * 16)),
+    "fetch_commit_token": lambda c: run_steps(c, keys.fetch_commit_token(b"t" * 16)),
+    "end_without_change": lambda c: run_steps(c, keys.end_without_change()),
 }
 
 
@@ -183,7 +184,7 @@ def test_statement_of_the_hot_path_uses_an_index(store: Store, name: str) -> Non
         NotingCursor.noted = []
         connection.cursorclass = NotingCursor
         RAW_CALLS[name](connection)
-    assert NotingCursor.noted or name == "end_without_change"
+    assert NotingCursor.noted
     assert_indexed(store, [(statement, None) for statement in NotingCursor.noted])
 
 
@@ -193,12 +194,12 @@ def test_a_claim_on_a_small_store_does_not_scan_it_either(database: Database, tm
     records = [replace(RECORD, key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(8)]
     wanted = [record.key_id for record in records[:5]]
     with small.connect() as connection:
-        keys.commit_issued(connection, records, [], [EVENT], b"t" * 16)
+        run_steps(connection, keys.commit_issued(records, [], [EVENT], b"t" * 16))
         small.rows("ANALYZE TABLE key_records")
         NotingCursor.noted = []
         connection.cursorclass = NotingCursor
-        assert len(keys.fetch_for_claim(connection, wanted)) == 5
-        keys.end_without_change(connection)
+        assert len(run_steps(connection, keys.fetch_for_claim(wanted))) == 5
+        run_steps(connection, keys.end_without_change())
         assert_indexed(small, [(statement, None) for statement in NotingCursor.noted])
         deletion = deletion_of(connection, wanted)
     assert_indexed(small, [(deletion, None)])
@@ -208,7 +209,7 @@ def test_a_claim_on_a_small_store_does_not_scan_it_either(database: Database, tm
 def deletion_of(connection: RawConnection[Any], wanted: list[bytes]) -> str:
     """The statement that would delete these keys. They stay: what is deleted cannot show how it is found."""
     NotingCursor.noted = []
-    keys.commit_claimed(connection, [b"of nobody at all"], [EVENT], b"u" * 16)
+    run_steps(connection, keys.commit_claimed([b"of nobody at all"], [EVENT], b"u" * 16))
     (template,) = [statement for statement in NotingCursor.noted if statement.startswith("DELETE")]
     return template.replace(f"0x{b'of nobody at all'.hex()}", ",".join(f"0x{key_id.hex()}" for key_id in wanted))
 

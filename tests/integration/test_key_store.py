@@ -31,6 +31,7 @@ from shared.errors import (
     StoreUnavailable,
 )
 from shared.store.keys import commit_issued
+from shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
 from tests.integration.key_providers import KeyProvider, Store, announced, through_port
 from tests.waiting import wait_for
@@ -67,7 +68,7 @@ def place(source: KeyProvider, target: KeyProvider, expires_ms: int) -> bytes:
     batch = source.issue_batch([])
     with source.store.connect() as connection:
         wrapping_keys = [current.unstored] if current.unstored else []
-        commit_issued(connection, [record], wrapping_keys, batch._events([record], now_ms()), b"t" * 16)
+        run_steps(connection, commit_issued([record], wrapping_keys, batch._events([record], now_ms()), b"t" * 16))
     return key_id
 
 
@@ -177,8 +178,8 @@ def test_a_refused_claim_leaves_no_lock_behind(store: Store, kps: list[KeyProvid
     (issued,) = alice.issue(bob)
     with store.connect() as connection:
         wanted = bytes.fromhex(issued.key_id)
-        carol.claim_batch([ClaimRequest(wanted, "KP_Alice", "")]).run(connection)
-        bob.claim_batch([ClaimRequest(wanted, "KP_Carol", "")]).run(connection)
+        run_steps(connection, carol.claim_batch([ClaimRequest(wanted, "KP_Alice", "")]).run())
+        run_steps(connection, bob.claim_batch([ClaimRequest(wanted, "KP_Carol", "")]).run())
         # The connection lives on, as a lane's does.
         assert bob.claim(issued.key_id, alice).key == issued.key
 
@@ -202,7 +203,7 @@ def test_no_key_outlives_the_private_half_that_opens_it(store: Store, kps: list[
     # The source believes in a longer lifetime than the target keeps its epochs for.
     long_lived = type(alice.issue_batch([]))(alice.sealer, 10 * 86_400, [IssueRequest("KP_Bob", 256, "")])
     with store.connect() as connection:
-        long_lived.run(connection)
+        run_steps(connection, long_lived.run())
     ((expires_ms, destroy_ms),) = store.rows(
         "SELECT k.expires_ms, w.expires_ms FROM key_records k JOIN wrapping_keys w USING (wrapping_key_id)"
     )
@@ -216,7 +217,7 @@ def test_a_peer_that_never_announced_itself_gets_no_key_and_the_others_of_the_ba
     alice = kps[0]
     requests = [IssueRequest(name, 256, "") for name in ("KP_Bob", "KP_Nobody", "KP_Carol")]
     with store.connect() as connection:
-        answers = alice.issue_batch(requests).run(connection)
+        answers = run_steps(connection, alice.issue_batch(requests).run())
     assert [type(answer) for answer in answers] == [IssuedKey, PeerNotReady, IssuedKey]
     assert store.count("key_records") == 2
 
@@ -239,7 +240,7 @@ def test_of_two_claims_for_one_key_in_a_batch_the_first_gets_it(store: Store, kp
     first, second = alice.issue(bob, count=2)
     wanted = [bytes.fromhex(key.key_id) for key in (first, first, second, first)]
     with store.connect() as connection:
-        answers = bob.claim_batch([ClaimRequest(i, "KP_Alice", "") for i in wanted]).run(connection)
+        answers = run_steps(connection, bob.claim_batch([ClaimRequest(i, "KP_Alice", "") for i in wanted]).run())
     assert [answer.key if isinstance(answer, ClaimedKey) else type(answer) for answer in answers] == [
         first.key,
         KeyNotAvailable,
@@ -256,7 +257,7 @@ def test_a_wrong_claim_before_the_right_one_in_a_batch_takes_nothing_from_it(
     wanted = bytes.fromhex(issued.key_id)
     requests = [ClaimRequest(wanted, "KP_Carol", ""), ClaimRequest(wanted, "KP_Alice", "")]
     with store.connect() as connection:
-        wrong, right = bob.claim_batch(requests).run(connection)
+        wrong, right = run_steps(connection, bob.claim_batch(requests).run())
     assert isinstance(wrong, KeyNotAvailable)
     assert isinstance(right, ClaimedKey)
 
@@ -268,7 +269,7 @@ def test_one_damaged_record_of_a_batch_leaves_the_others_theirs(store: Store, kp
     store.rows("UPDATE key_records SET sealed = REVERSE(sealed) WHERE key_id = %s", damaged)
     requests = [ClaimRequest(bytes.fromhex(key.key_id), "KP_Alice", "") for key in issued]
     with store.connect() as connection:
-        answers = bob.claim_batch(requests).run(connection)
+        answers = run_steps(connection, bob.claim_batch(requests).run())
     assert [type(answer) for answer in answers] == [ClaimedKey, SealBroken, ClaimedKey]
     assert store.rows("SELECT key_id FROM key_records") == [(damaged,)]
 
@@ -410,7 +411,7 @@ def test_of_two_racing_connections_exactly_one_gets_the_key(store: Store, kps: l
             request = ClaimRequest(bytes.fromhex(issued.key_id), "KP_Alice", "")
 
             def claim(connection: Connection[Any], request: ClaimRequest = request) -> object:
-                (answer,) = bob.claim_batch([request]).run(connection)
+                (answer,) = run_steps(connection, bob.claim_batch([request]).run())
                 return answer
 
             answers = race([lambda c=first: claim(c), lambda c=second: claim(c)])  # type: ignore[misc]
@@ -529,13 +530,13 @@ def test_a_commit_that_lands_after_it_was_given_up_does_not_vouch_for_the_next_o
     alice, bob, _ = kps
     batch = alice.issue_batch([IssueRequest("KP_Bob", 256, "")])
     with store.connect() as connection:
-        batch.run(connection)
+        run_steps(connection, batch.run())
     proxy.cut_next("cut_before")
     again = through_port(alice.settings, proxy.port)()
     with pytest.raises(CommitUnknown):
-        batch.run(again)
+        run_steps(again, batch.run())
     with store.connect() as connection:
-        answers = batch.committed(connection)
+        answers = run_steps(connection, batch.committed())
     for issued in answers or []:
         assert isinstance(issued, IssuedKey)
         assert bob.claim(issued.key_id, alice).key == issued.key
@@ -551,11 +552,11 @@ def test_a_claim_that_was_committed_but_whose_event_is_gone_is_not_given_out_aga
     proxy.cut_next("cut_after")
     cut_off = through_port(bob.settings, proxy.port)()
     with pytest.raises(CommitUnknown):
-        batch.run(cut_off)
+        run_steps(cut_off, batch.run())
     store.rows("DELETE FROM outbox")
     with store.connect() as connection:
-        assert batch.committed(connection) is None
-        (answer,) = batch.run(connection)
+        assert run_steps(connection, batch.committed()) is None
+        (answer,) = run_steps(connection, batch.run())
     assert isinstance(answer, StoreUnavailable)
     assert store.count("key_records") == 0
 

@@ -1,8 +1,8 @@
 """Facts about group commit: how batches form, who is refused, and what an interrupted commit leads to.
 
-The lane's seams are the batch and the connection: the batches here are small real ones that commit into a
-``Ledger`` in memory, and the connections are objects that can be broken. The store itself comes in with
-``tests/integration/test_key_store.py``.
+The lane's seams are the batch and the line: the batches here are small real ones that commit into a ``Ledger`` in
+memory, and the lines answer when the ledger's gate is open. The store itself comes in with
+``tests/integration/test_key_store.py``, the real line with ``test_store_line.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ import pytest
 from pymysql.connections import Connection
 
 from services.api.batching import Lane
+from services.api.store_line import Told
 from shared.errors import CommitUnknown, KeyNotAvailable, Overloaded, SkipbusError, StoreRefused, StoreUnavailable
+from shared.store.steps import Statement, Steps
+
+# A batch of this alone needs no statement.
+FREE = 1_000_000
 
 
 class FakeConnection:
@@ -52,6 +57,39 @@ class Ledger:
         self.connections.append(FakeConnection())
         return cast("Connection[Any]", self.connections[-1])
 
+    def line(self, connection: Connection[Any], loop: asyncio.AbstractEventLoop) -> FakeLine:
+        return FakeLine(self, cast("FakeConnection", connection), loop)
+
+
+class FakeLine:
+    """Answers each statement with nothing, once the ledger's gate is open."""
+
+    def __init__(self, ledger: Ledger, connection: FakeConnection, loop: asyncio.AbstractEventLoop) -> None:
+        self.open = True
+        self._ledger = ledger
+        self._connection = connection
+        self._loop = loop
+        self._waiting: asyncio.Task[None] | None = None
+
+    def send(self, _statement: Statement, told: Told) -> None:
+        assert not self._connection.closed
+        assert self._waiting is None, "one statement at a time"
+        self._ledger.running.set()
+        self._waiting = self._loop.create_task(self._answer(told))
+
+    def check(self, now: float) -> None:
+        assert now > 0
+
+    def close(self) -> None:
+        self.open = False
+        self._connection.close()
+
+    async def _answer(self, told: Told) -> None:
+        while not self._ledger.gate.is_set():  # noqa: ASYNC110 (the gate is for threads too)
+            await asyncio.sleep(0.001)
+        self._waiting = None
+        told((), None)
+
 
 class DoublingBatch:
     """Answers each number with its double, once it is committed; refuses negative ones."""
@@ -60,17 +98,17 @@ class DoublingBatch:
         self._ledger = ledger
         self._requests = list(requests)
 
-    def run(self, connection: Connection[Any]) -> Sequence[int | SkipbusError]:
-        assert not cast("FakeConnection", connection).closed
+    def run(self) -> Steps[Sequence[int | SkipbusError]]:
         self._ledger.threads.add(threading.current_thread().name)
         self._ledger.runs.append(self._requests)
-        self._ledger.running.set()
-        assert self._ledger.gate.wait(10)
+        if self._requests == [FREE]:
+            return self._answers()
+        yield Statement("COMMIT")
         self._end()
         return self._answers()
 
-    def committed(self, connection: Connection[Any]) -> Sequence[int | SkipbusError] | None:
-        assert not cast("FakeConnection", connection).closed
+    def committed(self) -> Steps[Sequence[int | SkipbusError] | None]:
+        yield Statement("SELECT")
         if self._ledger.ends and self._ledger.ends[0] == "cut while asking":
             self._ledger.ends.pop(0)
             raise StoreUnavailable("lost again")
@@ -106,7 +144,7 @@ async def running_lane(
     def make_batch(requests: Sequence[int]) -> DoublingBatch:
         return DoublingBatch(ledger, requests)
 
-    lane = Lane(
+    lane: Lane[int, int] = Lane(
         "test lane",
         make_batch,
         ledger.connect,
@@ -114,6 +152,7 @@ async def running_lane(
         max_queue=max_queue,
         timeout_seconds=timeout_seconds,
         observe=observe or unobserved,
+        make_line=ledger.line,
     )
     try:
         yield lane
@@ -173,11 +212,11 @@ async def test_no_batch_is_greater_than_allowed_and_the_order_is_kept() -> None:
     assert max(len(run) for run in ledger.runs) == 4
 
 
-async def test_all_batches_run_in_one_thread_on_one_connection() -> None:
+async def test_all_batches_run_on_the_event_loop_one_at_a_time_on_one_connection() -> None:
     ledger = Ledger()
     async with running_lane(ledger) as lane:
         await gather_errors(submit(lane, *range(50)))
-    assert ledger.threads == {"test lane"}
+    assert ledger.threads == {threading.current_thread().name}
     assert len(ledger.connections) == 1
 
 
@@ -349,6 +388,43 @@ async def test_a_store_that_stays_away_is_told_in_time_and_found_again_later() -
         ledger.connect_failures = 0
         assert await lane.submit(2) == 4
     assert ledger.runs == [[2]]
+
+
+async def test_a_connection_that_ended_while_nothing_was_asked_is_replaced_and_costs_no_try() -> None:
+    ledger = Ledger()
+    async with running_lane(ledger) as lane:
+        assert await lane.submit(1) == 2
+        assert lane._line is not None
+        lane._line.close()
+        assert await lane.submit(2) == 4
+    assert ledger.runs == [[1], [2]]
+    assert len(ledger.connections) == 2
+
+
+async def test_a_long_row_of_batches_that_need_no_statement_does_not_pile_up_calls() -> None:
+    ledger = Ledger()
+    async with running_lane(ledger, max_batch=1, max_queue=5000) as lane:
+        ledger.gate.clear()
+        tasks = submit(lane, 1)
+        await until(ledger.running.is_set)
+        tasks += submit(lane, *[FREE] * 3000)
+        await until(lambda: len(lane) == 3001)
+        ledger.gate.set()
+        assert await gather_errors(tasks) == [2] + [2 * FREE] * 3000
+
+
+async def test_a_line_that_breaks_its_word_fails_its_batch_and_not_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_line: FakeLine, _statement: Statement, _told: Told) -> None:
+        raise ZeroDivisionError
+
+    ledger = Ledger()
+    async with running_lane(ledger) as lane:
+        with monkeypatch.context() as patched:
+            patched.setattr(FakeLine, "send", broken)
+            with pytest.raises(ZeroDivisionError):
+                await lane.submit(1)
+        assert await lane.submit(2) == 4
+    assert [connection.closed for connection in ledger.connections] == [True, True]
 
 
 # --- the end

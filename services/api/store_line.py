@@ -1,0 +1,162 @@
+"""A connection to the store that never blocks the event loop.
+
+PyMySQL makes the connection, in a thread: handshake, authentication, TLS, session settings. From then on its socket
+does not block, and the loop writes the statements and is told when the socket can be read. One packet of
+statements is under way at a time. Whatever goes wrong ends the line; nothing is ever raised here: who sent the
+statement is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+
+import pymysql.err
+from pymysql.connections import Connection
+from pymysql.constants import COMMAND, CR
+
+from services.api.mysql_results import Answer
+from shared.database import STATEMENT_TIMEOUT_SECONDS, translated
+from shared.store.steps import Rows, Statement
+
+# What came of a step: its rows, or the error.
+Told = Callable[[Rows, BaseException | None], None]
+_CHUNK_BYTES = 2**16
+_MAX_PAYLOAD_BYTES = 2**24 - 1
+# An OK packet: a header, four numbers of at least an octet or two.
+_LEAST_RESULT_BYTES = 11
+_NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_QUIT = b"\x01\x00\x00\x00" + bytes([COMMAND.COM_QUIT])
+
+
+class StoreLine:
+    """One open connection. ``open`` is false once it has ended, from either side."""
+
+    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """Takes over a connection with no statement under way."""
+        self._loop = loop
+        # PyMySQL's object is kept for its buffered reader, which is empty now, and would close the socket with it.
+        self._connection = connection
+        self._socket: socket.socket = connection._sock  # type: ignore[attr-defined]  # noqa: SLF001 -- see above
+        self._encrypted = isinstance(self._socket, ssl.SSLSocket)
+        self._answer: Answer | None = None
+        self._told: Told | None = None
+        self._unsent = memoryview(b"")
+        self._late_at = 0.0
+        self._expected_octets = 1
+        self.open = True
+        self._socket.setblocking(False)
+        loop.add_reader(self._socket, self._readable)
+
+    def send(self, statement: Statement, told: Told) -> None:
+        """Sends the statements; ``told`` gets the rows or the error, perhaps before this returns."""
+        self._answer = Answer(statement.columns)
+        self._told = told
+        self._late_at = self._loop.time() + STATEMENT_TIMEOUT_SECONDS
+        if not self.open:
+            self._fail(_lost())
+            return
+        self._unsent = memoryview(b"".join(_packets(statement.sql.encode())))
+        try:
+            self._expect(1 if self._encrypted else statement.count * _LEAST_RESULT_BYTES)
+        except OSError as error:
+            self._fail(error)
+        else:
+            self._write()
+
+    def check(self, now: float) -> None:
+        """To be called a few times a second: sees to answers that are shorter or later than they should be.
+
+        Ends the line where the server has taken too long over a statement; ``now`` is the loop's time.
+        """
+        if self._told is not None:
+            self._readable()
+        if self._told is not None and now >= self._late_at:
+            self._fail(TimeoutError())
+
+    def close(self) -> None:
+        """Ends the line; the server undoes a transaction that is under way."""
+        if not self.open:
+            return
+        self.open = False
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        with contextlib.suppress(OSError):
+            if self._told is None:
+                self._socket.send(_QUIT)
+        with contextlib.suppress(OSError):
+            self._connection._force_close()  # type: ignore[attr-defined]  # noqa: SLF001 -- close() would wait
+
+    def _expect(self, octets: int) -> None:
+        # Each statement is answered by a packet of its own. To be woken for the first ones would cost the server as
+        # much as writing them; it would do so between two statements, while everybody waits for the commit. An error
+        # that is shorter than that is found by ``check``; the end of the connection always wakes.
+        if octets != self._expected_octets:
+            self._expected_octets = octets
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, octets)
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except _NOT_NOW:
+            self._loop.add_writer(self._socket, self._writable)
+        except OSError as error:
+            self._fail(error)
+
+    def _writable(self) -> None:
+        self._loop.remove_writer(self._socket)
+        self._write()
+
+    def _readable(self) -> None:
+        try:
+            # A record of TLS holds 16 KiB at most: nothing that was deciphered, and wakes nobody, stays behind.
+            data = self._socket.recv(_CHUNK_BYTES)
+        except _NOT_NOW:
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        answer = self._answer
+        if not data or answer is None:
+            # Nobody asked: it says why it ends the connection, or just does.
+            self._fail(_lost())
+            return
+        try:
+            complete = answer.feed(data)
+        except pymysql.err.Error as error:
+            self._fail(error)
+            return
+        if complete:
+            self._tell(answer.rows, None)
+
+    def _fail(self, error: BaseException) -> None:
+        self.close()
+        ours = translated(error)
+        ours.__cause__ = error
+        self._tell((), ours)
+
+    def _tell(self, rows: Rows, error: BaseException | None) -> None:
+        told, self._told, self._answer = self._told, None, None
+        if told is not None:
+            told(rows, error)
+
+
+def _packets(statements: bytes) -> Iterator[bytes]:
+    """COM_QUERY, cut into packets; one of the greatest length says that another follows."""
+    payload = bytes([COMMAND.COM_QUERY]) + statements
+    number = 0
+    while True:
+        part = payload[:_MAX_PAYLOAD_BYTES]
+        payload = payload[_MAX_PAYLOAD_BYTES:]
+        yield len(part).to_bytes(3, "little") + bytes([number & 0xFF]) + part
+        if len(part) < _MAX_PAYLOAD_BYTES:
+            return
+        number += 1
+
+
+def _lost() -> pymysql.err.OperationalError:
+    return pymysql.err.OperationalError(CR.CR_SERVER_LOST, "the server has ended the connection")

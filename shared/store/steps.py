@@ -1,0 +1,79 @@
+"""Work on the store as a sequence of steps, written once and driven by whoever has a connection.
+
+A step is a statement, whose rows come back to where it was yielded, or a function that takes long enough to be
+called in a thread. Steps do no I/O themselves: the api's lanes drive them without ever blocking the event loop
+(``services.api.batching``), tools and tests with a blocking connection (``run_steps``). Either way an error of the
+store is raised where the statement was yielded, as StoreUnavailable or StoreRefused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
+
+from pymysql.connections import Connection
+
+from shared.database import driver_errors
+
+Row = tuple[Any, ...]
+Rows = Sequence[Row]
+Reader = Callable[[bytes], object]
+Outcome = TypeVar("Outcome")
+
+
+class Statement:
+    """SQL for one packet, several statements with ``;`` between them, of which at most one gives rows.
+
+    ``columns`` reads each column of a row from the text that the server sends; none of them may be NULL.
+    ``count`` says how many statements there are.
+    """
+
+    __slots__ = ("columns", "count", "sql")
+
+    def __init__(self, sql: str, columns: tuple[Reader, ...] = (), count: int = 1) -> None:
+        self.sql = sql
+        self.columns = columns
+        self.count = count
+
+
+Step = Statement | Callable[[], None]
+Steps = Generator[Step, Rows, Outcome]
+
+
+def octets(value: bytes) -> bytes:
+    """Reads a column of bytes."""
+    return value
+
+
+def text(value: bytes) -> str:
+    """Reads a column of text."""
+    return value.decode()
+
+
+def run_steps(connection: Connection, steps: Steps[Outcome]) -> Outcome:
+    """Drives steps with a blocking connection; their outcome, or their error."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                rows = _do(connection, step)
+            except Exception as error:  # noqa: BLE001 -- whatever it is, the steps decide
+                step = steps.throw(error)
+            else:
+                step = steps.send(rows)
+    except StopIteration as end:
+        outcome: Outcome = end.value
+        return outcome
+
+
+def _do(connection: Connection, step: Step) -> Rows:
+    if not isinstance(step, Statement):
+        step()
+        return ()
+    with driver_errors(), connection.cursor() as cursor:
+        cursor.execute(step.sql)
+        rows: Rows = cursor.fetchall() if step.columns else ()
+        # Each statement's own result must be read: an error of a later one only shows there.
+        while cursor.nextset():
+            pass
+        return rows
