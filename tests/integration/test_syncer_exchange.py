@@ -203,9 +203,7 @@ def test_a_kp_may_be_its_own_peer(rig: Rig) -> None:
 
 
 def let_queues_be_written() -> None:
-    """RabbitMQ 3.10 writes down half a second late that a quorum queue exists. One that was made just before a
-    SIGKILL comes back without a leader, whatever its clients do; a key provider's queues are made once in its life.
-    """
+    """So that a killed broker knows its queues when it is back, and no test here waits until they are made anew."""
     time.sleep(3)
 
 
