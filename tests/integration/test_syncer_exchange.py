@@ -207,6 +207,7 @@ def let_queues_be_written() -> None:
     time.sleep(3)
 
 
+@pytest.mark.stops_servers
 def test_events_wait_for_a_killed_broker_and_peers_are_online_again(
     rig: Rig, pair: tuple[Kp, Kp], rabbitmq: RabbitMqServer
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_broker_that_comes_back_empty_is_put_in_order(rig: Rig, tmp_path: Path
         broker.stop()
 
 
+@pytest.mark.stops_servers
 def test_a_syncer_killed_between_commit_and_sending_sends_later_with_effect_once(
     rig: Rig, pair: tuple[Kp, Kp], rabbitmq: RabbitMqServer
 ) -> None:
@@ -297,6 +299,7 @@ def test_a_malformed_row_does_not_keep_other_rows_from_being_sent(rig: Rig, pair
     rig.wait_count(bob, alice, "inbound_issued", 1)
 
 
+@pytest.mark.stops_servers
 def test_deliveries_are_held_while_the_store_is_away(rig: Rig, pair: tuple[Kp, Kp], mariadb: MariaDbServer) -> None:
     alice, bob = pair
     alice.process.stop("syncer")
