@@ -198,6 +198,11 @@ class Bus:
             raise BusUnavailable("the connection to the broker was lost") from error
         return True
 
+    @property
+    def answers(self) -> bool:
+        """Whether the broker is connected and confirms what it is given."""
+        return self._sender is not None and not self._sender.silent
+
     def is_left_out(self, target_id: str) -> bool:
         """Whether what is kept for this KP is not taken for the time being, because its queue confirms nothing."""
         return self._sender is not None and self._sender.is_left_out(target_id)

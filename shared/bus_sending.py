@@ -68,6 +68,8 @@ class Sender:
         self._live = live
         self._kept = kept
         self._doubts: dict[str, _Doubt] = {}
+        # Classic queues always answer: a broker that does not confirm what is live hangs, or takes nothing any more.
+        self.silent = False
 
     @classmethod
     async def open(cls, channels: Channels) -> Sender:
@@ -83,12 +85,31 @@ class Sender:
     async def publish(self, target_id: str, body: bytes, *, lifetime_ms: int | None) -> None:
         """As ``Bus.publish``. Raises Unconfirmed, and what the library raises for a lost connection."""
         if lifetime_ms is None:
-            async with asyncio.timeout(CONFIRM_SECONDS):
-                await self._live.publish(_live_message(body), live_routing_key(target_id), mandatory=True)
+            await self._publish_live(target_id, _live_message(body))
         elif target_id in self._doubts:
             await self._probe(target_id, _kept_message(body, lifetime_ms))
         else:
             await self._publish_kept(target_id, _kept_message(body, lifetime_ms))
+
+    async def _publish_live(self, target_id: str, message: aio_pika.Message) -> None:
+        try:
+            async with asyncio.timeout(CONFIRM_SECONDS):
+                await self._live.publish(message, live_routing_key(target_id), mandatory=True)
+        except TimeoutError:
+            self._note_silence(True)
+            raise
+        except aio_pika.exceptions.PublishError:
+            # Nobody listens there; the broker has answered.
+            self._note_silence(False)
+            raise
+        self._note_silence(False)
+
+    def _note_silence(self, silent: bool) -> None:
+        if silent and not self.silent:
+            _log.warning("the broker confirms nothing: does it hang, or has it no room?", seconds=CONFIRM_SECONDS)
+        elif self.silent and not silent:
+            _log.info("the broker confirms again")
+        self.silent = silent
 
     async def _publish_kept(self, target_id: str, message: aio_pika.Message) -> None:
         kept = self._kept

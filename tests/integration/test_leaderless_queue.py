@@ -1,4 +1,4 @@
-"""A quorum queue that lost its leader: its KP makes it anew, nothing is lost, and nobody else is held up meanwhile.
+"""Queues and brokers that answer nobody: a KP makes its own queue anew, nothing is lost, nobody else is held up.
 
 RabbitMQ writes down half a second late that a quorum queue exists. One that was made just before a SIGKILL comes back
 as a name that answers nobody; that is how these tests break a queue, each on a broker of its own.
@@ -7,6 +7,8 @@ as a name that answers nobody; that is how these tests break a queue, each on a 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -149,3 +151,18 @@ def test_a_queue_that_loses_its_leader_later_is_left_to_its_cluster(rig: Rig, br
     rig.tell(alice, bob, ISSUED, 1)
     rig.wait_count(bob, alice, "inbound_issued", 1)
     assert "made anew" not in bob.log
+
+
+def test_a_broker_that_hangs_is_told_in_the_log_and_in_the_sign_of_life(rig: Rig, broker: RabbitMqServer) -> None:
+    alice, bob = rig.add("KP_Alice", "KP_Bob"), rig.add("KP_Bob", "KP_Alice")
+    for kp in (alice, bob):
+        kp.process.start("syncer")
+    rig.wait_online(alice, bob)
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        wait_log(alice, "the broker confirms nothing")
+        wait_for(lambda: rig.sign_of_life(alice) == "broker away", timeout_seconds=TIMEOUT_SECONDS)
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+    rig.wait_online(alice, bob)
+    wait_for(lambda: rig.sign_of_life(alice) == "ok", timeout_seconds=TIMEOUT_SECONDS)
