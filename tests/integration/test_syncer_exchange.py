@@ -16,6 +16,7 @@ from services.syncer.payloads import (
     pack_heartbeat,
     read_payload,
 )
+from services.syncer.replies import ANSWER_EVERY_SECONDS
 from shared.announcements import Announcement, digest, sign_announcement
 from shared.clock import now_ms
 from shared.database import driver_errors
@@ -113,6 +114,8 @@ def test_a_kp_tells_of_its_new_announcement_and_asks_for_one_that_it_lacks(rig: 
         bus.publish(alice, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
         assert next_capabilities() == Capabilities(rig.announcement(alice.id), False)
 
+        # Told within a second of the last time it would not be sent: a real peer would see it in the next heartbeat.
+        time.sleep(ANSWER_EVERY_SECONDS)
         renewed = rig.announce(alice.id, alice.identity)
         assert next_capabilities() == Capabilities(renewed, False)
 
