@@ -4,7 +4,13 @@ Everything that this KP needs (exchanges, its queues, its dead-letter queue) is 
 so a broker that comes back empty is put in order too. Deliveries of a lost connection are worthless: the broker
 hands them out again. A lost broker is logged once when it goes and once when it is back.
 
-Publishing is confirmed by the broker. Leaves to others: what envelopes say and which are sent again.
+A quorum queue can lose its leader for good: RabbitMQ writes down half a second late that a queue exists, and one
+that was made just before a crash comes back as a name that answers nobody. The KP's own queue is then deleted and made
+anew. Nothing is lost by that: senders keep their envelopes until they are acknowledged. It is done only where this
+process has not yet had the queue for SETTLED_SECONDS. One that has lost its leader later belongs to a cluster without
+its majority; it comes back with that, and made anew it would have fewer replicas.
+
+Leaves to others: how messages go out (``shared.bus_sending``), what envelopes say and which are sent again.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import contextlib
 import functools
 import logging
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -39,6 +46,7 @@ from shared.bus_names import (
     queue_name,
     routing_key,
 )
+from shared.bus_sending import Channels, Sender, Unconfirmed
 from shared.errors import BusUnavailable
 from shared.logs import get_logger
 from shared.secret import Secret
@@ -50,7 +58,13 @@ DEAD_LETTERS_KEPT_MS = 7 * 86_400_000
 LIVE_KEPT = 1_000
 LIVE_KEPT_BYTES = 32 * 1024 * 1024
 CONNECT_SECONDS = 5.0
-CONFIRM_SECONDS = 10.0
+SET_UP_SECONDS = 10.0
+# A quorum queue has a leader again half a second after its broker is back; this is ample for a loaded one.
+CONSUME_SECONDS = 5.0
+REMAKE_AFTER_TRIES = 2
+REMAKE_SECONDS = 15.0
+# Many times what RabbitMQ takes to write down that a queue exists.
+SETTLED_SECONDS = 5.0
 RETRY_FIRST_SECONDS = 0.2
 RETRY_LAST_SECONDS = 5.0
 # How often the two ends of a connection tell each other that they are there (AMQP heartbeat).
@@ -58,6 +72,10 @@ _AMQP_HEARTBEAT_SECONDS = 10
 _FAILURES = (*CONNECTION_EXCEPTIONS, TimeoutError)
 
 _log = get_logger("bus")
+
+
+class QueueWithoutLeader(ConnectionError):
+    """The KP's queue is there by its name, and the broker does not let anybody consume from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +114,7 @@ class _Session:
     def __init__(self, connection: AbstractConnection) -> None:
         self.connection = connection
         self.lost = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
         connection.close_callbacks.add(self._on_loss)
 
     async def channel(self) -> AbstractChannel:
@@ -107,8 +126,17 @@ class _Session:
         underlay.on_consumer_cancel_callbacks.add(self._on_loss)
         return channel
 
+    def abandon(self, channel: AbstractChannel) -> None:
+        """Closes a channel whenever the broker answers on it again; the session goes on."""
+        channel.close_callbacks.discard(self._on_loss)
+        task = asyncio.create_task(_close_quietly(channel), name="abandoned channel")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
     async def close(self) -> None:
         self.lost.set()
+        for task in self._closing:
+            task.cancel()
         with contextlib.suppress(*_FAILURES):
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self.connection.close()
@@ -124,11 +152,13 @@ class Bus:
         self._url = url
         self._local_id = local_id
         self._name = name
-        self._exchange: AbstractExchange | None = None
+        self._sender: Sender | None = None
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
         self._lost_reason: str | None = None
         self._consuming = True
+        self._settled = False
+        self._leaderless_tries = 0
         self.up = asyncio.Event()
 
     @asynccontextmanager
@@ -147,15 +177,16 @@ class Bus:
         """Sends to a KP's queue and waits until the broker has it; False where the KP has no such queue.
 
         With ``lifetime_ms`` it is kept on the broker's disk for so long, for a KP that is down; with None it
-        reaches the KP only if that listens now. Raises BusUnavailable: it may or may not have been sent.
+        reaches the KP only if that listens now. Raises BusUnavailable, or of that kind Unconfirmed where the broker
+        is silent about this KP alone: it may or may not have been sent.
         """
-        exchange = self._exchange
-        if exchange is None:
+        sender = self._sender
+        if sender is None:
             raise BusUnavailable("the broker is away")
-        key = live_routing_key(target_id) if lifetime_ms is None else routing_key(target_id)
         try:
-            async with asyncio.timeout(CONFIRM_SECONDS):
-                await exchange.publish(_message(body, lifetime_ms), key, mandatory=True)
+            await sender.publish(target_id, body, lifetime_ms=lifetime_ms)
+        except Unconfirmed:
+            raise
         except PublishError:
             return False
         except _FAILURES as error:
@@ -166,6 +197,15 @@ class Bus:
                 raise
             raise BusUnavailable("the connection to the broker was lost") from error
         return True
+
+    @property
+    def answers(self) -> bool:
+        """Whether the broker is connected and confirms what it is given."""
+        return self._sender is not None and not self._sender.silent
+
+    def is_left_out(self, target_id: str) -> bool:
+        """Whether what is kept for this KP is not taken for the time being, because its queue confirms nothing."""
+        return self._sender is not None and self._sender.is_left_out(target_id)
 
     async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
         """What has arrived, at most ``limit``; an empty list where nothing came within ``wait_seconds``."""
@@ -206,22 +246,50 @@ class Bus:
         try:
             await self._set_up_in_time(session)
             self._tell_up()
+            up_since = time.monotonic()
             await session.lost.wait()
+            self._settled = self._settled or time.monotonic() - up_since >= SETTLED_SECONDS
         finally:
             self.up.clear()
-            self._exchange = None
+            self._sender = None
             self._consumers = []
             await session.close()
 
     async def _set_up_in_time(self, session: _Session) -> None:
         try:
-            async with asyncio.timeout(CONFIRM_SECONDS):
+            async with asyncio.timeout(SET_UP_SECONDS):
                 await self._set_up(session)
+        except QueueWithoutLeader:
+            await self._repair(session)
+            raise
         except TimeoutError as error:
-            raise ConnectionError(
-                f"the broker did not set up this key provider's queues within {CONFIRM_SECONDS:g} s: is one of them "
-                "without a leader? (rabbitmq-queues quorum_status)"
-            ) from error
+            raise ConnectionError("the broker did not set up this key provider's queues in time") from error
+        self._leaderless_tries = 0
+
+    async def _repair(self, session: _Session) -> None:
+        self._leaderless_tries += 1
+        if self._leaderless_tries < REMAKE_AFTER_TRIES:
+            return
+        if self._settled:
+            if self._leaderless_tries == REMAKE_AFTER_TRIES:
+                _log.error(
+                    "queue without a leader: has its cluster lost the majority?", queue=queue_name(self._local_id)
+                )
+            return
+        async with asyncio.timeout(REMAKE_SECONDS):
+            await self._delete_queues(session)
+
+    async def _delete_queues(self, session: _Session) -> None:
+        """Deletes the queue that answers nobody, and the one for dead letters unless there is evidence in it."""
+        channel = await session.channel()
+        dead = await channel.declare_queue(dead_queue_name(self._local_id), passive=True)
+        if not dead.declaration_result.message_count:
+            await channel.queue_delete(dead.name)
+        await channel.queue_delete(queue_name(self._local_id))
+        self._leaderless_tries = 0
+        _log.warning(
+            "queue without a leader: made anew, peers send again what was in it", queue=queue_name(self._local_id)
+        )
 
     async def _connect(self) -> _Session:
         url = make_url(self._url.reveal(), heartbeat=_AMQP_HEARTBEAT_SECONDS, name=self._name)
@@ -235,17 +303,26 @@ class Bus:
         return _Session(connection)
 
     async def _set_up(self, session: _Session) -> None:
-        sending, receiving = await session.channel(), await session.channel()
-        exchange = await _declare_exchanges(sending)
-        for queue in await _declare_queues(receiving, exchange, self._local_id):
-            if self._consuming:
-                # Per consumer: a backlog in one queue must not keep heartbeats waiting in the other.
-                await receiving.set_qos(PREFETCH)
-                tag = await queue.consume(functools.partial(self._take_in, session))
-                self._consumers.append((queue, tag))
+        receiving = await session.channel()
+        exchange = await _declare_exchanges(receiving)
+        main, live = await _declare_queues(receiving, exchange, self._local_id)
+        if self._consuming:
+            # Per consumer: a backlog in one queue must not keep heartbeats waiting in the other.
+            await receiving.set_qos(PREFETCH)
+            try:
+                await self._consume(session, main)
+            except TimeoutError as error:
+                raise QueueWithoutLeader(f"{main.name} has no leader (rabbitmq-queues quorum_status)") from error
+            await self._consume(session, live)
+        sender = await Sender.open(Channels(session.channel, session.abandon))
         if session.lost.is_set():
             raise ConnectionError("the connection was lost while it was set up")
-        self._exchange = exchange
+        self._sender = sender
+
+    async def _consume(self, session: _Session, queue: AbstractQueue) -> None:
+        async with asyncio.timeout(CONSUME_SECONDS):
+            tag = await queue.consume(functools.partial(self._take_in, session))
+        self._consumers.append((queue, tag))
 
     async def _take_in(self, session: _Session, message: AbstractIncomingMessage) -> None:
         self._deliveries.put_nowait(Delivery(message.body, bool(message.redelivered), message, session))
@@ -269,10 +346,9 @@ def _hush_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _message(body: bytes, lifetime_ms: int | None) -> aio_pika.Message:
-    if lifetime_ms is None:
-        return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.NOT_PERSISTENT)
-    return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, expiration=lifetime_ms / 1000)
+async def _close_quietly(channel: AbstractChannel) -> None:
+    with contextlib.suppress(*_FAILURES):
+        await channel.close()
 
 
 async def _declare_exchanges(channel: AbstractChannel) -> AbstractExchange:

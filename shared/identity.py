@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA87PrivateKey, M
 
 from shared.errors import SealBroken
 
+PUBLIC_KEY_BYTES = 2592
 CONTEXT_ANNOUNCEMENT = b"skipbus announcement 1"
 CONTEXT_WRAPPING_KEY = b"skipbus wrapping key 1"
 CONTEXT_ENVELOPE = b"skipbus envelope 1"

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from shared.errors import KeyringError
+from shared.identity import PUBLIC_KEY_BYTES
 
 
 class PinBook:
@@ -25,12 +26,14 @@ class PinBook:
         """The pinned key, None where there is none yet. Raises KeyringError for a damaged file."""
         path = self._file(system_id)
         try:
-            fields = json.loads(path.read_bytes())
-            return bytes.fromhex(fields["public_key"])
+            return _read(path.read_bytes(), system_id)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise KeyringError(f"the pin of {system_id} in {path} cannot be read") from error
+            raise KeyringError(
+                f"the pin of {system_id} in {path} cannot be read: restore it, or compare fingerprints "
+                f"with its operator and run 'skipctl identity accept {system_id} --fingerprint ...'"
+            ) from error
 
     def learn(self, system_id: str, public_key: bytes) -> bytes:
         """Pins at first sight; the key that is pinned then, another's if another process was first."""
@@ -39,18 +42,23 @@ class PinBook:
         try:
             # A link fails where the name is taken, and a reader never sees half a file.
             os.link(temporary, path)
+            _sync(self._folder)
         except FileExistsError:
-            return self.get(system_id) or public_key
+            pass
         except OSError as error:
             raise KeyringError(f"the pin of {system_id} cannot be written to {path}: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
-        return public_key
+        pinned = self.get(system_id)
+        if pinned is None:
+            raise KeyringError(f"the pin of {system_id} is gone from {path}")
+        return pinned
 
     def replace(self, system_id: str, public_key: bytes) -> None:
         """An operator's word: this key from now on. Raises KeyringError."""
         path = self._file(system_id)
         self._written(path, system_id, public_key).replace(path)
+        _sync(self._folder)
 
     def _written(self, path: Path, system_id: str, public_key: bytes) -> Path:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
@@ -68,3 +76,21 @@ class PinBook:
 
     def _file(self, system_id: str) -> Path:
         return self._folder / f"{hashlib.sha384(system_id.encode()).hexdigest()[:32]}.json"
+
+
+def _read(text: bytes, system_id: str) -> bytes:
+    fields = json.loads(text)
+    public_key = bytes.fromhex(fields["public_key"])
+    # A file that lost its content, or was copied over another peer's, must not pass for somebody's word.
+    if len(public_key) != PUBLIC_KEY_BYTES or fields["system_id"] != system_id:
+        raise ValueError("not a pin of this key provider")
+    return public_key
+
+
+def _sync(folder: Path) -> None:
+    """A name is on the disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

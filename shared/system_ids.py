@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 MAX_ID_LENGTH = 64
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,64}")
+_CHARACTERS = tuple(map(chr, range(0x20, 0x7F)))
+_LIST = re.compile(r"\[!?+\]?+[^\]]*\]")
 _GLOB_CHARACTERS = frozenset("*?[]")
 
 
@@ -39,9 +41,31 @@ def validate_system_id(text: str) -> str:
 def validate_pattern(text: str) -> str:
     """The text itself when it is an id or a glob (draft 4.1.2); ValueError with a sentence otherwise."""
     _validate_characters(text, "the remote system id")
-    if text.count("[") != text.count("]"):
-        raise ValueError("the remote system id has a [ or ] without its partner")
+    fault = _fault_of_lists(text)
+    if fault:
+        raise ValueError(f"the remote system id has {fault}")
     return text
+
+
+def _fault_of_lists(text: str) -> str:
+    """What is wrong with the lists of a glob, nothing for one that is well-formed.
+
+    As in POSIX, a ``]`` at the beginning of a list belongs to it: ``[]abc]`` and ``[!]]`` are whole, ``[]`` and ``[!]``
+    are lists that never end. No id has a ``[``, so one within a list is a slip or one of POSIX's named classes.
+    """
+    outside = _LIST.sub("", text)
+    if "[]" in outside or "[!]" in outside:
+        return "an empty list, [] or [!], which matches nothing"
+    if "[" in outside or "]" in outside:
+        return "a [ or ] without its partner"
+    return next(filter(None, map(_fault_of_list, _LIST.findall(text))), "")
+
+
+def _fault_of_list(text: str) -> str:
+    if "[" in text[1:]:
+        return "a [ within a list"
+    matches = re.compile(fnmatch.translate(text)).match
+    return "" if any(map(matches, _CHARACTERS)) else f"the list {text}, which matches nothing"
 
 
 def is_pattern(text: str) -> bool:

@@ -9,7 +9,7 @@ from shared.announcements import read_announcement
 from shared.clock import now_ms
 from shared.config import Settings, load_settings
 from shared.database import driver_errors, make_engine
-from shared.errors import OperatorError
+from shared.errors import KeyringError, OperatorError
 from shared.identity import fingerprint
 from shared.keyring import Keyring
 from shared.store.peers import fetch_announcement, fetch_pin, fetch_pins, update_pin
@@ -32,7 +32,11 @@ def _show(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     with driver_errors(), make_engine(settings.mysql).connect() as connection:
         stored = fetch_pins(connection, settings.local_system_id)
     for system_id, pin in sorted(stored.items()):
-        believed = pins.get(system_id) or pin.public_key
+        try:
+            believed = pins.get(system_id) or pin.public_key
+        except KeyringError as error:
+            print(f"{system_id}  refused: {error}")
+            continue
         print(f"{system_id}  {fingerprint(believed)}")
         if pin.public_key != believed:
             print(f"  the store was changed, refused: {fingerprint(pin.public_key)}")
@@ -59,7 +63,7 @@ def _accept_presented(settings: Settings, system_id: str, wanted: str | None) ->
         else:
             body = fetch_announcement(connection, system_id)
             presented = read_announcement(body).public_key if body is not None else pin.public_key
-            pinned = keyring.pins.get(system_id) or pin.public_key
+            pinned = _pinned(keyring, system_id) or pin.public_key
         if presented == pinned:
             raise OperatorError(f"{system_id} presents no other identity than the pinned one")
         if wanted is not None and wanted != fingerprint(presented):
@@ -68,6 +72,14 @@ def _accept_presented(settings: Settings, system_id: str, wanted: str | None) ->
     if system_id != settings.local_system_id:
         keyring.pins.replace(system_id, presented)
     return presented
+
+
+def _pinned(keyring: Keyring, system_id: str) -> bytes | None:
+    """A damaged pin is nobody's: whatever is presented is another identity then."""
+    try:
+        return keyring.pins.get(system_id)
+    except KeyringError:
+        return b"damaged"
 
 
 def _keyring(settings: Settings) -> Keyring:

@@ -1,22 +1,29 @@
-"""The private servers that integration and system tests share, started on first use and stopped at the end.
+"""The servers that integration and system tests share: private ones, started on first use and stopped at the end.
 
-A server that cannot be started fails the tests that need it; nothing is skipped.
+SKIPBUS_TEST_MYSQL and SKIPBUS_TEST_RABBITMQ, read here and nowhere else, name servers to test on instead
+(``tests.given_servers``). A server that cannot be started or reached fails the tests that need it; nothing is skipped.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 
 import pytest
 
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
+from tests.given_servers import GivenMySql, GivenRabbitMq
 
 
 @pytest.fixture(scope="session")
 def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDbServer]:
-    """A private MariaDB (or MySQL). A test that stops or kills it starts it again."""
-    server = MariaDbServer(tmp_path_factory.mktemp("mariadb"))
+    """A private MariaDB (or MySQL), or the given one. A test that stops or kills it starts it again."""
+    root = tmp_path_factory.mktemp("mariadb")
+    if url := os.environ.get("SKIPBUS_TEST_MYSQL"):
+        yield GivenMySql(url, root)
+        return
+    server = MariaDbServer(root)
     try:
         server.start()
         yield server
@@ -26,8 +33,12 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDbServer]
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMqServer]:
-    """A private RabbitMQ. A test that stops or kills it starts it again."""
-    server = RabbitMqServer(tmp_path_factory.mktemp("rabbitmq"))
+    """A private RabbitMQ, or the given one. A test that stops or kills it starts it again."""
+    root = tmp_path_factory.mktemp("rabbitmq")
+    if url := os.environ.get("SKIPBUS_TEST_RABBITMQ"):
+        yield GivenRabbitMq(url, root)
+        return
+    server = RabbitMqServer(root)
     try:
         server.start()
         yield server

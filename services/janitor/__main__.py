@@ -110,7 +110,9 @@ class Janitor:
         elected = self._election.held() or self._election.acquire()
         if elected != self._elected:
             _log.info("elected" if elected else "not elected", instance=_instance())
-        self._elected = elected
+            self._elected = elected
+            # At once, or /health would call a key provider degraded until the next sign of life.
+            self._tell()
         self._elected_gauge.set(elected)
         return elected
 

@@ -100,7 +100,7 @@ class SignsOfLife:
 
     async def give(self) -> None:
         """One sign. Raises StoreUnavailable, StoreRefused."""
-        up = self._bus.up.is_set()
+        up = self._bus.answers
         metrics.BUS_UP.set(up)
         await asyncio.to_thread(self._write, "ok" if up else "broker away")
 

@@ -132,6 +132,8 @@ class Relay:
                 return
 
     def _is_due(self, envelope: OutboxEnvelope, at_ms: int) -> bool:
+        if self._outgoing.is_held_up(envelope.peer_id):
+            return False
         peer = self._watch.status(envelope.peer_id)
         unrouted = _key(envelope) in self._unrouted
         return is_due(envelope.attempts, envelope.sent_ms, peer, at_ms, unrouted=unrouted)
@@ -145,11 +147,11 @@ class Relay:
         sent = []
         for one, outcome in zip(ready, outcomes, strict=True):
             _tell_sent(one, outcome)
-            if outcome is not Outcome.LOST:
+            if outcome in (Outcome.TAKEN, Outcome.NO_QUEUE):
                 sent.append(one.waiting)
                 self._note_attempt(one.waiting, sent_ms, outcome)
         await asyncio.to_thread(self._store_attempts, sent, sent_ms)
-        return len(sent) == len(ready)
+        return Outcome.LOST not in outcomes
 
     def _open_letters(self, envelopes: list[OutboxEnvelope]) -> list[_Ready]:
         ready = []

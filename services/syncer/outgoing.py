@@ -10,6 +10,7 @@ from enum import Enum
 from services.syncer import metrics
 from services.syncer.numbers import Numbers
 from shared.bus import Bus
+from shared.bus_sending import Unconfirmed
 from shared.clock import now_ms
 from shared.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
 from shared.errors import BusUnavailable
@@ -23,10 +24,11 @@ _log = get_logger("outgoing")
 
 
 class Outcome(Enum):
-    """What became of an envelope; ``LOST`` may have arrived all the same."""
+    """What became of an envelope; ``HELD_UP`` and ``LOST`` may have arrived all the same."""
 
     TAKEN = "taken"
     NO_QUEUE = "no_queue"
+    HELD_UP = "held_up"
     LOST = "lost"
 
 
@@ -48,6 +50,10 @@ class Outgoing:
         self._identity = identity
         self._local_id = local_id
         self._numbers = numbers
+
+    def is_held_up(self, peer_id: str) -> bool:
+        """Whether signing what is kept for this peer would be in vain for the time being."""
+        return self._bus.is_left_out(peer_id)
 
     async def send(self, letters: Sequence[Letter]) -> list[Outcome]:
         """Dates, signs and publishes; what became of each. Raises nothing for a broker that is away."""
@@ -73,7 +79,7 @@ class Outgoing:
             taken = await self._bus.publish(letter.target, envelope, lifetime_ms=lifetime_ms)
         except BusUnavailable as error:
             _log.debug("envelope not confirmed", type=letter.type, peer=letter.target, reason=str(error))
-            return Outcome.LOST
+            return Outcome.HELD_UP if isinstance(error, Unconfirmed) else Outcome.LOST
         outcome = Outcome.TAKEN if taken else Outcome.NO_QUEUE
         _log.debug("envelope sent", type=letter.type, peer=letter.target, octets=len(envelope), outcome=outcome.value)
         return outcome

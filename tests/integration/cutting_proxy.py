@@ -2,6 +2,7 @@
 
 ``cut_before``: the statement with the COMMIT is thrown away, and the connection cut. ``cut_after``: the statement
 is passed on, and the connection cut when the store has answered it, so that it was committed and nobody was told.
+A store that offers TLS seems not to, or the proxy would not see a COMMIT.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sandbox.ports import LOOPBACK
 Cut = Literal["cut_before", "cut_after"]
 # As it ends a packet of several statements; "SET AUTOCOMMIT" is something else.
 _COMMIT = b";COMMIT"
+_CLIENT_SSL = 0x0800
 
 
 class CuttingProxy:
@@ -72,9 +74,20 @@ class CuttingProxy:
 
 def _pump(source: socket.socket, sink: socket.socket, muted: threading.Event) -> None:
     with contextlib.suppress(OSError):
+        sink.sendall(_without_tls(source.recv(1 << 16)))
         while data := source.recv(1 << 16):
             if not muted.is_set():
                 sink.sendall(data)
+
+
+def _without_tls(greeting: bytes) -> bytes:
+    """The store's first packet with that capability taken out; an error packet stays as it is."""
+    if greeting[4:5] != b"\x0a":
+        return greeting
+    # Header and protocol, the version up to its zero, thread id, half a salt and a zero stand before the capabilities.
+    at = greeting.index(b"\0", 5) + 1 + 4 + 8 + 1
+    capabilities = int.from_bytes(greeting[at : at + 2], "little") & ~_CLIENT_SSL
+    return greeting[:at] + capabilities.to_bytes(2, "little") + greeting[at + 2 :]
 
 
 def _end(one: socket.socket) -> None:

@@ -46,7 +46,7 @@ from shared.store.peers import fetch_announcement, upsert_announcement
 from tests.waiting import wait_for
 
 HEARTBEAT_SECONDS = 0.5
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from sandbox.ports import answers
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.stops_servers
+
 
 def connect(database: Database) -> pymysql.connections.Connection[pymysql.cursors.Cursor]:
     return pymysql.connect(

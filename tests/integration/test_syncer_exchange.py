@@ -16,6 +16,7 @@ from services.syncer.payloads import (
     pack_heartbeat,
     read_payload,
 )
+from services.syncer.replies import ANSWER_EVERY_SECONDS
 from shared.announcements import Announcement, digest, sign_announcement
 from shared.clock import now_ms
 from shared.database import driver_errors
@@ -113,6 +114,8 @@ def test_a_kp_tells_of_its_new_announcement_and_asks_for_one_that_it_lacks(rig: 
         bus.publish(alice, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
         assert next_capabilities() == Capabilities(rig.announcement(alice.id), False)
 
+        # Told within a second of the last time it would not be sent: a real peer would see it in the next heartbeat.
+        time.sleep(ANSWER_EVERY_SECONDS)
         renewed = rig.announce(alice.id, alice.identity)
         assert next_capabilities() == Capabilities(renewed, False)
 
@@ -203,12 +206,11 @@ def test_a_kp_may_be_its_own_peer(rig: Rig) -> None:
 
 
 def let_queues_be_written() -> None:
-    """RabbitMQ 3.10 writes down half a second late that a quorum queue exists. One that was made just before a
-    SIGKILL comes back without a leader, whatever its clients do; a key provider's queues are made once in its life.
-    """
+    """So that a killed broker knows its queues when it is back, and no test here waits until they are made anew."""
     time.sleep(3)
 
 
+@pytest.mark.stops_servers
 def test_events_wait_for_a_killed_broker_and_peers_are_online_again(
     rig: Rig, pair: tuple[Kp, Kp], rabbitmq: RabbitMqServer
 ) -> None:
@@ -255,6 +257,7 @@ def test_a_broker_that_comes_back_empty_is_put_in_order(rig: Rig, tmp_path: Path
         broker.stop()
 
 
+@pytest.mark.stops_servers
 def test_a_syncer_killed_between_commit_and_sending_sends_later_with_effect_once(
     rig: Rig, pair: tuple[Kp, Kp], rabbitmq: RabbitMqServer
 ) -> None:
@@ -299,6 +302,7 @@ def test_a_malformed_row_does_not_keep_other_rows_from_being_sent(rig: Rig, pair
     rig.wait_count(bob, alice, "inbound_issued", 1)
 
 
+@pytest.mark.stops_servers
 def test_deliveries_are_held_while_the_store_is_away(rig: Rig, pair: tuple[Kp, Kp], mariadb: MariaDbServer) -> None:
     alice, bob = pair
     alice.process.stop("syncer")

@@ -163,6 +163,7 @@ def kill(server: MariaDbServer) -> None:
     server.kill()
 
 
+@pytest.mark.stops_servers
 @pytest.mark.parametrize("end", [stop_gracefully, kill])
 def test_a_restarted_store_heals_and_no_answered_key_is_lost(
     shared_lab: Lab,
@@ -185,6 +186,7 @@ def test_a_restarted_store_heals_and_no_answered_key_is_lost(
     assert pids(alice, bob) == before
 
 
+@pytest.mark.stops_servers
 def test_a_store_that_hangs_is_told_and_heals(
     shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, mariadb: MariaDbServer
 ) -> None:
@@ -227,6 +229,7 @@ def test_cut_connections_to_the_store_are_made_anew_at_once(
 # --- the broker
 
 
+@pytest.mark.stops_servers
 def test_keys_go_on_while_the_broker_is_away(
     shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, rabbitmq: RabbitMqServer
 ) -> None:
@@ -255,6 +258,7 @@ def last_heartbeat(kp: KeyProvider, peer: str) -> float:
     return float(get(kp.url, "status", "sync").body["peers"][peer]["last_heartbeat"] or 0)
 
 
+@pytest.mark.stops_servers
 def test_both_servers_may_be_down_and_come_back_in_any_order(
     shared_lab: Lab,
     alice: KeyProvider,

@@ -185,6 +185,7 @@ def small_mariadb(tmp_path: Path) -> MariaDbServer:
     return MariaDbServer(tmp_path / "mysql", buffer_pool_mib=32, log_file_mib=16)
 
 
+@pytest.mark.stops_servers
 def test_neither_store_nor_broker_nor_logs_hold_a_key(
     tmp_path: Path, small_mariadb: MariaDbServer, rabbitmq: RabbitMqServer
 ) -> None:

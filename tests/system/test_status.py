@@ -92,6 +92,7 @@ def test_both_ends_count_what_was_issued_waits_was_retrieved_and_has_expired(lab
     ledger.wait_until_told(alice, bob)
 
 
+@pytest.mark.stops_servers
 def test_counters_are_exact_after_kills_of_the_syncers_and_of_the_broker(lab: Lab, rabbitmq: RabbitMqServer) -> None:
     alice, bob = lab.add_pair(SKIP_HEARTBEAT_SECONDS=str(HEARTBEAT_SECONDS))
     ledger = Ledger(lab)

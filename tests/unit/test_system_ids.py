@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -65,6 +66,9 @@ def test_an_id_without_pattern_characters_matches_itself_only(text: str) -> None
         ("KP_[0-9]", ["KP_0", "KP_9"], ["KP_-", "KP_a", "KP_10"]),
         ("KP_[a-]", ["KP_a", "KP_-"], ["KP_b"]),
         ("KP.1*", ["KP.1", "KP.1x"], ["KPx1"]),
+        ("KP_[]ab]", ["KP_]", "KP_a", "KP_b"], ["KP_", "KP_[", "KP_]ab]"]),
+        ("KP_[]]", ["KP_]"], ["KP_", "KP_[]]"]),
+        ("KP_[!]a]", ["KP_b", "KP_!"], ["KP_]", "KP_a", "KP_!]a]"]),
         ("*", ["a", "KP_Alice"], []),
         ("(a|b)+*", ["(a|b)+"], ["a", "b"]),
     ],
@@ -89,10 +93,45 @@ def test_many_stars_do_not_backtrack_for_ever() -> None:
     assert time.monotonic() - started < 1
 
 
-@pytest.mark.parametrize("pattern", ["KP_[ab", "KP_]", "KP_[[ab]", "", "x" * 65, "KP_\n*", " *"])
-def test_a_pattern_that_cannot_be_meant_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match="the remote system id"):
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ("KP_[ab", r"a \[ or \] without its partner"),
+        ("KP_]", r"a \[ or \] without its partner"),
+        ("KP_]a[", r"a \[ or \] without its partner"),
+        ("KP_[a]]", r"a \[ or \] without its partner"),
+        ("KP_[!", r"a \[ or \] without its partner"),
+        ("KP_[]", r"an empty list, \[\] or \[!\], which matches nothing"),
+        ("KP_[!]", r"an empty list"),
+        ("[]", r"an empty list"),
+        ("[a][]", r"an empty list"),
+        ("KP_[]*", r"an empty list"),
+        ("KP_[z-a]", r"the list \[z-a\], which matches nothing"),
+        ("KP_[[ab]", r"a \[ within a list"),
+        ("KP_[[:alpha:]]", r"a \[ or \] without its partner"),
+        ("KP_[]_[ab]", r"a \[ within a list"),
+        ("", "is empty"),
+        ("x" * 65, "has 65 characters"),
+        ("KP_\n*", "not printable ASCII"),
+        (" *", "starts or ends with a space"),
+    ],
+)
+def test_a_pattern_that_cannot_be_meant_is_refused(pattern: str, fault: str) -> None:
+    with pytest.raises(ValueError, match=f"^the remote system id .*{fault}"):
         validate_pattern(pattern)
+
+
+@given(st.text("[]!a-", min_size=1, max_size=8))
+def test_every_list_that_is_accepted_can_match_one_character(pattern: str) -> None:
+    try:
+        validate_pattern(pattern)
+    except ValueError:
+        return
+    rest = pattern
+    for found in re.findall(r"\[!?+\]?+[^\]]*\]", pattern):
+        assert any(chr(code) in RemoteSystemIds([found]) for code in range(0x21, 0x7F)), found
+        rest = rest.replace(found, "", 1)
+    assert not set(rest) & set("[]")
 
 
 def test_exact_ids_and_globs_stand_side_by_side_in_their_order() -> None:
