@@ -1,8 +1,7 @@
-"""One KP's door to the broker: a connection that is made again whenever it is lost, and what is declared on it.
+"""A syncer's door to the broker: its KP's queues, what arrives in them, and publishing to others.
 
-Everything that this KP needs (exchanges, its queues, its dead-letter queue) is declared on every new connection,
-so a broker that comes back empty is put in order too. Deliveries of a lost connection are worthless: the broker
-hands them out again. A lost broker is logged once when it goes and once when it is back.
+Everything that this KP needs (exchanges, its queues, its dead-letter queue) is declared on every new connection
+(``shared.broker``). Deliveries of a lost connection are worthless: the broker hands them out again.
 
 Publishing is confirmed by the broker. Leaves to others: what envelopes say and which are sent again.
 """
@@ -12,24 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
-import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import aio_pika
-from aio_pika.abc import (
-    AbstractChannel,
-    AbstractConnection,
-    AbstractExchange,
-    AbstractIncomingMessage,
-    AbstractQueue,
-)
-from aio_pika.connection import make_url
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
+from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 from pamqp.common import FieldTable
 
+from shared.broker import CONNECT_SECONDS, FAILURES, Broker, Session, message_of, publish_confirmed
 from shared.bus_names import (
     DEAD_LETTERS,
     ENVELOPES,
@@ -39,8 +29,7 @@ from shared.bus_names import (
     queue_name,
     routing_key,
 )
-from shared.errors import BusUnavailable
-from shared.logs import get_logger
+from shared.nudges import FOR_SYNCER, NudgeKind, Nudges, OnNudge, pumping
 from shared.secret import Secret
 
 PREFETCH = 32
@@ -49,15 +38,6 @@ DEAD_LETTERS_KEPT = 10_000
 DEAD_LETTERS_KEPT_MS = 7 * 86_400_000
 LIVE_KEPT = 1_000
 LIVE_KEPT_BYTES = 32 * 1024 * 1024
-CONNECT_SECONDS = 5.0
-CONFIRM_SECONDS = 10.0
-RETRY_FIRST_SECONDS = 0.2
-RETRY_LAST_SECONDS = 5.0
-# How often the two ends of a connection tell each other that they are there (AMQP heartbeat).
-_AMQP_HEARTBEAT_SECONDS = 10
-_FAILURES = (*CONNECTION_EXCEPTIONS, TimeoutError)
-
-_log = get_logger("bus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +47,7 @@ class Delivery:
     body: bytes
     redelivered: bool
     _message: AbstractIncomingMessage
-    _session: _Session
+    _session: Session
 
     @property
     def lost(self) -> bool:
@@ -76,72 +56,47 @@ class Delivery:
 
     async def ack(self) -> None:
         """It is handled."""
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             await self._message.ack()
 
     async def reject(self) -> None:
         """It is refused for good: the broker dead-letters it."""
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             await self._message.reject(requeue=False)
 
     async def requeue(self) -> None:
         """It could not be handled now. The broker counts these and dead-letters it after DELIVERY_LIMIT."""
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             await self._message.reject(requeue=True)
 
 
-class _Session:
-    """One connection, from its making to its loss."""
-
-    def __init__(self, connection: AbstractConnection) -> None:
-        self.connection = connection
-        self.lost = asyncio.Event()
-        connection.close_callbacks.add(self._on_loss)
-
-    async def channel(self) -> AbstractChannel:
-        """A channel whose end is the session's end: nothing is repaired piecemeal."""
-        channel = await self.connection.channel(publisher_confirms=True, on_return_raises=True)
-        channel.close_callbacks.add(self._on_loss)
-        underlay = await channel.get_underlay_channel()
-        # The broker takes a consumer away when its queue is deleted or moves.
-        underlay.on_consumer_cancel_callbacks.add(self._on_loss)
-        return channel
-
-    async def close(self) -> None:
-        self.lost.set()
-        with contextlib.suppress(*_FAILURES):
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await self.connection.close()
-
-    async def _on_loss(self, *_: object) -> None:
-        self.lost.set()
+def _ignore(_kind: NudgeKind, _items: Sequence[bytes]) -> None:
+    pass
 
 
 class Bus:
     """Connects on entering ``connected``; ``publish`` and ``next_deliveries`` work whenever ``up`` is set."""
 
-    def __init__(self, url: Secret, local_id: str, name: str) -> None:
-        self._url = url
+    def __init__(self, url: Secret, local_id: str, name: str, on_nudge: OnNudge = _ignore) -> None:
+        """``on_nudge`` is called on the event loop, when the api has written to the outbox."""
         self._local_id = local_id
-        self._name = name
+        self._broker = Broker(url, name, self._set_up, self._forget)
+        self._nudges = Nudges(local_id, on_nudge, FOR_SYNCER)
         self._exchange: AbstractExchange | None = None
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
-        self._lost_reason: str | None = None
         self._consuming = True
-        self.up = asyncio.Event()
+        self.up = self._broker.up
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
         """Keeps a connection for as long as the block runs; returns at once, whether or not the broker is there."""
-        _hush_libraries()
-        async with asyncio.TaskGroup() as tasks:
-            # A fault in the keeper itself must end the block, not leave it without a broker for ever.
-            keeper = tasks.create_task(self._keep(), name="bus")
-            try:
-                yield
-            finally:
-                keeper.cancel()
+        async with self._broker.connected(), pumping(self._nudges):
+            yield
+
+    def nudge(self, kind: NudgeKind, items: Sequence[bytes] = ()) -> None:
+        """Tells this KP's other processes, while the broker is there. Never blocks, never raises."""
+        self._nudges.nudge(kind, items)
 
     async def publish(self, target_id: str, body: bytes, *, lifetime_ms: int | None) -> bool:
         """Sends to a KP's queue and waits until the broker has it; False where the KP has no such queue.
@@ -149,23 +104,8 @@ class Bus:
         With ``lifetime_ms`` it is kept on the broker's disk for so long, for a KP that is down; with None it
         reaches the KP only if that listens now. Raises BusUnavailable: it may or may not have been sent.
         """
-        exchange = self._exchange
-        if exchange is None:
-            raise BusUnavailable("the broker is away")
         key = live_routing_key(target_id) if lifetime_ms is None else routing_key(target_id)
-        try:
-            async with asyncio.timeout(CONFIRM_SECONDS):
-                await exchange.publish(_message(body, lifetime_ms), key, mandatory=True)
-        except PublishError:
-            return False
-        except _FAILURES as error:
-            raise BusUnavailable(f"the broker did not confirm a message: {type(error).__name__}") from error
-        except asyncio.CancelledError as error:
-            # The library ends whoever waits on a lost connection by cancelling; that is no order to this task.
-            if _cancelled_from_outside():
-                raise
-            raise BusUnavailable("the connection to the broker was lost") from error
-        return True
+        return await publish_confirmed(self._exchange, message_of(body, lifetime_ms), key)
 
     async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
         """What has arrived, at most ``limit``; an empty list where nothing came within ``wait_seconds``."""
@@ -182,59 +122,15 @@ class Bus:
         self._consuming = False
         consumers, self._consumers = self._consumers, []
         for queue, tag in consumers:
-            with contextlib.suppress(*_FAILURES):
+            with contextlib.suppress(*FAILURES):
                 await queue.cancel(tag, timeout=CONNECT_SECONDS)
 
-    async def _keep(self) -> None:
-        delay_seconds = RETRY_FIRST_SECONDS
-        while True:
-            try:
-                await self._one_session()
-                delay_seconds = RETRY_FIRST_SECONDS
-                self._tell_lost("the connection was lost")
-            except _FAILURES as error:
-                self._tell_lost(f"{type(error).__name__}: {error}")
-            except asyncio.CancelledError:
-                if _cancelled_from_outside():
-                    raise
-                self._tell_lost("the connection was lost while it was made")
-            await asyncio.sleep(delay_seconds * random.uniform(0.8, 1.2))  # noqa: S311 -- spreads load, no secret
-            delay_seconds = min(delay_seconds * 2, RETRY_LAST_SECONDS)
+    def _forget(self) -> None:
+        self._exchange = None
+        self._consumers = []
+        self._nudges.forget()
 
-    async def _one_session(self) -> None:
-        session = await self._connect()
-        try:
-            await self._set_up_in_time(session)
-            self._tell_up()
-            await session.lost.wait()
-        finally:
-            self.up.clear()
-            self._exchange = None
-            self._consumers = []
-            await session.close()
-
-    async def _set_up_in_time(self, session: _Session) -> None:
-        try:
-            async with asyncio.timeout(CONFIRM_SECONDS):
-                await self._set_up(session)
-        except TimeoutError as error:
-            raise ConnectionError(
-                f"the broker did not set up this key provider's queues within {CONFIRM_SECONDS:g} s: is one of them "
-                "without a leader? (rabbitmq-queues quorum_status)"
-            ) from error
-
-    async def _connect(self) -> _Session:
-        url = make_url(self._url.reveal(), heartbeat=_AMQP_HEARTBEAT_SECONDS, name=self._name)
-        connection = aio_pika.Connection(url)
-        try:
-            await connection.connect(timeout=CONNECT_SECONDS)
-        except BaseException:
-            # One that never came about must be closed too, or its destructor complains.
-            await connection.close()
-            raise
-        return _Session(connection)
-
-    async def _set_up(self, session: _Session) -> None:
+    async def _set_up(self, session: Session) -> None:
         sending, receiving = await session.channel(), await session.channel()
         exchange = await _declare_exchanges(sending)
         for queue in await _declare_queues(receiving, exchange, self._local_id):
@@ -243,36 +139,11 @@ class Bus:
                 await receiving.set_qos(PREFETCH)
                 tag = await queue.consume(functools.partial(self._take_in, session))
                 self._consumers.append((queue, tag))
-        if session.lost.is_set():
-            raise ConnectionError("the connection was lost while it was set up")
+        await self._nudges.set_up(session)
         self._exchange = exchange
 
-    async def _take_in(self, session: _Session, message: AbstractIncomingMessage) -> None:
+    async def _take_in(self, session: Session, message: AbstractIncomingMessage) -> None:
         self._deliveries.put_nowait(Delivery(message.body, bool(message.redelivered), message, session))
-
-    def _tell_up(self) -> None:
-        _log.info("broker back" if self._lost_reason else "broker connected")
-        self._lost_reason = None
-        self.up.set()
-
-    def _tell_lost(self, reason: str) -> None:
-        if self._lost_reason is None:
-            _log.warning("broker away", reason=reason)
-        elif reason != self._lost_reason:
-            _log.debug("broker still away", reason=reason)
-        self._lost_reason = reason
-
-
-def _hush_libraries() -> None:
-    """The loss of a broker is told here in one line; the libraries tell it in dozens, with stack traces."""
-    for name in ("aiormq", "aio_pika"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _message(body: bytes, lifetime_ms: int | None) -> aio_pika.Message:
-    if lifetime_ms is None:
-        return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.NOT_PERSISTENT)
-    return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, expiration=lifetime_ms / 1000)
 
 
 async def _declare_exchanges(channel: AbstractChannel) -> AbstractExchange:
@@ -322,8 +193,3 @@ async def _declare_queues(
     )
     await live.bind(exchange, live_routing_key(local_id))
     return main, live
-
-
-def _cancelled_from_outside() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
