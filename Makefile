@@ -1,15 +1,15 @@
 # Every target brings the machine to what it needs first (scripts/setup); that takes no time when nothing is missing.
 #
-#   make demo [ONCE=1] [PORT_BASE=n]     make test [TESTS="tests/unit -k ids"]     make lint     make format
-#   make bench [BENCH="..."]             make lock [UPGRADE=1]                      make clean
+#   make demo [TOPOLOGY=sites] [ONCE=1] [PORT_BASE=n]        make test [TESTS="tests/unit -k ids"]
+#   make lint    make format    make bench [BENCH="..."]     make lock [UPGRADE=1]    make clean
 
 TESTS ?= tests/unit tests/integration tests/system
 PYTHON := .venv/bin/python
 
 .PHONY: demo test lint format bench lock clean
 
-# make hands ONCE and PORT_BASE on by itself. The line stays without shell syntax: a shell in between would die of
-# Ctrl-C before the demo has ended.
+# make hands TOPOLOGY, ONCE and PORT_BASE on by itself. The line stays without shell syntax: a shell in between would
+# die of Ctrl-C before the demo has ended.
 demo:
 	@scripts/setup python servers curl
 	@$(PYTHON) -m sandbox.demo

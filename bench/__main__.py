@@ -18,10 +18,24 @@ from types import FrameType
 
 from bench import machine
 from bench.cpu import CpuMeter
-from bench.items import latency, live_keys, memory, throughput, tls, workers, zeroizing
+from bench.items import (
+    latency,
+    live_keys,
+    memory,
+    sites_cut,
+    sites_idle,
+    sites_on_demand,
+    sites_placing,
+    sites_stock,
+    throughput,
+    tls,
+    workers,
+    zeroizing,
+)
 from bench.plan import FULL, QUICK, Plan
 from bench.report import Finding, all_met, markdown_table, plain_table
-from bench.stage import Stage, tell
+from bench.stage import Stage
+from bench.waiting import tell
 from sandbox.processes import SandboxError
 
 _ITEMS: dict[int, tuple[str, Callable[[Stage, Plan], Finding]]] = {
@@ -32,6 +46,11 @@ _ITEMS: dict[int, tuple[str, Callable[[Stage, Plan], Finding]]] = {
     5: ("zeroizing", zeroizing.measure),
     6: ("memory", memory.measure),
     7: ("TLS", tls.measure),
+    8: ("two sites: a key on demand", sites_on_demand.measure),
+    9: ("two sites: keys from stock", sites_stock.measure),
+    10: ("two sites: placing keys at the peer", sites_placing.measure),
+    11: ("two sites: the line is cut", sites_cut.measure),
+    12: ("two sites: idle, and many peers", sites_idle.measure),
 }
 # What other programs may take of the processor before a figure is said to be disturbed.
 _QUIET_CORES = 0.1

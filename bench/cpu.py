@@ -32,6 +32,10 @@ class CpuMeter:
         cores = ", ".join(f"{name} {used / self._seconds:.2f}" for name, used in self._used.items())
         return f"{cores} of {os.cpu_count()} cores"
 
+    def cores(self, name: str) -> float:
+        """Cores that one of the processes kept busy."""
+        return self._used[name] / self._seconds
+
     def others(self) -> float:
         """Cores that whatever is not measured here kept busy; the pids must be the bench's own to tell."""
         return (2 * self._used["all"] - sum(self._used.values())) / self._seconds

@@ -17,6 +17,10 @@ class Plan:
     inserts: int
     memory_requests: int
     handshakes: int
+    placings: int
+    large_stock: int
+    cut_seconds: int
+    idle_seconds: int
 
 
 FULL = Plan(
@@ -28,6 +32,10 @@ FULL = Plan(
     inserts=2_000,
     memory_requests=1_000_000,
     handshakes=100_000,
+    placings=500,
+    large_stock=100_000,
+    cut_seconds=60,
+    idle_seconds=30,
 )
 QUICK = Plan(
     step_seconds=1,
@@ -38,4 +46,8 @@ QUICK = Plan(
     inserts=300,
     memory_requests=40_000,
     handshakes=10_000,
+    placings=100,
+    large_stock=20_000,
+    cut_seconds=10,
+    idle_seconds=10,
 )

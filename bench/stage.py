@@ -7,10 +7,7 @@ of both key providers run. Each item leaves the stage as it found it: no keys, n
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ import pymysql
 
 from bench.filler import Filler
 from bench.machine import file_system_of
-from sandbox.client import get
+from bench.sites_stage import SitesStage
+from bench.waiting import tell, wait_for_keys, wait_until
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK, free_port
 from sandbox.processes import SandboxError
@@ -29,7 +27,6 @@ from sandbox.site import ALICE, BOB
 BUFFER_POOL_MIB = 1024
 _REDO_LOG_MIB = 1024
 _READY_SECONDS = 60.0
-_WAIT_SECONDS = 120.0
 _LOG_TAIL_OCTETS = 2**25
 # Deleted rows that the server has not cleared away yet; below this they cost nothing that is seen.
 _SETTLED_HISTORY = 5000
@@ -51,6 +48,7 @@ class Stage:
         self.bob = self._key_provider(BOB, ALICE)
         self._others: list[KeyProvider] = []
         self._fillers: dict[str, Filler] = {}
+        self._sites: SitesStage | None = None
 
     def start(self) -> None:
         """Start everything; returns when keys are issued both ways."""
@@ -64,7 +62,17 @@ class Stage:
             key_provider.wait_healthy(_READY_SECONDS)
             wait_for_keys(key_provider, remote)
 
+    def sites(self) -> SitesStage:
+        """The two sites, which run beside this from the first time on that they are asked for."""
+        if self._sites is None:
+            tell("  starting two sites")
+            self._sites = SitesStage(self.root / "sites")
+            self._sites.start()
+        return self._sites
+
     def stop(self) -> None:
+        if self._sites is not None:
+            self._sites.stop()
         for filler in self._fillers.values():
             filler.close()
         key_providers = [self.alice, self.bob, *self._others]
@@ -168,24 +176,6 @@ def get_bytes(url: str, path: str) -> bytes:
     return body
 
 
-def key_url(key_provider: KeyProvider, remote: KeyProvider) -> str:
-    """`GET /key` at one KP for the other."""
-    return f"{key_provider.url}/key?remoteSystemID={remote.system_id}"
-
-
-def wait_for_keys(key_provider: KeyProvider, remote_id: str) -> None:
-    """Wait until the KP can seal to its remote, which it hears of a moment after it is healthy itself."""
-    wait_until(
-        lambda: get(key_provider.url, "key", remoteSystemID=remote_id).status == 200,
-        f"{key_provider.system_id} to issue keys",
-    )
-
-
-def tell(text: str) -> None:
-    """A word on stderr about what goes on."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def _is_settled(connection: pymysql.connections.Connection[Any], database: str) -> bool:
     with connection.cursor() as cursor:
         cursor.execute(f"SELECT 1 FROM `{database}`.outbox LIMIT 1")
@@ -194,12 +184,3 @@ def _is_settled(connection: pymysql.connections.Connection[Any], database: str) 
         cursor.execute("SELECT count FROM information_schema.innodb_metrics WHERE name = 'trx_rseg_history_len'")
         row = cursor.fetchone()
     return row is None or row[0] < _SETTLED_HISTORY
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Raises SandboxError when it does not come to pass in good time."""
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SandboxError(f"waited {_WAIT_SECONDS:.0f} s in vain for {what}")
-        time.sleep(0.1)

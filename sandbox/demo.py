@@ -1,9 +1,10 @@
-"""`make demo`: two key providers over one store on private servers, until Ctrl-C.
+"""`make demo`: two key providers over one store on private servers, or, with `TOPOLOGY=sites`, at two sites.
 
-It starts everything in a temporary folder, exchanges keys both ways, tells what it did, and then keeps what
-dies alive and `.demo/state.json` true. It leaves nothing behind: no process, no folder; after a failure, the
-logs only. `ONCE=1` ends it after the exchange, `PORT_BASE=n` fixes the ports. Exit codes: 0 as it should be,
-1 something was not as it should be, 2 wrong usage, or another demo runs in this clone.
+Until Ctrl-C. It starts everything in a temporary folder, exchanges keys both ways, tells what it did, and then keeps
+what dies alive and `.demo/state.json` true. It leaves nothing behind: no process, no folder; after a failure, the
+logs only. `ONCE=1` ends it after the story, `PORT_BASE=n` fixes the ports. With two sites, `touch .demo/cut` cuts the
+line between them until the file is removed. Exit codes: 0 as it should be, 1 something was not as it should be,
+2 wrong usage, or another demo runs in this clone.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from sandbox.client import target
+from sandbox.cut_story import CutStory
 from sandbox.exchange import Exchange
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError, write_private
-from sandbox.site import Site
+from sandbox.site import PORTS, Site
+from sandbox.sites import PORTS as PORTS_OF_SITES
+from sandbox.sites import Sites
 from sandbox.supervisor import Supervisor
 
 CHECK_SECONDS = 0.1
@@ -32,6 +37,7 @@ CHECK_SECONDS = 0.1
 _CLONE = Path(__file__).resolve().parent.parent
 _DEMO_DIR = _CLONE / ".demo"
 _FOLDER_PREFIX = "skipbus-demo-"
+_CUT_LINES = ["Cut the line between the sites, and heal it:", "", "  touch .demo/cut", "  rm .demo/cut", ""]
 
 
 class UsageError(Exception):
@@ -42,11 +48,20 @@ class Stopped(BaseException):
     """Ctrl-C or SIGTERM. Not an Exception, so that no handler of errors swallows it."""
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller asked for by variables."""
+
+    once: bool
+    port_base: int | None
+    sites: bool
+
+
 def main() -> int:
     try:
-        once, port_base = _read_wishes(os.environ)
+        wishes = _read_wishes(os.environ)
         with _only_demo_here(), _signals_stop():
-            return _run(once, port_base)
+            return _run(wishes)
     except UsageError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -55,44 +70,63 @@ def main() -> int:
         return 0
 
 
-def _run(once: bool, port_base: int | None) -> int:
+def _run(wishes: Wishes) -> int:
     with _folder() as root:
         try:
-            _play(root, once, port_base)
+            _play(root, wishes)
         except (SandboxError, OSError, ValueError) as error:
             print(f"\ndemo failed: {error}\n\nlogs are kept in {_keep_logs(root)}", file=sys.stderr)
             return 1
     return 0
 
 
-def _play(root: Path, once: bool, port_base: int | None) -> None:
-    site = Site(root, port_base)
+def _play(root: Path, wishes: Wishes) -> None:
+    site = Sites(root, wishes.port_base) if wishes.sites else Site(root, wishes.port_base)
     try:
-        _say("starting MariaDB and RabbitMQ …")
+        _say(f"starting {'two MariaDB and two federated' if wishes.sites else 'MariaDB and'} RabbitMQ …")
         site.start_servers()
         _say("starting KP_Alice and KP_Bob, three processes each …\n")
         site.start_key_providers()
-        alice, bob = site.key_providers
-        Exchange(alice, bob, _say).run()
-        Exchange(bob, alice, _say).run()
-        _say("\nBoth ways as it should be.")
-        if not once:
+        _tell_story(site)
+        if not wishes.once:
             _keep_running(site)
     finally:
         _ignore_signals()
         site.stop()
 
 
-def _keep_running(site: Site) -> None:
-    supervisor = Supervisor(site.mysql, site.rabbitmq, site.key_providers, _DEMO_DIR / "state.json")
+def _tell_story(site: Site | Sites) -> None:
+    alice, bob = site.key_providers
+    Exchange(alice, bob, _say).run()
+    Exchange(bob, alice, _say).run()
+    _say("\nBoth ways as it should be.")
+    if isinstance(site, Sites):
+        CutStory(site.cable, site.key_providers, _say).run()
+
+
+def _keep_running(site: Site | Sites) -> None:
+    supervisor = Supervisor(site.mysql_servers, site.rabbitmq_servers, site.key_providers, _DEMO_DIR / "state.json")
     supervisor.write_state()
     _say(_how_to_go_on(site))
     while True:
         supervisor.check()
+        if isinstance(site, Sites):
+            _cut_as_wished(site)
         time.sleep(CHECK_SECONDS)
 
 
-def _how_to_go_on(site: Site) -> str:
+def _cut_as_wished(sites: Sites) -> None:
+    """The line is cut for as long as a file of that name is there."""
+    wish = (_DEMO_DIR / "cut").exists()
+    if wish and not sites.cable.is_cut:
+        sites.cable.cut()
+        _say("the line between the sites is cut")
+    elif sites.cable.is_cut and not wish:
+        sites.cable.heal()
+        _say("the line between the sites is healed")
+
+
+def _how_to_go_on(site: Site | Sites) -> str:
     alice, bob = site.key_providers
     lines = [
         "",
@@ -109,6 +143,7 @@ def _how_to_go_on(site: Site) -> str:
         "",
         *_tls_lines(alice),
         "",
+        *(_CUT_LINES if isinstance(site, Sites) else []),
         f"Logs:   {site.logs}",
         f"State:  {_DEMO_DIR / 'state.json'} (addresses, process ids, the database's password, TLS keys)",
         "",
@@ -128,14 +163,22 @@ def _tls_lines(kp: KeyProvider) -> list[str]:
     ]
 
 
-def _read_wishes(environ: Mapping[str, str]) -> tuple[bool, int | None]:
+def _read_wishes(environ: Mapping[str, str]) -> Wishes:
+    topology = environ.get("TOPOLOGY", "") or "store"
+    if topology not in ("store", "sites"):
+        raise UsageError(f"TOPOLOGY={topology} is none of store, sites")
+    sites = topology == "sites"
     once = environ.get("ONCE", "") not in ("", "0")
-    text = environ.get("PORT_BASE", "")
+    return Wishes(once, _read_port_base(environ.get("PORT_BASE", ""), sites), sites)
+
+
+def _read_port_base(text: str, sites: bool) -> int | None:
     if not text:
-        return once, None
-    if not text.isdecimal() or not 1024 <= int(text) <= 65528:
-        raise UsageError(f"PORT_BASE={text} is not a port number from 1024 to 65528")
-    return once, int(text)
+        return None
+    last = 65536 - len(PORTS_OF_SITES if sites else PORTS)
+    if not text.isdecimal() or not 1024 <= int(text) <= last:
+        raise UsageError(f"PORT_BASE={text} is not a port number from 1024 to {last}")
+    return int(text)
 
 
 @contextmanager

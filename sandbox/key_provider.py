@@ -6,10 +6,12 @@ the caller's own environment. Their logs are files that grow over restarts: a te
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.client import get
@@ -17,12 +19,40 @@ from sandbox.ports import LOOPBACK, free_port
 from sandbox.processes import POLL_SECONDS, Child, SandboxError, minimal_environ, tail, write_private
 from sandbox.servers import Database
 from sandbox.tls_files import TlsFiles
+from shared.keyring import Keyring
+from shared.peers_config import identity_line
 
 ROLES = ("api", "syncer", "janitor")
 # A service drains for at most 10 s.
 STOP_SECONDS = 12.0
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class BusPeer:
+    """A peer with a store of its own, as it stands in the configuration of the other one."""
+
+    system_id: str
+    identity: str
+    stock: int = 64
+    endpoint: str | None = None
+    endpoint_ca_file: Path | None = None
+    allow: Sequence[str] | None = None
+
+    def toml(self) -> str:
+        """Its `[[peers]]` table. JSON's strings and lists are TOML's."""
+        fields = {
+            "system_id": self.system_id,
+            "link": "bus",
+            "identity": self.identity,
+            "stock": self.stock,
+            "endpoint": self.endpoint,
+            "endpoint_ca_file": str(self.endpoint_ca_file) if self.endpoint_ca_file else None,
+            "allow": self.allow,
+        }
+        lines = [f"{name} = {json.dumps(value)}" for name, value in fields.items() if value is not None]
+        return "\n".join(["[[peers]]", *lines, ""])
 
 
 class KeyProvider:
@@ -49,12 +79,25 @@ class KeyProvider:
         self.log_dir = log_dir or root / "logs"
         self.processes: dict[str, Child] = {}
         self.tls: TlsFiles | None = None
+        # What only one of the processes is told, such as its metrics port.
+        self.environ_of: dict[str, dict[str, str]] = {}
         self.environ = self._write_environ(remote_ids, mysql, rabbitmq) | dict(env_overrides or {})
 
     def serve_tls(self, port: int) -> None:
         """Have the api serve pre-shared keys and client certificates too; to be said before it starts."""
         self.tls = TlsFiles(self.root / "tls", self.system_id, port)
         self.environ = self.tls.environ() | self.environ
+
+    @property
+    def identity(self) -> str:
+        """Its public key, as other key providers write it into their configuration; there must be a keyring."""
+        return identity_line(Keyring.open(self.keyring_dir, self.system_id).identity.public_key)
+
+    def link_by_bus(self, *peers: BusPeer) -> None:
+        """Write the peers that have stores of their own into the configuration; to be said before the start."""
+        file = self.root / "skipbus.toml"
+        write_private(file, "\n".join(peer.toml() for peer in peers))
+        self.environ["SKIP_CONFIG_FILE"] = str(file)
 
     def start_all(self) -> None:
         """Make the keyring where there is none, and start the three processes without waiting for health."""
@@ -76,7 +119,8 @@ class KeyProvider:
         if running is not None and running.running:
             return running
         command = [sys.executable, "-m", f"services.{role}"]
-        child = Child(command, environ=self.environ, log=self.log_of(role), cwd=self.root)
+        environ = self.environ | self.environ_of.get(role, {})
+        child = Child(command, environ=environ, log=self.log_of(role), cwd=self.root)
         self.processes[role] = child
         return child
 

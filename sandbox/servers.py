@@ -14,13 +14,15 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import pymysql
 
+from sandbox.federation import PLUGINS, Account, Upstream, definitions, upstream_uri
 from sandbox.ports import LOOPBACK, answers, free_port
 from sandbox.processes import (
     POLL_SECONDS,
@@ -161,7 +163,7 @@ class MariaDbServer(Server):
         if not (self.datadir / "mysql").is_dir():
             self._make_data_folder()
         write_private(self._init_file, self._init_sql())
-        self._child = Child(self._command(), environ=minimal_environ(self.root), log=self.log, cwd=self.root)
+        self._child = Child(self._command(), environ=self._environ(), log=self.log, cwd=self.root)
 
     def create_database(self, name: str, user: str | None = None) -> Database:
         """Make an empty database, and a user with all rights on it (the user `skipbus` unless named)."""
@@ -243,10 +245,16 @@ class MariaDbServer(Server):
             ]
         )
 
+    def _environ(self) -> dict[str, str]:
+        # In a shared folder a server that starts would remove the temporary tables of all others.
+        temporary = self.root / "tmp"
+        temporary.mkdir(exist_ok=True, mode=0o700)
+        return {**minimal_environ(self.root), "TMPDIR": str(temporary)}
+
     def _make_data_folder(self) -> None:
         shutil.rmtree(self.datadir, ignore_errors=True)
         command, log = self._install_command(), self.root / "install.log"
-        code = Child(command, environ=minimal_environ(self.root), log=log, cwd=self.root).wait()
+        code = Child(command, environ=self._environ(), log=log, cwd=self.root).wait()
         if code != 0:
             raise SandboxError(f"{Path(command[0]).name} ended with {code}\n{tail(log)}")
 
@@ -292,6 +300,8 @@ class RabbitMqServer(Server):
         self.epmd_port = epmd_port or free_port()
         self.user = "skipbus"
         self.password = secrets.token_hex(16)
+        self.federation_password = secrets.token_hex(16)
+        self._upstreams: Mapping[str, Sequence[Upstream]] = {}
         self.node_name = f"skipbus-{secrets.token_hex(4)}@localhost"
         # The wrapper of that name in /usr/sbin changes to another user, who may not read our folder.
         self.program = _rabbitmq_program()
@@ -301,6 +311,18 @@ class RabbitMqServer(Server):
     @property
     def url(self) -> str:
         return f"amqp://{self.user}:{self.password}@{self.host}:{self.port}/"
+
+    def url_of(self, vhost: str) -> str:
+        """The URL of one virtual host; that of `/` is `url`."""
+        return self.url if vhost == "/" else self.url + quote(vhost, safe="")
+
+    def upstream(self, name: str, port: int | None = None, vhost: str = "/") -> Upstream:
+        """This broker as others fetch from it, by way of another port (a cable's) if that is given."""
+        return Upstream(name, upstream_uri(self.federation_password, self.host, port or self.port, vhost))
+
+    def federate(self, upstreams: Mapping[str, Sequence[Upstream]]) -> None:
+        """Virtual host -> the brokers to fetch envelopes from; to be said before the start."""
+        self._upstreams = upstreams
 
     def launch(self) -> None:
         self._write_configuration()
@@ -346,7 +368,7 @@ class RabbitMqServer(Server):
         }
 
     def _write_configuration(self) -> None:
-        (self.root / "enabled_plugins").write_text("[].\n")
+        (self.root / "enabled_plugins").write_text(f"[{PLUGINS if self._upstreams else ''}].\n")
         (self.root / "rabbitmq-env.conf").write_text("")
         write_private(
             self.root / "rabbitmq.conf",
@@ -355,8 +377,16 @@ class RabbitMqServer(Server):
             f"default_pass = {self.password}\n"
             "disk_free_limit.absolute = 20MB\n"
             # Quorum queues reserve their write-ahead log's full size on disk.
-            "raft.wal_max_size_bytes = 33554432\n",
+            "raft.wal_max_size_bytes = 33554432\n" + self._write_definitions(),
         )
+
+    def _write_definitions(self) -> str:
+        """The line of the configuration that names them, if there are any."""
+        if not self._upstreams:
+            return ""
+        file = self.root / "definitions.json"
+        write_private(file, definitions(Account(self.user, self.password), self.federation_password, self._upstreams))
+        return f"load_definitions = {file}\n"
 
     def _launch_epmd(self) -> None:
         if self._epmd is not None and self._epmd.running:

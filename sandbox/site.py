@@ -1,10 +1,11 @@
-"""What the demo runs: a MariaDB, a RabbitMQ, and two key providers over one store, all in one folder.
+"""What the demo runs by itself: a MariaDB, a RabbitMQ, and two key providers over one store, all in one folder.
 
 The logs of everything stand together in `logs`, away from data and secrets, so that they alone can be kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox.key_provider import KeyProvider
@@ -15,7 +16,7 @@ from sandbox.servers import MariaDbServer, RabbitMqServer
 ALICE = "KP_Alice"
 BOB = "KP_Bob"
 
-_PORTS = (
+PORTS = (
     "KP_Alice",
     "KP_Bob",
     "MySQL",
@@ -35,7 +36,7 @@ class Site:
         self.logs = root / "logs"
         self.logs.mkdir(mode=0o700)
         self._root = root
-        ports = _ports(port_base)
+        ports = take_ports(port_base, PORTS)
         self._kp_ports = {ALICE: ports[0], BOB: ports[1]}
         self._tls_ports = {ALICE: ports[6], BOB: ports[7]}
         self.mysql = MariaDbServer(root / "mysql", port=ports[2], log=self.logs / "mysql.log")
@@ -47,6 +48,14 @@ class Site:
             log=self.logs / "rabbitmq.log",
         )
         self.key_providers: list[KeyProvider] = []
+
+    @property
+    def mysql_servers(self) -> list[MariaDbServer]:
+        return [self.mysql]
+
+    @property
+    def rabbitmq_servers(self) -> list[RabbitMqServer]:
+        return [self.rabbitmq]
 
     def start_servers(self) -> None:
         """Both at the same time; returns when both serve."""
@@ -87,11 +96,12 @@ class Site:
         return key_provider
 
 
-def _ports(port_base: int | None) -> list[int]:
+def take_ports(port_base: int | None, names: Sequence[str]) -> list[int]:
+    """A port for each name, from `port_base` on if there is one. Raises SandboxError when one is taken."""
     if port_base is None:
-        return [free_port() for _ in _PORTS]
-    ports = [port_base + offset for offset in range(len(_PORTS))]
-    taken = [f"{port} ({what})" for port, what in zip(ports, _PORTS, strict=True) if not is_free(port)]
+        return [free_port() for _ in names]
+    ports = [port_base + offset for offset in range(len(names))]
+    taken = [f"{port} ({what})" for port, what in zip(ports, names, strict=True) if not is_free(port)]
     if taken:
         raise SandboxError(f"PORT_BASE={port_base}: already in use: {', '.join(taken)}")
     return ports

@@ -108,19 +108,19 @@ class Supervisor:
 
     def __init__(
         self,
-        mysql: MariaDbServer,
-        rabbitmq: RabbitMqServer,
+        mysql: Sequence[MariaDbServer],
+        rabbitmq: Sequence[RabbitMqServer],
         key_providers: Sequence[KeyProvider],
         state_file: Path,
     ) -> None:
-        self._mysql = ServerUnit(mysql)
-        self._rabbitmq = ServerUnit(rabbitmq)
-        self._servers = (mysql, rabbitmq)
+        self._mysql = [(server, ServerUnit(server)) for server in mysql]
+        self._rabbitmq = [(server, ServerUnit(server)) for server in rabbitmq]
         self._key_providers = key_providers
         self._state_file = state_file
         self._written: dict[str, Any] = {}
         units: list[Unit] = [RoleUnit(kp, role) for kp in key_providers for role in ROLES]
-        self._watches = [Watch(unit) for unit in [self._mysql, self._rabbitmq, *units]]
+        units += [unit for _, unit in (*self._mysql, *self._rabbitmq)]
+        self._watches = [Watch(unit) for unit in units]
 
     def check(self) -> None:
         """Look at everything once; to be called several times a second."""
@@ -140,22 +140,23 @@ class Supervisor:
         self._written = state
 
     def _state(self) -> dict[str, Any]:
-        mysql, rabbitmq = self._servers
         return {
             "kps": {kp.system_id: _key_provider_state(kp) for kp in self._key_providers},
-            "mysql": [
-                {
-                    "host": mysql.host,
-                    "port": mysql.port,
-                    "user": mysql.user,
-                    "password": mysql.password,
-                    "database": mysql.database,
-                    "pid": self._mysql.pid,
-                    "datadir": str(mysql.datadir),
-                }
-            ],
-            "rabbitmq": [{"url": rabbitmq.url, "pid": self._rabbitmq.pid}],
+            "mysql": [_mysql_state(server, unit.pid) for server, unit in self._mysql],
+            "rabbitmq": [{"url": server.url, "pid": unit.pid} for server, unit in self._rabbitmq],
         }
+
+
+def _mysql_state(server: MariaDbServer, pid: int) -> dict[str, Any]:
+    return {
+        "host": server.host,
+        "port": server.port,
+        "user": server.user,
+        "password": server.password,
+        "database": server.database,
+        "pid": pid,
+        "datadir": str(server.datadir),
+    }
 
 
 def _key_provider_state(key_provider: KeyProvider) -> dict[str, Any]:

@@ -1,16 +1,13 @@
-"""One KP's door to the broker: a connection that is made again whenever it is lost, and what is declared on it.
+"""A syncer's door to the broker: its KP's queues, what arrives in them, and publishing to others.
 
-Everything that this KP needs (exchanges, its queues, its dead-letter queue) is declared on every new connection,
-so a broker that comes back empty is put in order too. Deliveries of a lost connection are worthless: the broker
-hands them out again. A lost broker is logged once when it goes and once when it is back.
+Everything that this KP needs (exchanges, its queues, its dead-letter queue) is declared on every new connection
+(``shared.broker``). Deliveries of a lost connection are worthless: the broker hands them out again.
 
-A quorum queue can lose its leader for good: RabbitMQ writes down half a second late that a queue exists, and one
-that was made just before a crash comes back as a name that answers nobody. The KP's own queue is then deleted and made
-anew. Nothing is lost by that: senders keep their envelopes until they are acknowledged. It is done only where this
-process has not yet had the queue for SETTLED_SECONDS. One that has lost its leader later belongs to a cluster without
-its majority; it comes back with that, and made anew it would have fewer replicas.
+A quorum queue that was made just before its broker was killed can come back without a leader, and then answers
+nobody, ever. This KP's own one is then deleted and made anew; what was in it comes again from the peers' outboxes.
 
-Leaves to others: how messages go out (``shared.bus_sending``), what envelopes say and which are sent again.
+Publishing is confirmed by the broker (``shared.bus_sending``). Leaves to others: what envelopes say and which are sent
+again.
 """
 
 from __future__ import annotations
@@ -18,25 +15,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
-import random
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import aio_pika
-from aio_pika.abc import (
-    AbstractChannel,
-    AbstractConnection,
-    AbstractExchange,
-    AbstractIncomingMessage,
-    AbstractQueue,
-)
-from aio_pika.connection import make_url
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
+from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 from pamqp.common import FieldTable
 
+from shared.broker import CONNECT_SECONDS, FAILURES, SET_UP_SECONDS, Broker, Session, confirmation
 from shared.bus_names import (
     DEAD_LETTERS,
     ENVELOPES,
@@ -46,9 +33,10 @@ from shared.bus_names import (
     queue_name,
     routing_key,
 )
-from shared.bus_sending import Channels, Sender, Unconfirmed
+from shared.bus_sending import Channels, Sender
 from shared.errors import BusUnavailable
 from shared.logs import get_logger
+from shared.nudges import FOR_SYNCER, NudgeKind, Nudges, OnNudge, pumping
 from shared.secret import Secret
 
 PREFETCH = 32
@@ -57,19 +45,10 @@ DEAD_LETTERS_KEPT = 10_000
 DEAD_LETTERS_KEPT_MS = 7 * 86_400_000
 LIVE_KEPT = 1_000
 LIVE_KEPT_BYTES = 32 * 1024 * 1024
-CONNECT_SECONDS = 5.0
-SET_UP_SECONDS = 10.0
 # A quorum queue has a leader again half a second after its broker is back; this is ample for a loaded one.
 CONSUME_SECONDS = 5.0
 REMAKE_AFTER_TRIES = 2
 REMAKE_SECONDS = 15.0
-# Many times what RabbitMQ takes to write down that a queue exists.
-SETTLED_SECONDS = 5.0
-RETRY_FIRST_SECONDS = 0.2
-RETRY_LAST_SECONDS = 5.0
-# How often the two ends of a connection tell each other that they are there (AMQP heartbeat).
-_AMQP_HEARTBEAT_SECONDS = 10
-_FAILURES = (*CONNECTION_EXCEPTIONS, TimeoutError)
 
 _log = get_logger("bus")
 
@@ -85,7 +64,7 @@ class Delivery:
     body: bytes
     redelivered: bool
     _message: AbstractIncomingMessage
-    _session: _Session
+    _session: Session
 
     @property
     def lost(self) -> bool:
@@ -94,84 +73,50 @@ class Delivery:
 
     async def ack(self) -> None:
         """It is handled."""
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             await self._message.ack()
 
     async def reject(self) -> None:
         """It is refused for good: the broker dead-letters it."""
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             await self._message.reject(requeue=False)
 
     async def requeue(self) -> None:
         """It could not be handled now. The broker counts these and dead-letters it after DELIVERY_LIMIT."""
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             await self._message.reject(requeue=True)
 
 
-class _Session:
-    """One connection, from its making to its loss."""
-
-    def __init__(self, connection: AbstractConnection) -> None:
-        self.connection = connection
-        self.lost = asyncio.Event()
-        self._closing: set[asyncio.Task[None]] = set()
-        connection.close_callbacks.add(self._on_loss)
-
-    async def channel(self) -> AbstractChannel:
-        """A channel whose end is the session's end: nothing is repaired piecemeal."""
-        channel = await self.connection.channel(publisher_confirms=True, on_return_raises=True)
-        channel.close_callbacks.add(self._on_loss)
-        underlay = await channel.get_underlay_channel()
-        # The broker takes a consumer away when its queue is deleted or moves.
-        underlay.on_consumer_cancel_callbacks.add(self._on_loss)
-        return channel
-
-    def abandon(self, channel: AbstractChannel) -> None:
-        """Closes a channel whenever the broker answers on it again; the session goes on."""
-        channel.close_callbacks.discard(self._on_loss)
-        task = asyncio.create_task(_close_quietly(channel), name="abandoned channel")
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-
-    async def close(self) -> None:
-        self.lost.set()
-        for task in self._closing:
-            task.cancel()
-        with contextlib.suppress(*_FAILURES):
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await self.connection.close()
-
-    async def _on_loss(self, *_: object) -> None:
-        self.lost.set()
+def _ignore(_kind: NudgeKind, _items: Sequence[bytes]) -> None:
+    pass
 
 
 class Bus:
     """Connects on entering ``connected``; ``publish`` and ``next_deliveries`` work whenever ``up`` is set."""
 
-    def __init__(self, url: Secret, local_id: str, name: str) -> None:
-        self._url = url
+    def __init__(self, url: Secret, local_id: str, name: str, on_nudge: OnNudge = _ignore) -> None:
+        """``on_nudge`` is called on the event loop, when the api has written to the outbox."""
         self._local_id = local_id
-        self._name = name
+        self._broker = Broker(
+            url, name, self._set_up, self._forget, set_up_seconds=SET_UP_SECONDS + REMAKE_SECONDS + CONNECT_SECONDS
+        )
+        self._nudges = Nudges(local_id, on_nudge, FOR_SYNCER)
         self._sender: Sender | None = None
         self._consumers: list[tuple[AbstractQueue, str]] = []
         self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
-        self._lost_reason: str | None = None
         self._consuming = True
-        self._settled = False
         self._leaderless_tries = 0
-        self.up = asyncio.Event()
+        self.up = self._broker.up
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
         """Keeps a connection for as long as the block runs; returns at once, whether or not the broker is there."""
-        _hush_libraries()
-        async with asyncio.TaskGroup() as tasks:
-            # A fault in the keeper itself must end the block, not leave it without a broker for ever.
-            keeper = tasks.create_task(self._keep(), name="bus")
-            try:
-                yield
-            finally:
-                keeper.cancel()
+        async with self._broker.connected(), pumping(self._nudges):
+            yield
+
+    def nudge(self, kind: NudgeKind, items: Sequence[bytes] = ()) -> None:
+        """Tells this KP's other processes, while the broker is there. Never blocks, never raises."""
+        self._nudges.nudge(kind, items)
 
     async def publish(self, target_id: str, body: bytes, *, lifetime_ms: int | None) -> bool:
         """Sends to a KP's queue and waits until the broker has it; False where the KP has no such queue.
@@ -183,20 +128,7 @@ class Bus:
         sender = self._sender
         if sender is None:
             raise BusUnavailable("the broker is away")
-        try:
-            await sender.publish(target_id, body, lifetime_ms=lifetime_ms)
-        except Unconfirmed:
-            raise
-        except PublishError:
-            return False
-        except _FAILURES as error:
-            raise BusUnavailable(f"the broker did not confirm a message: {type(error).__name__}") from error
-        except asyncio.CancelledError as error:
-            # The library ends whoever waits on a lost connection by cancelling; that is no order to this task.
-            if _cancelled_from_outside():
-                raise
-            raise BusUnavailable("the connection to the broker was lost") from error
-        return True
+        return await confirmation(sender.publish(target_id, body, lifetime_ms=lifetime_ms))
 
     @property
     def answers(self) -> bool:
@@ -222,87 +154,24 @@ class Bus:
         self._consuming = False
         consumers, self._consumers = self._consumers, []
         for queue, tag in consumers:
-            with contextlib.suppress(*_FAILURES):
+            with contextlib.suppress(*FAILURES):
                 await queue.cancel(tag, timeout=CONNECT_SECONDS)
 
-    async def _keep(self) -> None:
-        delay_seconds = RETRY_FIRST_SECONDS
-        while True:
-            try:
-                await self._one_session()
-                delay_seconds = RETRY_FIRST_SECONDS
-                self._tell_lost("the connection was lost")
-            except _FAILURES as error:
-                self._tell_lost(f"{type(error).__name__}: {error}")
-            except asyncio.CancelledError:
-                if _cancelled_from_outside():
-                    raise
-                self._tell_lost("the connection was lost while it was made")
-            await asyncio.sleep(delay_seconds * random.uniform(0.8, 1.2))  # noqa: S311 -- spreads load, no secret
-            delay_seconds = min(delay_seconds * 2, RETRY_LAST_SECONDS)
+    def _forget(self) -> None:
+        self._sender = None
+        self._consumers = []
+        self._nudges.forget()
 
-    async def _one_session(self) -> None:
-        session = await self._connect()
-        try:
-            await self._set_up_in_time(session)
-            self._tell_up()
-            up_since = time.monotonic()
-            await session.lost.wait()
-            self._settled = self._settled or time.monotonic() - up_since >= SETTLED_SECONDS
-        finally:
-            self.up.clear()
-            self._sender = None
-            self._consumers = []
-            await session.close()
-
-    async def _set_up_in_time(self, session: _Session) -> None:
+    async def _set_up(self, session: Session) -> None:
         try:
             async with asyncio.timeout(SET_UP_SECONDS):
-                await self._set_up(session)
+                await self._declare(session)
         except QueueWithoutLeader:
             await self._repair(session)
             raise
-        except TimeoutError as error:
-            raise ConnectionError("the broker did not set up this key provider's queues in time") from error
         self._leaderless_tries = 0
 
-    async def _repair(self, session: _Session) -> None:
-        self._leaderless_tries += 1
-        if self._leaderless_tries < REMAKE_AFTER_TRIES:
-            return
-        if self._settled:
-            if self._leaderless_tries == REMAKE_AFTER_TRIES:
-                _log.error(
-                    "queue without a leader: has its cluster lost the majority?", queue=queue_name(self._local_id)
-                )
-            return
-        async with asyncio.timeout(REMAKE_SECONDS):
-            await self._delete_queues(session)
-
-    async def _delete_queues(self, session: _Session) -> None:
-        """Deletes the queue that answers nobody, and the one for dead letters unless there is evidence in it."""
-        channel = await session.channel()
-        dead = await channel.declare_queue(dead_queue_name(self._local_id), passive=True)
-        if not dead.declaration_result.message_count:
-            await channel.queue_delete(dead.name)
-        await channel.queue_delete(queue_name(self._local_id))
-        self._leaderless_tries = 0
-        _log.warning(
-            "queue without a leader: made anew, peers send again what was in it", queue=queue_name(self._local_id)
-        )
-
-    async def _connect(self) -> _Session:
-        url = make_url(self._url.reveal(), heartbeat=_AMQP_HEARTBEAT_SECONDS, name=self._name)
-        connection = aio_pika.Connection(url)
-        try:
-            await connection.connect(timeout=CONNECT_SECONDS)
-        except BaseException:
-            # One that never came about must be closed too, or its destructor complains.
-            await connection.close()
-            raise
-        return _Session(connection)
-
-    async def _set_up(self, session: _Session) -> None:
+    async def _declare(self, session: Session) -> None:
         receiving = await session.channel()
         exchange = await _declare_exchanges(receiving)
         main, live = await _declare_queues(receiving, exchange, self._local_id)
@@ -314,41 +183,41 @@ class Bus:
             except TimeoutError as error:
                 raise QueueWithoutLeader(f"{main.name} has no leader (rabbitmq-queues quorum_status)") from error
             await self._consume(session, live)
-        sender = await Sender.open(Channels(session.channel, session.abandon))
-        if session.lost.is_set():
-            raise ConnectionError("the connection was lost while it was set up")
-        self._sender = sender
+        await self._nudges.set_up(session)
+        self._sender = await Sender.open(Channels(session.channel, session.abandon))
 
-    async def _consume(self, session: _Session, queue: AbstractQueue) -> None:
+    async def _consume(self, session: Session, queue: AbstractQueue) -> None:
         async with asyncio.timeout(CONSUME_SECONDS):
             tag = await queue.consume(functools.partial(self._take_in, session))
         self._consumers.append((queue, tag))
 
-    async def _take_in(self, session: _Session, message: AbstractIncomingMessage) -> None:
+    async def _repair(self, session: Session) -> None:
+        self._leaderless_tries += 1
+        if self._leaderless_tries < REMAKE_AFTER_TRIES:
+            return
+        if self._broker.settled:
+            if self._leaderless_tries == REMAKE_AFTER_TRIES:
+                _log.error(
+                    "queue without a leader: has its cluster lost the majority?", queue=queue_name(self._local_id)
+                )
+            return
+        async with asyncio.timeout(REMAKE_SECONDS):
+            await self._delete_queues(session)
+
+    async def _delete_queues(self, session: Session) -> None:
+        """Deletes the queue that answers nobody, and the one for dead letters unless there is evidence in it."""
+        channel = await session.channel()
+        dead = await channel.declare_queue(dead_queue_name(self._local_id), passive=True)
+        if not dead.declaration_result.message_count:
+            await channel.queue_delete(dead.name)
+        await channel.queue_delete(queue_name(self._local_id))
+        self._leaderless_tries = 0
+        _log.warning(
+            "queue without a leader: made anew, peers send again what was in it", queue=queue_name(self._local_id)
+        )
+
+    async def _take_in(self, session: Session, message: AbstractIncomingMessage) -> None:
         self._deliveries.put_nowait(Delivery(message.body, bool(message.redelivered), message, session))
-
-    def _tell_up(self) -> None:
-        _log.info("broker back" if self._lost_reason else "broker connected")
-        self._lost_reason = None
-        self.up.set()
-
-    def _tell_lost(self, reason: str) -> None:
-        if self._lost_reason is None:
-            _log.warning("broker away", reason=reason)
-        elif reason != self._lost_reason:
-            _log.debug("broker still away", reason=reason)
-        self._lost_reason = reason
-
-
-def _hush_libraries() -> None:
-    """The loss of a broker is told here in one line; the libraries tell it in dozens, with stack traces."""
-    for name in ("aiormq", "aio_pika"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-async def _close_quietly(channel: AbstractChannel) -> None:
-    with contextlib.suppress(*_FAILURES):
-        await channel.close()
 
 
 async def _declare_exchanges(channel: AbstractChannel) -> AbstractExchange:
@@ -398,8 +267,3 @@ async def _declare_queues(
     )
     await live.bind(exchange, live_routing_key(local_id))
     return main, live
-
-
-def _cancelled_from_outside() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -11,6 +11,7 @@ import re
 
 ENVELOPES = "skipbus.envelopes"
 DEAD_LETTERS = "skipbus.dead"
+NUDGES = "skipbus.nudges"
 
 _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -43,3 +44,13 @@ def live_queue_name(system_id: str) -> str:
 def dead_queue_name(system_id: str) -> str:
     """Where envelopes lie that the KP refused, for an operator to look at."""
     return f"skipbus.dead.{encode_id(system_id)}"
+
+
+def nudge_routing_key(system_id: str, kind: str) -> str:
+    """Where the KP's own processes tell each other that something of this kind changed."""
+    return f"{encode_id(system_id)}.{kind}"
+
+
+def nudge_queue_name(system_id: str, process: str) -> str:
+    """One process's queue for nudges; it goes with the process's connection."""
+    return f"skipbus.nudges.{encode_id(system_id)}.{process}"

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange
 
+from shared.broker import CONFIRM_SECONDS, message_of
 from shared.bus_names import ENVELOPES, live_routing_key, routing_key
 from shared.errors import BusUnavailable
 from shared.logs import get_logger
 
-CONFIRM_SECONDS = 10.0
 # One message alone; the relay waits for it meanwhile.
 PROBE_SECONDS = 3.0
 LEFT_OUT_SECONDS = 30.0
@@ -85,11 +85,11 @@ class Sender:
     async def publish(self, target_id: str, body: bytes, *, lifetime_ms: int | None) -> None:
         """As ``Bus.publish``. Raises Unconfirmed, and what the library raises for a lost connection."""
         if lifetime_ms is None:
-            await self._publish_live(target_id, _live_message(body))
+            await self._publish_live(target_id, message_of(body, None))
         elif target_id in self._doubts:
-            await self._probe(target_id, _kept_message(body, lifetime_ms))
+            await self._probe(target_id, message_of(body, lifetime_ms))
         else:
-            await self._publish_kept(target_id, _kept_message(body, lifetime_ms))
+            await self._publish_kept(target_id, message_of(body, lifetime_ms))
 
     async def _publish_live(self, target_id: str, message: aio_pika.Message) -> None:
         try:
@@ -172,11 +172,3 @@ class Sender:
 async def _open_kept(channels: Channels) -> _Kept:
     channel = await channels.open()
     return _Kept(channel, await channel.get_exchange(ENVELOPES, ensure=False))
-
-
-def _live_message(body: bytes) -> aio_pika.Message:
-    return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.NOT_PERSISTENT)
-
-
-def _kept_message(body: bytes, lifetime_ms: int) -> aio_pika.Message:
-    return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, expiration=lifetime_ms / 1000)

@@ -22,13 +22,15 @@ from shared.config_sources import ENVIRONMENT, ProblemError, Raw, Sources, read_
 from shared.errors import OperatorError
 from shared.option_kinds import NO_FILE
 from shared.options import CONFIG_FILE, IDENTITIES_PLACE, OPTIONS, REMOTE_PREFIX, Option, remote_number
+from shared.peers_config import Link, PeerSettings, describe_peer, read_peers
 from shared.secret import Secret
-from shared.system_ids import validate_pattern
+from shared.system_ids import RemoteSystemIds, validate_pattern
 
 __all__ = [
     "EXIT_BAD_CONFIGURATION",
     "ConfigurationError",
     "MySqlSettings",
+    "PeerSettings",
     "Secret",
     "Settings",
     "config_from_argv",
@@ -109,10 +111,23 @@ class Settings:
     max_connections: int
     max_batch: int
     max_queue: int
+    sync_timeout_seconds: float
+    retrieve_wait_seconds: float
     metrics_port: int
     log_level: str
     config_file: str | None = None
+    peers: Mapping[str, PeerSettings] = field(default_factory=dict, hash=False)
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def link_of(self, system_id: str) -> Link:
+        """How this KP reaches a peer; whoever has no table of his own is in the same store."""
+        peer = self.peers.get(system_id)
+        return "store" if peer is None else peer.link
+
+    @property
+    def bus_peers(self) -> tuple[PeerSettings, ...]:
+        """The peers that keys travel to over a bus, in the order of the TOML file."""
+        return tuple(peer for peer in self.peers.values() if peer.link == "bus")
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -121,7 +136,9 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     origins: dict[str, str] = {}
     values = _read_options(sources, origins)
     values["config_file"] = sources.toml_path
-    values["remote_system_ids"] = _read_remotes(sources, origins)
+    values["peers"] = _read_peers(sources, values.get("local_system_id"))
+    listed = _read_remotes(sources, origins)
+    values["remote_system_ids"] = _with_peers(listed, values["peers"], values.get("local_system_id"))
     values["tls.identities"] = _read_identities(sources)
     sources.problems.extend(_cross_check(values))
     if sources.problems:
@@ -163,7 +180,7 @@ def _read_remotes(sources: Sources, origins: dict[str, str]) -> tuple[str, ...]:
     """The remote ids in their order, without those that have a problem."""
     names: dict[str, str] = {}
     found = sources.find_remotes()
-    if not found:
+    if not found and not sources.find_peers():
         sources.problems.append(f"{REMOTE_PREFIX}1 is missing. {_REMOTE_FIX}")
     for position, given in enumerate(found, 1):
         try:
@@ -186,6 +203,18 @@ def _checked_remote(raw: Raw | ProblemError, names: Mapping[str, str]) -> Raw:
     except ValueError as error:
         raise ProblemError(f"{raw.name} is '{shown(raw.text)}': {error}. {_REMOTE_FIX}") from None
     return raw
+
+
+def _read_peers(sources: Sources, local_id: str | None) -> dict[str, PeerSettings]:
+    peers, problems = read_peers(sources.find_peers(), str(sources.toml_path), local_id)
+    sources.problems.extend(problems)
+    return peers
+
+
+def _with_peers(listed: tuple[str, ...], peers: Mapping[str, PeerSettings], local_id: str | None) -> tuple[str, ...]:
+    """The listed remote ids, and the peers that none of them stands for."""
+    known = RemoteSystemIds(listed, local_id)
+    return (*listed, *(system_id for system_id in peers if system_id not in known))
 
 
 def _read_identities(sources: Sources) -> dict[str, tuple[str, ...]]:
@@ -265,10 +294,13 @@ def describe(settings: Settings) -> list[tuple[str, str, str]]:
     """The effective configuration as (variable, value, origin) lines. Secrets show as `***`."""
     values = {option.name: _shown_value(settings, option.field) for option in OPTIONS}
     remote_names = [name for name in settings.origins if remote_number(name)]
-    values |= dict(zip(remote_names, settings.remote_system_ids, strict=True))
+    # The ids that only a table of a peer names come after the listed ones, and are shown with the peers.
+    values |= dict(zip(remote_names, settings.remote_system_ids, strict=False))
     lines = [(name, value, settings.origins[name]) for name, value in values.items()]
     for pattern, allowed in settings.tls.identities.items():
         lines.append((f'identities."{pattern}"', ", ".join(allowed) or NO_FILE, f"TOML {settings.config_file}"))
+    origin = f"TOML {settings.config_file}"
+    lines.extend((f'peers."{peer.system_id}"', describe_peer(peer), origin) for peer in settings.peers.values())
     if settings.config_file is not None:
         lines.insert(0, (CONFIG_FILE, settings.config_file, ENVIRONMENT))
     return lines

@@ -22,6 +22,7 @@ from shared.options import (
     EARLIER_NAMES,
     IDENTITIES_PLACE,
     OPTIONS,
+    PEERS_PLACE,
     REMOTE_PLACE,
     REMOTE_PREFIX,
     Option,
@@ -81,6 +82,11 @@ class Sources:
         """What stands in the TOML table of identities, by pattern."""
         prefix = f"{IDENTITIES_PLACE}."
         return {place.removeprefix(prefix): value for place, value in self.toml.items() if place.startswith(prefix)}
+
+    def find_peers(self) -> object:
+        """What stands under peers in the TOML file, an empty list where nothing does."""
+        is_one_table = any(place.startswith(f"{PEERS_PLACE}.") for place in self.toml)
+        return None if is_one_table else self.toml.get(PEERS_PLACE, [])
 
     def _remote_from_toml(self, value: object) -> Raw | ProblemError:
         try:
@@ -213,11 +219,11 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _unknown_places(path: str, places: Mapping[str, Any]) -> Iterator[str]:
     secrets = {option.place: option for option in OPTIONS if option.secret}
-    known = [option.place for option in OPTIONS if not option.secret] + [REMOTE_PLACE]
+    known = [option.place for option in OPTIONS if not option.secret] + [REMOTE_PLACE, PEERS_PLACE]
     for place, value in places.items():
         if place in secrets:
             yield f"{path}: {place} is a secret. Remove it from this file and set {secrets[place].file_name}."
-        elif place.startswith(f"{IDENTITIES_PLACE}."):
+        elif place.startswith((f"{IDENTITIES_PLACE}.", f"{PEERS_PLACE}.")):
             continue
         elif place not in known and not _is_empty_table(place, value, known):
             yield f"{path}: {shown(place)} is not a known key. {_nearest(place, known)}"

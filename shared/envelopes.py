@@ -32,6 +32,8 @@ class EnvelopeType(StrEnum):
     KEY_STORED = "key.stored"
     KEY_RETRIEVED = "key.retrieved"
     KEY_EXPIRED = "key.expired"
+    KEY_WITHDRAWN = "key.withdrawn"
+    ENVELOPE_REFUSED = "envelope.refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,31 @@ def _read_header(protected: object) -> Header:
     except ValueError as error:
         raise EnvelopeRefused("unknown_type", f"an envelope has the unknown type {kind[:32]!r}") from error
     return Header(known_type, validate_system_id(sender), validate_system_id(target), number, date_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What an envelope of an unknown version or type says of itself; nobody has verified it."""
+
+    version: int
+    sender: str
+    target: str
+    number: int
+
+
+def read_claim(data: bytes) -> Claim | None:
+    """Who claims to have sent an envelope of a version or type that this release cannot read, if it says so.
+
+    The first six fields of the protected part keep their places in all versions, so that a sender can be told.
+    """
+    try:
+        parts = wire.unpack(data[:MAX_ENVELOPE_BYTES], max_items=16)
+        version, _, sender, target, number, *_ = wire.unpack(parts[0], max_items=64)
+        if type(version) is not int or type(number) is not int or not 0 <= number < _MAX_NUMBER:
+            return None
+        return Claim(version, validate_system_id(sender), validate_system_id(target), number)
+    except (ValueError, TypeError, IndexError, KeyError):
+        return None
 
 
 def check_envelope(envelope: SignedEnvelope, local_id: str, sender_public_key: bytes, now_ms: int) -> None:

@@ -36,6 +36,12 @@ class PeerNotReady(PeerError):
     reason = "peer_not_ready"
 
 
+class NotPlaced(PeerNotReady):
+    """The peer refused a key or did not store it in time; the key is withdrawn (500)."""
+
+    reason = "not_placed"
+
+
 class EnvelopeRefused(PeerError):
     """An envelope is not accepted; ``reason`` is one of a fixed set, counted and dead-lettered."""
 

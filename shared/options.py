@@ -122,6 +122,10 @@ OPTIONS: tuple[Option, ...] = (
            "keys in one commit"),
     Option("SKIP_MAX_QUEUE", "max_queue", "api.max_queue", whole(1, 1_000_000), "4096",
            "callers that wait for a commit, before others are answered 503"),
+    Option("SKIP_SYNC_TIMEOUT", "sync_timeout_seconds", "sync.timeout_seconds", WAIT, "2",
+           "how long a caller may wait until a key is stored at a peer over the bus"),
+    Option("SKIP_RETRIEVE_WAIT", "retrieve_wait_seconds", "sync.retrieve_wait_seconds", number(0, 60, SECONDS), "1",
+           "how long a caller may wait for a key that has not come over the bus yet; 0 is not at all"),
     Option("SKIP_HEARTBEAT_SECONDS", "heartbeat_seconds", "syncer.heartbeat_seconds", HEARTBEAT, "5",
            "the time between two heartbeats to the peers"),
     Option("SKIP_METRICS_PORT", "metrics_port", "metrics.port", whole(0, 65535), "0",
@@ -136,6 +140,8 @@ REMOTE_PREFIX = "SKIP_REMOTE_SYSTEM_ID_"
 REMOTE_PLACE = "remote_system_ids"
 # A table: a pattern of identities, and the ids or globs of ids that they may ask for.
 IDENTITIES_PLACE = "identities"
+# A list of tables, one a peer (`shared.peers_config`).
+PEERS_PLACE = "peers"
 # The earlier server's name, which Compose files of its users still carry. SKIP_ENV wins where both are there.
 EARLIER_NAMES = {"SKIP_ENV": "FLASK_ENV"}
 

@@ -1,10 +1,13 @@
 """What one KP knows of the KPs in its store: their verified announcements, and whom it believes to be whom.
 
-Owns the trust decision over a store link: the identity in the first announcement seen under a name is
-pinned, in the store for operators to see and in the keyring, which decides; an announcement counts only while it
-carries the pinned identity. A changed identity is reported
-and refused until an operator accepts it; the earlier announcement is not used meanwhile, because the KP
-that could have opened what is sealed to it may be gone.
+Owns the trust decision. A peer whose identity is configured is believed by that alone, from the start; nothing is
+ever learned about it. For any other the identity in the first announcement seen under a name is pinned, in the store
+for operators to see and in the keyring, which decides. An announcement counts only while it carries the pinned
+identity. A changed identity is reported and refused until an operator accepts it; the earlier announcement is not
+used meanwhile, because the KP that could have opened what is sealed to it may be gone.
+
+Announcements of bus peers come only from what they sent to this KP, those of others only from the store: whoever
+can write into one of the two places must not speak for a KP of the other.
 
 ``refresh`` blocks and belongs in a thread; it reads and verifies only what changed. The reading methods look
 at one snapshot that is replaced as a whole, so any thread may call them at any time. While the store is away
@@ -14,7 +17,7 @@ the last snapshot stays. Leaves to others: who writes announcements (janitor, sy
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -26,6 +29,7 @@ from shared.database import driver_errors
 from shared.errors import KeyringError, SealBroken
 from shared.identity import fingerprint
 from shared.logs import get_logger
+from shared.peers_config import PeerSettings
 from shared.pins import PinBook
 from shared.store import peers as peer_store
 from shared.store.peers import Pin
@@ -34,6 +38,9 @@ from shared.system_ids import RemoteSystemIds
 # Pins change only by an operator's hand; while one is awaited they are read at every refresh.
 PIN_REREAD_MS = 10_000
 CONFLICT_REMINDER_MS = 600_000
+# Whoever can publish can present identities under a bus peer's name, a new one each time.
+PRESENTED_EVERY_MS = 60_000
+PRESENTED_KEPT_MS = 3 * PRESENTED_EVERY_MS
 
 log = get_logger(__name__)
 
@@ -44,6 +51,15 @@ class Conflict:
 
     pinned_key: bytes
     presented_key: bytes
+    configured: bool = False
+
+
+@dataclass(frozen=True)
+class _Presented:
+    """Another identity, presented over the bus under the name of a configured peer."""
+
+    key: bytes
+    at_ms: int
 
 
 @dataclass(frozen=True)
@@ -74,25 +90,38 @@ class PeerDirectory:
     """The announcements and pins that ``local_id`` goes by, its own included."""
 
     def __init__(
-        self, engine: Engine, local_id: str, remote_ids: RemoteSystemIds, pin_book: PinBook | None = None
+        self,
+        engine: Engine,
+        local_id: str,
+        remote_ids: RemoteSystemIds,
+        pin_book: PinBook | None = None,
+        peers: Mapping[str, PeerSettings] | None = None,
     ) -> None:
-        """``pin_book`` is the keyring's; without one the pins in the store decide."""
+        """``pin_book`` is the keyring's; without one the pins in the store decide. ``peers`` is the configuration's."""
         self._pin_book = pin_book
+        self._configured = {k: Pin(peer.identity, None) for k, peer in (peers or {}).items() if peer.identity}
+        self._bus_ids = frozenset(k for k, peer in (peers or {}).items() if peer.link == "bus")
+        self._named = remote_ids.exact.union(peers or ())
+        self._presented: dict[str, _Presented] = {}
+        self._written: dict[str, _Presented] = {}
         self._engine = engine
         self._local_id = local_id
         self._remote_ids = remote_ids
         self._refreshing = Lock()
-        self._snapshot = _Snapshot(peers=tuple(sorted(remote_ids.exact)))
+        self._snapshot = _Snapshot(pins=dict(self._configured), peers=tuple(sorted(self._named)))
         self._pins_read_ms = 0
         self._reported: dict[str, tuple[bytes, int]] = {}
 
     def refresh(self, now_ms: int) -> None:
         """Takes in what changed in the store since the last call. Raises StoreUnavailable, StoreRefused."""
         with self._refreshing:
+            presented = self._recently_presented(now_ms)
             with driver_errors(), self._engine.begin() as connection:
+                self._write_presented(connection, presented)
                 snapshot, pins_read_ms = self._read(connection, now_ms)
             # Only now: a pin that was not committed must not be gone by.
             self._snapshot, self._pins_read_ms = snapshot, pins_read_ms
+            self._written.update(presented)
             self._report_conflicts(now_ms)
 
     def get(self, system_id: str) -> Announcement | None:
@@ -116,21 +145,43 @@ class PeerDirectory:
 
     def allows(self, system_id: str) -> bool:
         """Whether the configuration lets this KP take part: it is remote, or the local one itself."""
-        return system_id == self._local_id or system_id in self._remote_ids
+        return system_id == self._local_id or system_id in self._named or system_id in self._remote_ids
+
+    def is_bus_peer(self, system_id: str) -> bool:
+        """Whether the KP is reached over a bus, and has a store of its own."""
+        return system_id in self._bus_ids
 
     def conflicts(self) -> dict[str, Conflict]:
-        """The KPs that present another identity than the pinned one: nothing of theirs is used."""
+        """The KPs that present another identity than the pinned one: nothing signed with it is used."""
         return dict(self._snapshot.conflicts)
+
+    def note_presented(self, system_id: str, public_key: bytes, now_ms: int) -> None:
+        """A bus peer's name came with a message signed by another identity than the configured one.
+
+        It is reported and kept for the operator at the next ``refresh``. It takes nothing from the peer itself, because
+        anybody who can publish can present an identity.
+        """
+        pin, before = self._configured.get(system_id), self._presented.get(system_id)
+        if pin is None or pin.public_key == public_key or system_id not in self._bus_ids:
+            return
+        if before is None or now_ms - before.at_ms >= PRESENTED_EVERY_MS:
+            self._presented[system_id] = _Presented(public_key, now_ms)
 
     def _read(self, connection: Connection, now_ms: int) -> tuple[_Snapshot, int]:
         old = self._snapshot
         known = self._read_known(connection, old.known)
-        if known == old.known and not old.conflicts and now_ms - self._pins_read_ms < PIN_REREAD_MS:
+        quiet = not old.conflicts and not self._presented
+        if known == old.known and quiet and now_ms - self._pins_read_ms < PIN_REREAD_MS:
             return old, self._pins_read_ms
         stored = peer_store.fetch_pins(connection, self._local_id)
-        pins = self._believed(stored)
+        pins = self._believed(stored) | self._configured
         for system_id, announcement in _announced(known):
             presented, pin = announcement.public_key, pins.get(system_id) or stored.get(system_id)
+            if system_id in self._bus_ids:
+                continue
+            if system_id in self._configured:
+                self._note_configured(connection, system_id, presented, stored.get(system_id), now_ms)
+                continue
             try:
                 pins[system_id] = self._settle(connection, system_id, presented, pin, now_ms)
             except KeyringError as error:
@@ -138,21 +189,35 @@ class PeerDirectory:
                 log.warning("peer not usable", peer=system_id, reason=str(error))
                 pins.pop(system_id, None)
         announced = (system_id for system_id in known if system_id in self._remote_ids)
-        peers = tuple(sorted(self._remote_ids.exact.union(announced)))
-        return _Snapshot(known, pins, _conflicts(known, pins), peers), now_ms
+        peers = tuple(sorted(self._named.union(announced)))
+        # What a bus peer sent was signed by the identity that was configured then: an old one is no presentation.
+        claims = [(k, one.public_key) for k, one in _announced(known) if k not in self._bus_ids]
+        claims += self._claims(stored, now_ms)
+        return _Snapshot(known, pins, self._conflicts(claims, pins), peers), now_ms
 
     def _read_known(self, connection: Connection, old: Mapping[str, _Known]) -> dict[str, _Known]:
-        digests = peer_store.fetch_announcement_digests(connection)
         known = {}
-        for system_id, stored_digest in digests.items():
-            if not self.allows(system_id):
-                continue
+        for system_id, stored_digest in self._read_digests(connection).items():
             before = old.get(system_id)
             if before is not None and before.stored_digest == stored_digest:
                 known[system_id] = before
-            elif (body := peer_store.fetch_announcement(connection, system_id)) is not None:
+            elif (body := self._read_body(connection, system_id)) is not None:
                 known[system_id] = _verified(system_id, stored_digest, body)
         return known
+
+    def _read_digests(self, connection: Connection) -> dict[str, bytes]:
+        """Of the KPs that matter here, each from the one place where its announcements are."""
+        found = peer_store.fetch_announcement_digests(connection)
+        digests = {k: found[k] for k in found if k not in self._bus_ids and self.allows(k)}
+        if self._bus_ids:
+            sent = peer_store.fetch_bus_announcement_digests(connection, self._local_id)
+            digests |= {k: sent[k] for k in sent if k in self._bus_ids}
+        return digests
+
+    def _read_body(self, connection: Connection, system_id: str) -> bytes | None:
+        if system_id in self._bus_ids:
+            return peer_store.fetch_bus_announcement(connection, self._local_id, system_id)
+        return peer_store.fetch_announcement(connection, system_id)
 
     def _believed(self, stored: Mapping[str, Pin]) -> dict[str, Pin]:
         """The pins that the keyring has too. The local KP's own is the store's: the keyring is compared with it."""
@@ -185,6 +250,40 @@ class PeerDirectory:
             pin = replace(pin, presented_key=presented)
         return pin
 
+    def _note_configured(
+        self, connection: Connection, system_id: str, announced: bytes, stored: Pin | None, now_ms: int
+    ) -> None:
+        """Keeps for the operator that a peer announces another identity than the configured one."""
+        configured = self._configured[system_id].public_key
+        if announced != configured and (stored is None or stored.presented_key != announced):
+            peer_store.upsert_presented(connection, self._local_id, system_id, configured, announced, now_ms)
+
+    def _recently_presented(self, now_ms: int) -> dict[str, _Presented]:
+        for system_id, presented in list(self._presented.items()):
+            if now_ms - presented.at_ms >= PRESENTED_KEPT_MS:
+                del self._presented[system_id]
+        return dict(self._presented)
+
+    def _write_presented(self, connection: Connection, recently: Mapping[str, _Presented]) -> None:
+        for system_id, one in recently.items():
+            if self._written.get(system_id) != one:
+                configured = self._configured[system_id].public_key
+                peer_store.upsert_presented(connection, self._local_id, system_id, configured, one.key, one.at_ms)
+
+    def _claims(self, stored: Mapping[str, Pin], now_ms: int) -> Iterator[tuple[str, bytes]]:
+        """What was presented over the bus lately under bus peers' names, as any process of this KP noted it."""
+        for system_id in self._bus_ids & self._configured.keys() & stored.keys():
+            pin = stored[system_id]
+            if pin.presented_key is not None and now_ms - (pin.presented_ms or 0) < PRESENTED_KEPT_MS:
+                yield system_id, pin.presented_key
+
+    def _conflicts(self, claims: Iterable[tuple[str, bytes]], pins: Mapping[str, Pin]) -> dict[str, Conflict]:
+        return {
+            system_id: Conflict(pins[system_id].public_key, key, system_id in self._configured)
+            for system_id, key in claims
+            if system_id in pins and key != pins[system_id].public_key
+        }
+
     def _report_conflicts(self, now_ms: int) -> None:
         conflicts = self._snapshot.conflicts
         self._reported = {peer: told for peer, told in self._reported.items() if peer in conflicts}
@@ -197,14 +296,6 @@ class PeerDirectory:
 
 def _announced(known: Mapping[str, _Known]) -> Iterator[tuple[str, Announcement]]:
     return ((k, entry.announcement) for k, entry in known.items() if entry.announcement is not None)
-
-
-def _conflicts(known: Mapping[str, _Known], pins: Mapping[str, Pin]) -> dict[str, Conflict]:
-    return {
-        system_id: Conflict(pins[system_id].public_key, announcement.public_key)
-        for system_id, announcement in _announced(known)
-        if system_id in pins and announcement.public_key != pins[system_id].public_key
-    }
 
 
 def _verified(system_id: str, stored_digest: bytes, body: bytes) -> _Known:
@@ -221,10 +312,20 @@ def _verified(system_id: str, stored_digest: bytes, body: bytes) -> _Known:
 
 
 def _report(system_id: str, conflict: Conflict) -> None:
+    pinned, presented = fingerprint(conflict.pinned_key), fingerprint(conflict.presented_key)
+    if conflict.configured:
+        log.error(
+            "identity differs from the configured one: refused until the TOML file has it",
+            peer=system_id,
+            configured=pinned,
+            presented=presented,
+            command=f"skipctl peer check {system_id}",
+        )
+        return
     log.error(
         "identity changed: refused until an operator accepts it",
         peer=system_id,
-        pinned=fingerprint(conflict.pinned_key),
-        presented=fingerprint(conflict.presented_key),
+        pinned=pinned,
+        presented=presented,
         command=f"skipctl identity accept {system_id}",
     )

@@ -85,8 +85,22 @@ PINNED_IDENTITIES = Table(
     **_TABLE,
 )
 
-# Seen from local_id. issued/retrieved/expired: keys that local_id made for the peer;
-# inbound_*: keys that the peer made for local_id.
+# Announcements of bus peers, each as local_id got it: another KP of the same store must not take one for that of a
+# KP which reads this store, and seal keys to somebody who would never see them.
+BUS_ANNOUNCEMENTS = Table(
+    "bus_announcements",
+    METADATA,
+    _id("local_id", primary_key=True),
+    _id("system_id", primary_key=True),
+    Column("digest", mysql.BINARY(48), nullable=False),
+    Column("body", mysql.MEDIUMBLOB, nullable=False),
+    _ms("issued_ms"),
+    **_TABLE,
+)
+
+# Seen from local_id. issued/retrieved/expired/withdrawn: keys that local_id made for the peer;
+# inbound_*: keys that the peer made for local_id. clock_skew_ms: by how much the peer's clock is behind this one,
+# negative where it is ahead. last_refusal: why the peer refused an envelope of local_id's.
 PEERS = Table(
     "peers",
     METADATA,
@@ -102,6 +116,11 @@ PEERS = Table(
     _counter("inbound_issued"),
     _counter("inbound_retrieved"),
     _counter("inbound_expired"),
+    Column("clock_skew_ms", mysql.INTEGER(), nullable=True),
+    Column("last_refusal", mysql.VARCHAR(255), nullable=False, server_default=""),
+    _ms("last_refusal_ms", nullable=True),
+    _counter("withdrawn"),
+    _counter("inbound_withdrawn"),
     **_TABLE,
 )
 
@@ -138,6 +157,50 @@ INBOX = Table(
     Column("envelope_no", mysql.BIGINT(unsigned=True), primary_key=True, autoincrement=False),
     _ms("received_ms"),
     Index("inbox_received", "local_id", "received_ms"),
+    **_TABLE,
+)
+
+# Keys that local_id has placed at peer_id ahead of need: its own copy of each, sealed to itself. ``placed_ms`` is null
+# until the peer has acknowledged the outbox row of that token. Clustered so that the oldest of a peer come first.
+STOCK = Table(
+    "stock",
+    METADATA,
+    _id("local_id", primary_key=True),
+    _id("peer_id", primary_key=True),
+    Column("expires_ms", mysql.BIGINT(unsigned=True), primary_key=True, autoincrement=False),
+    Column("key_id", mysql.VARBINARY(64), primary_key=True),
+    Column("size_bits", mysql.SMALLINT(unsigned=True), nullable=False),
+    Column("wrapping_key_id", mysql.BINARY(16), nullable=False),
+    Column("nonce", mysql.BINARY(12), nullable=False),
+    Column("sealed", mysql.VARBINARY(80), nullable=False),
+    Column("token", mysql.BINARY(16), nullable=False),
+    _ms("placed_ms", nullable=True),
+    Index("stock_key_id", "key_id", unique=True),
+    Index("stock_token", "token"),
+    **_TABLE,
+)
+
+# Which of the key records at local_id are source_id's stock: not given out there yet, so not counted as issued.
+STOCK_HELD = Table(
+    "stock_held",
+    METADATA,
+    _id("local_id", primary_key=True),
+    _id("source_id", primary_key=True),
+    Column("key_id", mysql.VARBINARY(64), primary_key=True),
+    _ms("expires_ms"),
+    Index("stock_held_expires", "local_id", "expires_ms"),
+    **_TABLE,
+)
+
+# keyIds that their source took back: a record that comes after its withdrawal must never be stored.
+WITHDRAWN_KEYS = Table(
+    "withdrawn_keys",
+    METADATA,
+    _id("local_id", primary_key=True),
+    _id("source_id", primary_key=True),
+    Column("key_id", mysql.VARBINARY(64), primary_key=True),
+    _ms("expires_ms"),
+    Index("withdrawn_keys_expires", "local_id", "expires_ms"),
     **_TABLE,
 )
 

@@ -3,7 +3,8 @@
 A wrapping key (AES-256) belongs to one source, one target and one of the target's epochs. It is sealed
 to the epoch by HPKE and signed once by the source; each key then costs one AES-256-GCM. What a key is
 bound to (keyId, source, target, size, expiry, wrapping key) is associated data: a record that was moved,
-renamed or prolonged in the store does not open.
+renamed or prolonged in the store does not open. A source's own copy of a key that it keeps for a peer (stock) has
+that peer's id as its context besides: a copy that was moved to another peer does not open.
 
 Nonces are 96 random bits. A wrapping key closes at most ``MAX_SEALS`` keys, far below the 2**32 that
 NIST SP 800-38D allows for random nonces.
@@ -84,10 +85,13 @@ class WrappingKey:
     def __repr__(self) -> str:
         return f"<WrappingKey {self.wrapping_key_id.hex()} {self.source_id}->{self.target_id} ***>"
 
-    def seal(self, key_id: bytes, key: bytes, expires_ms: int, correlation_id: str) -> KeyRecord:
-        """The key closed under this wrapping key, as a record that expires at ``expires_ms`` (UTC ms)."""
+    def seal(self, key_id: bytes, key: bytes, expires_ms: int, correlation_id: str, context: bytes = b"") -> KeyRecord:
+        """The key closed under this wrapping key, as a record that expires at ``expires_ms`` (UTC ms).
+
+        It opens only with the same ``context``, which is not part of the record.
+        """
         nonce = os.urandom(12)
-        bound = _key_binding(self, key_id, len(key) * 8, expires_ms)
+        bound = _key_binding(self, key_id, len(key) * 8, expires_ms, context)
         self.seals += 1
         return KeyRecord(
             key_id,
@@ -101,11 +105,11 @@ class WrappingKey:
             correlation_id,
         )
 
-    def open(self, record: KeyRecord) -> bytes:
+    def open(self, record: KeyRecord, context: bytes = b"") -> bytes:
         """The key in ``record``; raises SealBroken where the record is not exactly as its source made it."""
         if (record.source_id, record.target_id) != (self.source_id, self.target_id):
             raise SealBroken("a key record names another pair of KPs than its wrapping key")
-        bound = _key_binding(self, record.key_id, record.size_bits, record.expires_ms)
+        bound = _key_binding(self, record.key_id, record.size_bits, record.expires_ms, context)
         try:
             key = self._aead.decrypt(record.nonce, record.sealed, bound)
         except (InvalidTag, ValueError) as error:
@@ -115,17 +119,18 @@ class WrappingKey:
         return key
 
 
-def _key_binding(wrapping_key: WrappingKey, key_id: bytes, size_bits: int, expires_ms: int) -> bytes:
-    return _KEY_LABEL + wire.pack(
-        [
-            key_id,
-            wrapping_key.source_id,
-            wrapping_key.target_id,
-            size_bits,
-            expires_ms,
-            wrapping_key.wrapping_key_id,
-        ]
-    )
+def _key_binding(wrapping_key: WrappingKey, key_id: bytes, size_bits: int, expires_ms: int, context: bytes) -> bytes:
+    bound: list[object] = [
+        key_id,
+        wrapping_key.source_id,
+        wrapping_key.target_id,
+        size_bits,
+        expires_ms,
+        wrapping_key.wrapping_key_id,
+    ]
+    if context:
+        bound.append(context)
+    return _KEY_LABEL + wire.pack(bound)
 
 
 def make_wrapping_key(

@@ -1,4 +1,6 @@
-"""``skipctl identity show|accept``: whom this KP believes to be whom, and an operator's word on a change."""
+"""``skipctl identity show|accept``: what this KP is to others, whom it believes to be whom, and an operator's word on
+a change.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from shared.database import driver_errors, make_engine
 from shared.errors import KeyringError, OperatorError
 from shared.identity import fingerprint
 from shared.keyring import Keyring
-from shared.store.peers import fetch_announcement, fetch_pin, fetch_pins, update_pin
+from shared.peers_config import peer_block
+from shared.pins import PinBook
+from shared.store.peers import Pin, fetch_announcement, fetch_pin, fetch_pins, update_pin
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the subcommand."""
     parser = subparsers.add_parser("identity", help="the pinned identities of key providers")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("show", help="list the pins of this key provider").set_defaults(handler=_show)
+    commands.add_parser("show", help="show the own identity for others' files, and the pins").set_defaults(
+        handler=_show
+    )
     accept = commands.add_parser("accept", help="accept the identity that a key provider presents now")
     accept.add_argument("system_id", help="the key provider whose new identity is accepted")
     accept.add_argument("--fingerprint", help="accept only this fingerprint, as its operator told you")
@@ -28,25 +34,37 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _show(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
-    pins = _keyring(settings).pins
+    keyring = _keyring(settings)
+    # First, and whether or not the store is there: it is what the other side's operator waits for.
+    own_id, own_key = settings.local_system_id, keyring.identity.public_key
+    print(f"# For the TOML files of the peers of {own_id}, whose fingerprint is {fingerprint(own_key)}")
+    print(peer_block(own_id, own_key))
+    configured = {k: peer.identity for k, peer in settings.peers.items() if peer.identity}
     with driver_errors(), make_engine(settings.mysql).connect() as connection:
         stored = fetch_pins(connection, settings.local_system_id)
-    for system_id, pin in sorted(stored.items()):
-        try:
-            believed = pins.get(system_id) or pin.public_key
-        except KeyringError as error:
-            print(f"{system_id}  refused: {error}")
-            continue
-        print(f"{system_id}  {fingerprint(believed)}")
-        if pin.public_key != believed:
-            print(f"  the store was changed, refused: {fingerprint(pin.public_key)}")
-        if pin.presented_key not in (None, believed):
-            print(f"  presents another one, refused: {fingerprint(pin.presented_key or b'')}")
+    for system_id in sorted(stored.keys() | configured.keys()):
+        _show_pin(system_id, stored.get(system_id), configured.get(system_id), keyring.pins)
     return 0
+
+
+def _show_pin(system_id: str, stored: Pin | None, configured: bytes | None, pins: PinBook) -> None:
+    try:
+        believed = configured or pins.get(system_id) or (stored.public_key if stored else b"")
+    except KeyringError as error:
+        print(f"{system_id}  refused: {error}")
+        return
+    print(f"{system_id}  {fingerprint(believed)}{'  (configured)' if configured else ''}")
+    if stored is not None and configured is None and stored.public_key != believed:
+        print(f"  the store was changed, refused: {fingerprint(stored.public_key)}")
+    if stored is not None and stored.presented_key not in (None, believed):
+        print(f"  presents another one, refused: {fingerprint(stored.presented_key or b'')}")
 
 
 def _accept(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
+    peer = settings.peers.get(arguments.system_id)
+    if peer is not None and peer.identity is not None:
+        raise OperatorError(f"the identity of {peer.system_id} is configured: change it in {settings.config_file}")
     accepted = _accept_presented(settings, arguments.system_id, arguments.fingerprint)
     print(f"{settings.local_system_id} accepts {fingerprint(accepted)} as {arguments.system_id}")
     return 0

@@ -6,7 +6,8 @@ from bench import wrk
 from bench.bare_store import BareStore
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
-from bench.stage import Stage, key_url
+from bench.stage import Stage
+from bench.waiting import key_url
 
 _UNIT = "µs"
 

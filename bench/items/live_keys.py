@@ -15,7 +15,8 @@ from bench import wrk
 from bench.items.throughput import claim_rate, keys_for
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
-from bench.stage import Stage, key_url, tell
+from bench.stage import Stage
+from bench.waiting import key_url, tell
 
 
 @dataclass

@@ -6,7 +6,8 @@ from bench import wrk
 from bench.machine import resident_mib
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
-from bench.stage import Stage, tell
+from bench.stage import Stage
+from bench.waiting import tell
 from sandbox.processes import SandboxError
 
 _ROUND = 8

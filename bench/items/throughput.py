@@ -12,7 +12,8 @@ from bench.bare_store import BareStore
 from bench.cpu import CpuMeter
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
-from bench.stage import Stage, get_bytes, key_url, wait_until
+from bench.stage import Stage, get_bytes
+from bench.waiting import key_url, wait_until
 from sandbox.ports import LOOPBACK, answers, free_port
 from sandbox.processes import Child, minimal_environ
 

@@ -9,7 +9,8 @@ from bench.handshakes import Shaker, with_certificate, with_psk
 from bench.machine import resident_mib
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
-from bench.stage import Stage, tell
+from bench.stage import Stage
+from bench.waiting import tell
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError
 from sandbox.stunnel import Stunnel

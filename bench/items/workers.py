@@ -6,7 +6,8 @@ from bench import wrk
 from bench.cpu import CpuMeter
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line
-from bench.stage import Stage, key_url
+from bench.stage import Stage
+from bench.waiting import key_url
 from sandbox.key_provider import KeyProvider
 
 

@@ -10,7 +10,8 @@ import pymysql
 from bench import wrk
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
-from bench.stage import Stage, key_url, tell
+from bench.stage import Stage
+from bench.waiting import key_url, tell
 from sandbox.processes import SandboxError
 
 # The bound for 1,000,000 keys; a shorter run has its share of it.

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from aiohttp import web
 
@@ -17,12 +17,14 @@ from services.api.app import Application
 from services.api.batching import Lane
 from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
 from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from services.api.links import BusLinks
 from services.api.listening import listen
 from services.api.metrics import REGISTRY, batch_observer
 from services.api.server import BoundedServer
 from services.api.skip import SkipMethods
 from services.api.status import StatusPages
 from services.api.store_view import StoreView
+from services.api.sync import SyncEndpoint
 from services.api.tls.plaintext import plain_host
 from services.api.tls.serving import Tls
 from shared.config import Settings, config_from_argv
@@ -59,36 +61,46 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         settings.local_system_id,
         RemoteSystemIds(settings.remote_system_ids, settings.local_system_id),
         keyring.pins,
+        settings.peers,
     )
     sealer = Sealer(settings.local_system_id, keyring.identity, directory)
     opener = Opener(keyring, directory)
     view = StoreView(settings, engine, keyring, directory, sealer, opener)
     issue = _issue_lane(settings, sealer)
     claim = _claim_lane(settings, opener)
-    skip = SkipMethods(settings, directory, issue, claim)
+    links = BusLinks(settings, engine, keyring, directory) if settings.bus_peers else None
+    skip = SkipMethods(settings, directory, issue, claim, links)
     tls = Tls(settings)
-    server = _make_server(settings, Application(skip, StatusPages(settings, directory, view, tls.warnings)))
+    sync = _make_sync(settings, directory, links) if links is not None else None
+    status = StatusPages(settings, directory, view, tls.warnings, links)
+    server = _make_server(settings, Application(skip, status, sync))
     serve_metrics(settings.metrics_port, REGISTRY)
 
     runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
     await runner.setup()
-    try:
-        await _first_reading(view)
-        await listen(runner, plain_host(settings), settings.port, settings.local_system_id)
-        await tls.listen(server)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
-            tasks.create_task(server.sweep(stop), name="connection sweep")
-            tasks.create_task(tls.watch(stop), name="tls files")
-            tasks.create_task(stop_group(stop), name="stop")
-    except* Stopped:
-        _log.info("draining")
-    finally:
-        tls.close()
-        await runner.cleanup()
-        await issue.close()
-        await claim.close()
-        engine.dispose()
+    # Links outlive the server: what drains may wait for a peer's acknowledgement.
+    async with links.running() if links is not None else nullcontext():
+        try:
+            await _first_reading(view)
+            await listen(runner, plain_host(settings), settings.port, settings.local_system_id)
+            await tls.listen(server)
+            async with asyncio.TaskGroup() as tasks:
+                if links is not None:
+                    view.also_forgets(links.forget_ended)
+                    tasks.create_task(links.keep_stock(stop), name="stock")
+                    tasks.create_task(links.tidy(stop), name="settling")
+                tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
+                tasks.create_task(server.sweep(stop), name="connection sweep")
+                tasks.create_task(tls.watch(stop), name="tls files")
+                tasks.create_task(stop_group(stop), name="stop")
+        except* Stopped:
+            _log.info("draining")
+        finally:
+            tls.close()
+            await runner.cleanup()
+            await issue.close()
+            await claim.close()
+            engine.dispose()
 
 
 async def _first_reading(view: StoreView) -> None:
@@ -119,6 +131,15 @@ def _claim_lane(settings: Settings, opener: Opener) -> Lane[ClaimRequest, Claime
         max_queue=settings.max_queue,
         timeout_seconds=settings.request_timeout_seconds,
         observe=batch_observer("claim"),
+    )
+
+
+def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLinks) -> SyncEndpoint:
+    return SyncEndpoint(
+        settings.local_system_id,
+        directory,
+        links.bus.publish_envelope,
+        body_timeout_seconds=settings.header_timeout_seconds,
     )
 
 

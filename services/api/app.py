@@ -1,4 +1,8 @@
-"""From a request to its answer: routes, the correlation id, and errors turned into answers."""
+"""From a request to its answer: routes, the correlation id, and errors turned into answers.
+
+Encryptors' methods are GET and take no body (draft Table 2); ``POST /sync`` is for peers, where there are any that
+keys travel to over a bus.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from services.api.access_log import ENTRY, Entry
 from services.api.responses import RouteError, error_response, reason_of
 from services.api.skip import SkipMethods
 from services.api.status import StatusPages
+from services.api.sync import PATH as SYNC_PATH
+from services.api.sync import SyncEndpoint
 from shared.errors import SkipbusError
 from shared.logs import CORRELATION_ID, get_logger, new_correlation_id
 
@@ -20,9 +26,10 @@ Handler = Callable[[Entry, str], Awaitable[web.Response]]
 
 
 class Application:
-    """Dispatches on the path. All routes are GET and take no body (draft Table 2)."""
+    """Dispatches on the path."""
 
-    def __init__(self, skip: SkipMethods, status: StatusPages) -> None:
+    def __init__(self, skip: SkipMethods, status: StatusPages, sync: SyncEndpoint | None = None) -> None:
+        self._sync = sync
         self._get_key_by_id = skip.get_key_by_id
         self._routes: dict[str, Handler] = {
             "/capabilities": skip.get_capabilities,
@@ -52,6 +59,10 @@ class Application:
 
     def _dispatch(self, request: web.BaseRequest, entry: Entry) -> Awaitable[web.Response]:
         path, _, query = request.raw_path.partition("?")
+        if path == SYNC_PATH and self._sync is not None:
+            entry.route = path
+            _check_method(request, "POST")
+            return self._sync.handle(request, entry)
         handler = self._routes.get(path)
         if handler is not None:
             entry.route = path
@@ -61,7 +72,7 @@ class Application:
             if handler is None and not path.startswith(_KEY_PREFIX):
                 raise RouteError(404, "there is no such path (see draft-cisco-skip-02, Table 2)")
             entry.route = "/key" if handler is None else path
-        _check_method(request)
+        _check_method(request, "GET")
         if handler is not None:
             return handler(entry, query)
         return self._get_key_by_id(entry, query, path[len(_KEY_PREFIX) :])
@@ -74,12 +85,14 @@ def _plain_path(request: web.BaseRequest, path: str) -> str:
     return unquote(path, errors="surrogateescape") if "%" in path else path
 
 
-def _check_method(request: web.BaseRequest) -> None:
+def _check_method(request: web.BaseRequest, allowed: str) -> None:
     if request.version < HttpVersion10:
         # The parser takes a request line without a version for HTTP/0.9, which has neither status nor headers.
         raise RouteError(400, "the request is not well-formed HTTP: its first line names no version")
-    if request.method != "GET":
-        raise RouteError(405, "only GET is supported", Allow="GET")
+    if request.method != allowed:
+        raise RouteError(405, f"only {allowed} is supported", Allow=allowed)
+    if allowed == "POST":
+        return
     if request.body_exists:
         raise RouteError(413, "GET takes no body here")
     if request.headers.get("Expect"):

@@ -1,14 +1,14 @@
 """The source's side: makes keys for a target, seals them, and places them where the target serves from.
 
 A key exists in clear only here, between the random numbers and the answer. Over a store link "placed" means
-that the sealed record is committed in the shared store. One lane, one thread, one set of wrapping keys.
+that the sealed record is committed in the shared store. One lane, one set of wrapping keys.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -82,6 +82,20 @@ class Sealer:
             return None
         return current
 
+    def load(self, target_ids: Iterable[str], at_ms: int) -> Steps[dict[str, _Current]]:
+        """The wrapping keys of those that can be sealed to; one that must be made is made in a thread."""
+        used: dict[str, _Current] = {}
+        for target_id in target_ids:
+            try:
+                current = self.held(target_id, at_ms)
+                if current is None:
+                    yield partial(self.make, target_id, at_ms)
+                    current = self.wrapping_key_for(target_id, at_ms)
+            except PeerNotReady:
+                continue  # each of its callers is told
+            used[target_id] = current
+        return used
+
     def _epoch(self, target_id: str, at_ms: int) -> PublicEpoch:
         announcement = self._directory.get(target_id)
         if announcement is None:
@@ -129,7 +143,7 @@ class IssueBatch:
         """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot."""
         at_ms = now_ms()
         self._answers = []
-        used = yield from self._wrapping_keys(at_ms)
+        used = yield from self._sealer.load({request.target_id for request in self._requests}, at_ms)
         records: list[KeyRecord] = []
         for request in self._requests:
             try:
@@ -150,20 +164,6 @@ class IssueBatch:
             if (yield from fetch_commit_token(token)):
                 return answers
         return None
-
-    def _wrapping_keys(self, at_ms: int) -> Steps[dict[str, _Current]]:
-        """Those of the targets that can be sealed to; one that must be made is made in a thread."""
-        used: dict[str, _Current] = {}
-        for target_id in {request.target_id for request in self._requests}:
-            try:
-                current = self._sealer.held(target_id, at_ms)
-                if current is None:
-                    yield partial(self._sealer.make, target_id, at_ms)
-                    current = self._sealer.wrapping_key_for(target_id, at_ms)
-            except PeerNotReady:
-                continue  # each of its callers is told
-            used[target_id] = current
-        return used
 
     def _new_token(self) -> bytes:
         token = secrets.token_bytes(16)

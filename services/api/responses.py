@@ -108,7 +108,8 @@ def error_response(error: SkipbusError, correlation_id: str) -> web.Response:
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, RouteError):
         headers.update({name.replace("_", "-"): value for name, value in error.headers.items()})
-    return web.Response(body=orjson.dumps({"error": sentence}), status=status, headers=headers)
+    body = {"error": sentence} | getattr(error, "details", {})
+    return web.Response(body=orjson.dumps(body), status=status, headers=headers)
 
 
 def reason_of(error: BaseException) -> str:

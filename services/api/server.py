@@ -78,6 +78,10 @@ class Connection(RequestHandler):
         elif not self.partial_since:
             self.partial_since = self._loop.time()
 
+    def request_complete(self) -> None:
+        """Its body is read to the end: what comes after that is another request."""
+        self.partial_since = 0.0
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -139,8 +143,10 @@ class BoundedServer(web.Server):
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_FIELD_BYTES,
             max_headers=MAX_HEADERS,
-            # No method has a body, so there is never one to wait for.
+            # No encryptor's method has a body, and /sync reads its own: there is never one to wait for.
             lingering_time=0.0,
+            # Nobody has to send anything compressed, and a few bytes could become as many as memory holds.
+            auto_decompress=False,
             **options,
         )
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

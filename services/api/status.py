@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from services.api.access_log import Entry
+from services.api.links import BusLinks
 from services.api.responses import json_response
 from services.api.store_view import Reading, StoreView
 from shared.clock import now_ms
@@ -29,12 +30,14 @@ class StatusPages:
         directory: PeerDirectory,
         view: StoreView,
         warnings: Callable[[], list[str]] = list,
+        links: BusLinks | None = None,
     ) -> None:
         """``warnings`` are sentences about what works still and should be looked at."""
         self._settings = settings
         self._directory = directory
         self._view = view
         self._warnings = warnings
+        self._links = links
         self._version = project_version()
 
     async def get_health(self, entry: Entry, _query: str) -> web.Response:
@@ -51,7 +54,7 @@ class StatusPages:
             "epoch": "ok" if self._view.epoch_present else "missing",
             **worker_states,
             "faults": faults,
-            "warnings": self._warnings(),
+            "warnings": self._warnings() + (self._links.warnings() if self._links is not None else []),
         }
         return json_response(body, 503 if faults else 200)
 
@@ -89,22 +92,38 @@ class StatusPages:
         return states
 
     def _peer(self, name: str, row: PeerRow | None, at_ms: int) -> dict[str, object]:
-        heard_ms = row.last_heartbeat_ms if row else None
+        row = row or PeerRow(name, "", None, 0, 0, 0, 0, 0, 0, 0)
+        settings = self._settings.peers.get(name)
         shown: dict[str, object] = {
-            "endpoint": row.endpoint if row else "",
-            "status": peer_status(heard_ms, row.heartbeat_interval_ms if row else 0, at_ms),
-            "last_heartbeat": heard_ms / 1000 if heard_ms is not None else None,
-            "link": "store",
+            "endpoint": (settings.endpoint if settings else None) or row.endpoint,
+            "status": peer_status(row.last_heartbeat_ms, row.heartbeat_interval_ms, at_ms),
+            "last_heartbeat": _seconds(row.last_heartbeat_ms),
+            "link": self._settings.link_of(name),
             "announced": self._directory.get(name) is not None,
             "identity_conflict": name in self._directory.conflicts(),
+            "clock_skew_seconds": _seconds(row.clock_skew_ms),
+            "last_refusal": row.last_refusal,
+            "last_refusal_at": _seconds(row.last_refusal_ms),
         }
-        if row is None:
-            return shown | _counts(0, 0, 0) | {"inbound": _counts(0, 0, 0)}
-        inbound = _counts(row.inbound_issued, row.inbound_retrieved, row.inbound_expired)
-        return shown | _counts(row.issued, row.retrieved, row.expired) | {"inbound": inbound}
+        if self._links is not None and self._links.covers(name):
+            shown["stock"] = self._links.shown(name)
+        inbound = _counts(row.inbound_issued, row.inbound_retrieved, row.inbound_expired, row.inbound_withdrawn)
+        # Keys count as issued here when the peer has acknowledged them, and most that are withdrawn never were.
+        counts = _counts(row.issued, row.retrieved, row.expired, 0) | {"withdrawn": row.withdrawn}
+        return shown | counts | {"inbound": inbound}
 
 
-def _counts(issued: int, retrieved: int, expired: int) -> dict[str, int]:
-    # The three are told by different KPs at different times: a retrieval may be heard of before its issue.
-    waiting = max(0, issued - retrieved - expired)
-    return {"issued": issued, "waiting": waiting, "retrieved": retrieved, "expired": expired}
+def _seconds(ms: int | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+def _counts(issued: int, retrieved: int, expired: int, withdrawn: int) -> dict[str, int]:
+    # They are told by different KPs at different times: a retrieval may be heard of before its issue.
+    waiting = max(0, issued - retrieved - expired - withdrawn)
+    return {
+        "issued": issued,
+        "waiting": waiting,
+        "retrieved": retrieved,
+        "expired": expired,
+        "withdrawn": withdrawn,
+    }

@@ -7,6 +7,7 @@ reading stays, with its age. The store's schema is brought up to date by the fir
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
@@ -52,10 +53,13 @@ class StoreView:
         self._engine = engine
         self._keyring = keyring
         self._directory = directory
-        self._sealer = sealer
-        self._opener = opener
+        self._forgetful: list[Callable[[int], None]] = [sealer.forget_ended, opener.forget_ended]
         self._schema_checked = False
         self.reading = Reading(0, (), ())
+
+    def also_forgets(self, forget_ended: Callable[[int], None]) -> None:
+        """Something else that holds opened wrapping keys; it is told the time (UTC ms) at each reading."""
+        self._forgetful.append(forget_ended)
 
     @property
     def store_present(self) -> bool:
@@ -74,8 +78,8 @@ class StoreView:
 
     def _refresh(self) -> None:
         at_ms = now_ms()
-        self._sealer.forget_ended(at_ms)
-        self._opener.forget_ended(at_ms)
+        for forget_ended in self._forgetful:
+            forget_ended(at_ms)
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from shared import wire
 from shared.database import driver_errors
@@ -19,6 +19,7 @@ from shared.envelopes import EnvelopeType
 from shared.logs import get_logger
 from shared.store.expiry import ExpiredKey, delete_expired_keys, fetch_expired_keys, fetch_targets
 from shared.store.messages import insert_outbox
+from shared.store.received import fetch_stock_held
 
 BATCH = 1000
 ABANDONED_AFTER_MS = 60_000
@@ -64,20 +65,19 @@ class Zeroizer:
             expired = fetch_expired_keys(connection, target_id, until_ms, BATCH)
             if expired:
                 delete_expired_keys(connection, target_id, expired)
-            for source_id, keys in _by_source(expired).items():
-                # A peer is told by the KP that the keys were for; whoever sweeps up for another says nothing.
-                if target_id == self._local_id:
-                    payload = wire.pack([[k.key_id, k.expires_ms, k.correlation_id] for k in keys])
-                    insert_outbox(
-                        connection,
-                        target_id,
-                        source_id,
-                        EnvelopeType.KEY_EXPIRED,
-                        payload,
-                        len(keys),
-                        until_ms,
-                    )
+            # A peer is told by the KP that the keys were for; whoever sweeps up for another says nothing.
+            if target_id == self._local_id:
+                for source_id, keys in _by_source(expired).items():
+                    self._tell(connection, source_id, keys, until_ms)
         return expired
+
+    def _tell(self, connection: Connection, source_id: str, keys: list[ExpiredKey], until_ms: int) -> None:
+        # Stock that its source has not given out was issued to nobody, so it does not count as expired either.
+        held = fetch_stock_held(connection, self._local_id, source_id, [key.key_id for key in keys])
+        told = [[k.key_id, k.expires_ms, k.correlation_id] for k in keys if k.key_id not in held]
+        if told:
+            kind = EnvelopeType.KEY_EXPIRED
+            insert_outbox(connection, self._local_id, source_id, kind, wire.pack(told), len(told), until_ms)
 
 
 def _by_source(expired: list[ExpiredKey]) -> dict[str, list[ExpiredKey]]:

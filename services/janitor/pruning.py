@@ -1,4 +1,6 @@
-"""Prunes whatever else grows: stale wrapping keys, old outbox and inbox rows, processes that fell silent."""
+"""Prunes whatever else grows: stale wrapping keys, old outbox and inbox rows, notes on keys that have expired,
+processes that fell silent.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,13 @@ from collections.abc import Callable
 from sqlalchemy import Connection, Engine
 
 from shared.database import driver_errors
+from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.logs import get_logger
-from shared.store.expiry import delete_expired_wrapping_keys
+from shared.store.expiry import (
+    delete_expired_held,
+    delete_expired_withdrawn,
+    delete_expired_wrapping_keys,
+)
 from shared.store.messages import (
     INBOX_LIFETIME_MS,
     OUTBOX_LIFETIME_MS,
@@ -19,6 +26,8 @@ from shared.store.processes import delete_expired_processes
 
 _ROWS = 1000
 _PROCESS_LIFETIME_MS = 3_600_000
+# A record is stored while its expiry lies ahead, by whatever clock; for so long its withdrawal must be remembered.
+WITHDRAWN_KEPT_MS = 2 * MAX_CLOCK_SKEW_MS
 
 _log = get_logger("pruning")
 
@@ -27,6 +36,8 @@ def prune(engine: Engine, local_id: str, now_ms: int, go_on: Callable[[], bool])
     """Deletes what nobody needs any more, a bounded batch a transaction. Raises StoreUnavailable, StoreRefused."""
     _in_batches(engine, go_on, lambda c: delete_expired_wrapping_keys(c, now_ms, _ROWS))
     _in_batches(engine, go_on, lambda c: delete_expired_inbox(c, local_id, now_ms - INBOX_LIFETIME_MS, _ROWS))
+    _in_batches(engine, go_on, lambda c: delete_expired_held(c, local_id, now_ms, _ROWS))
+    _in_batches(engine, go_on, lambda c: delete_expired_withdrawn(c, local_id, now_ms - WITHDRAWN_KEPT_MS, _ROWS))
     given_up = _in_batches(
         engine, go_on, lambda c: delete_expired_outbox(c, local_id, now_ms - OUTBOX_LIFETIME_MS, _ROWS)
     )

@@ -15,15 +15,21 @@ from collections.abc import Awaitable, Callable
 from sqlalchemy import Engine
 
 from services.syncer import metrics
+from services.syncer.complaints import Complaints
 from services.syncer.effects import Effects
 from services.syncer.examination import Examiner
 from services.syncer.heartbeat import Heartbeats
+from services.syncer.https_link import HttpsLink
 from services.syncer.inbox import Inbox
+from services.syncer.key_effects import Aftermath
 from services.syncer.leader import Leader
 from services.syncer.numbers import Numbers
 from services.syncer.outbox import Relay
 from services.syncer.outgoing import Outgoing
+from services.syncer.refusals import Refusals
+from services.syncer.refuser import Refuser
 from services.syncer.replies import Replies
+from services.syncer.stock import StockWatch
 from services.syncer.watch import PeerWatch
 from shared.bus import Bus
 from shared.clock import now_ms
@@ -40,8 +46,9 @@ from shared.store.processes import upsert_process
 from shared.system_ids import RemoteSystemIds
 
 _TICK_SECONDS = 1.0
-# One each for watch, relay, inbox, replies and signs of life, so that none waits for another's statement.
-_CONNECTIONS = 5
+# One each for watch, relay, inbox, stock, replies and signs of life, so that none waits for another's statement, and
+# two for what the relay sends again.
+_CONNECTIONS = 8
 
 _log = get_logger("syncer")
 
@@ -57,17 +64,28 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Keeps this KP in step with its peers until ``stop``."""
     local_id = settings.local_system_id
     keyring = Keyring.open(settings.keyring_dir, local_id)
-    engine = make_engine(settings.mysql, pool_size=_CONNECTIONS)
-    directory = PeerDirectory(engine, local_id, RemoteSystemIds(settings.remote_system_ids, local_id), keyring.pins)
-    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}")
+    engine = make_engine(settings.mysql, pool_size=_CONNECTIONS, lean=True)
+    remote_ids = RemoteSystemIds(settings.remote_system_ids, local_id)
+    directory = PeerDirectory(engine, local_id, remote_ids, keyring.pins, settings.peers)
+    new_rows = asyncio.Event()
+    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, _items: new_rows.set())
     numbers = Numbers()
-    outgoing = Outgoing(bus, keyring.identity, local_id, numbers)
+    links = {peer.system_id: HttpsLink(peer, stop.is_set) for peer in settings.peers.values() if peer.endpoint}
+    outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
     watch = PeerWatch(settings, engine, keyring, directory)
     leader = Leader(settings.mysql, local_id)
-    relay = Relay(engine, local_id, leader, watch, outgoing, numbers, stop.is_set)
+    relay = Relay(engine, local_id, leader, watch, outgoing, stop.is_set, settings.sync_timeout_seconds, new_rows)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
-    heartbeats = Heartbeats(settings, directory, leader, bus, outgoing, replies)
-    inbox = Inbox(bus, directory, Examiner(local_id, directory), Effects(engine, local_id), relay, replies)
+    heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
+    bus_ids = {peer.system_id for peer in settings.bus_peers}
+    effects = Effects(engine, local_id, bus_ids)
+    refusals = Refusals(directory)
+    complaints = Complaints(bus, effects, relay, refusals)
+    outgoing.on_refusal = complaints.hear_answer
+    examiner = Examiner(local_id, directory, keyring.epoch_ids)
+    refuser = Refuser(local_id, directory, refusals, replies, watch.clocks)
+    inbox = Inbox(bus, directory, examiner, effects, relay, replies, complaints, refuser)
+    stock = StockWatch(settings, engine, leader, lambda: complaints.tell(Aftermath(stock_changed=True)))
     signs = SignsOfLife(engine, local_id, bus)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)
 
@@ -77,14 +95,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             # The watch's first reading brings the schema up to date, so everything else waits for it.
             if await _either(watch.ready, stop):
                 tasks.create_task(_quietly(stop, _TICK_SECONDS, "election", leader.tick), name="election")
-                tasks.create_task(_quietly(stop, _TICK_SECONDS, "outbox", relay.tick), name="outbox")
+                tasks.create_task(relay.run(stop), name="outbox")
+                tasks.create_task(_quietly(stop, _TICK_SECONDS, "stock", stock.tick), name="stock")
                 tasks.create_task(heartbeats.run(stop), name="heartbeats")
                 tasks.create_task(inbox.run(stop), name="inbox")
                 tasks.create_task(replies.run(), name="replies")
+                tasks.create_task(complaints.run(), name="complaints")
                 tasks.create_task(
                     _quietly(stop, settings.heartbeat_seconds, "signs of life", signs.give), name="signs of life"
                 )
     finally:
+        for link in links.values():
+            await link.close()
         leader.close()
         engine.dispose()
 

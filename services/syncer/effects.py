@@ -9,19 +9,29 @@ often they come.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from sqlalchemy import Connection, Engine
 
 from services.syncer.examination import Accepted
-from services.syncer.payloads import Acknowledgement, Capabilities, Events, Heartbeat
+from services.syncer.key_effects import Aftermath, KeyEffects, KnownWrappingKeys
+from services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
+from services.syncer.placed_keys import PlacedKeys
+from shared.announcements import Announcement, read_announcement
 from shared.database import driver_errors
 from shared.envelopes import EnvelopeType, Header
 from shared.epochs import MAX_CLOCK_SKEW_MS
+from shared.errors import SealBroken
 from shared.liveness import OFFLINE_AFTER_INTERVALS
 from shared.store import messages
-from shared.store.peers import upsert_announcement
+from shared.store.peers import (
+    delete_bus_announcement,
+    fetch_bus_announcement,
+    upsert_announcement,
+    upsert_bus_announcement,
+)
 
 # Whose events these are: keys that the peer issued for the local KP, gave out of the local KP's, or saw expire.
 _COUNTERS = {
@@ -38,33 +48,65 @@ class Verdict(Enum):
     DUPLICATE = "duplicate"
     STALE = "stale"
     REPLAYED = "replayed"
+    KEY_EXISTS = "key_exists"
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A committed batch: a verdict for each envelope, and what other processes are told now."""
+
+    verdicts: list[Verdict]
+    aftermath: Aftermath
 
 
 class Effects:
-    """Writes to one KP's part of the store."""
+    """Writes to one KP's part of the store. ``bus_ids`` are the peers that have a store of their own."""
 
-    def __init__(self, engine: Engine, local_id: str) -> None:
+    def __init__(self, engine: Engine, local_id: str, bus_ids: Collection[str] = ()) -> None:
         self._engine = engine
         self._local_id = local_id
+        self._bus_ids = frozenset(bus_ids)
+        self._known = KnownWrappingKeys()
 
-    def apply(self, batch: Sequence[Accepted], now_ms: int, *, again: bool) -> list[Verdict]:
+    def apply(self, batch: Sequence[Accepted], now_ms: int, *, again: bool) -> Applied:
         """Commits what the batch does; one verdict for each. Raises StoreUnavailable, StoreRefused.
 
         ``again`` says that an earlier try may have been committed: then a number that is known is no attack.
         """
         with driver_errors(), self._engine.begin() as connection:
-            return _Transaction(connection, self._local_id, now_ms, again).apply(batch)
+            keys = KeyEffects(connection, self._local_id, now_ms, self._known)
+            verdicts = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again).apply(batch)
+        self._known.note(keys.stored_wrapping_keys)
+        return Applied(verdicts, keys.aftermath)
+
+    def hear_refusal(self, peer_id: str, complaint: Complaint, now_ms: int) -> Aftermath:
+        """Commits what follows from a refusal that did not come as an envelope. Raises as ``apply``."""
+        with driver_errors(), self._engine.begin() as connection:
+            keys = KeyEffects(connection, self._local_id, now_ms, self._known)
+            keys.hear_refusal(peer_id, complaint)
+        return keys.aftermath
 
 
 class _Transaction:
-    def __init__(self, connection: Connection, local_id: str, now_ms: int, again: bool) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        local_id: str,
+        bus_ids: frozenset[str],
+        keys: KeyEffects,
+        now_ms: int,
+        again: bool,
+    ) -> None:
         self._connection = connection
+        self._keys = keys
         self._local_id = local_id
+        self._bus_ids = bus_ids
         self._now_ms = now_ms
         self._again = again
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._acknowledged: dict[str, set[int]] = defaultdict(set)
-        self._beats: dict[str, tuple[Header, Heartbeat]] = {}
+        self._beats: dict[str, tuple[Accepted, Heartbeat]] = {}
+        self._skews: dict[str, Accepted] = {}
         self._last_numbers: dict[str, int] = {}
 
     def apply(self, batch: Sequence[Accepted]) -> list[Verdict]:
@@ -79,23 +121,64 @@ class _Transaction:
         match accepted.payload:
             case Events() as events:
                 return self._count(accepted, events)
+            case PlacedKeys() as placed:
+                return self._store(accepted, placed)
+            case Complaint() as complaint:
+                self._keys.hear_refusal(accepted.header.sender, complaint)
             case Heartbeat() as heartbeat:
                 return self._beat(accepted, heartbeat)
             case Acknowledgement(numbers):
                 self._acknowledged[accepted.header.sender].update(numbers)
             case Capabilities(bytes() as body) if accepted.announcement is not None:
-                upsert_announcement(self._connection, accepted.announcement, body)
+                self._write_announcement(accepted.announcement, body)
             case _:
                 pass
         return Verdict.HANDLED
 
+    def _write_announcement(self, announcement: Announcement, body: bytes) -> None:
+        # Other KPs of this store would take what stands in the common table for that of a KP which reads this store.
+        if announcement.system_id in self._bus_ids:
+            self._forget_other_identity(announcement)
+            upsert_bus_announcement(self._connection, self._local_id, announcement, body)
+        else:
+            upsert_announcement(self._connection, announcement, body)
+
+    def _forget_other_identity(self, announcement: Announcement) -> None:
+        """What was stored under an identity that is configured no more gives way, however new it says it is."""
+        stored = fetch_bus_announcement(self._connection, self._local_id, announcement.system_id)
+        try:
+            same = stored is None or read_announcement(stored).public_key == announcement.public_key
+        except SealBroken:
+            same = False
+        if not same:
+            delete_bus_announcement(self._connection, self._local_id, announcement.system_id)
+
     def _count(self, accepted: Accepted, events: Events) -> Verdict:
         header = accepted.header
-        new = messages.insert_inbox(self._connection, self._local_id, header.sender, header.number, self._now_ms)
-        if not new:
+        if not self._is_new(header):
             return Verdict.DUPLICATE
+        if header.type is EnvelopeType.KEY_WITHDRAWN:
+            self._counts[header.sender]["inbound_withdrawn"] += self._keys.withdraw(header, events)
+            return Verdict.HANDLED
+        if header.type is EnvelopeType.KEY_ISSUED and header.sender in self._bus_ids:
+            self._keys.release_stock(header, events)
         self._counts[header.sender][_COUNTERS[header.type]] += events.count
         return Verdict.HANDLED
+
+    def _store(self, accepted: Accepted, placed: PlacedKeys) -> Verdict:
+        header = accepted.header
+        if not self._is_new(header):
+            return Verdict.DUPLICATE
+        issued = self._keys.store(header, placed)
+        if issued is None:
+            # It is refused, so it was not handled: its number stays free.
+            messages.delete_inbox(self._connection, self._local_id, header.sender, header.number)
+            return Verdict.KEY_EXISTS
+        self._counts[header.sender]["inbound_issued"] += issued
+        return Verdict.HANDLED
+
+    def _is_new(self, header: Header) -> bool:
+        return messages.insert_inbox(self._connection, self._local_id, header.sender, header.number, self._now_ms)
 
     def _beat(self, accepted: Accepted, heartbeat: Heartbeat) -> Verdict:
         header = accepted.header
@@ -104,22 +187,39 @@ class _Transaction:
         # What lay in the queue while nobody could read it says nothing of the present.
         kept_ms = OFFLINE_AFTER_INTERVALS * heartbeat.interval_ms + MAX_CLOCK_SKEW_MS
         if header.date_ms < self._now_ms - kept_ms:
+            # Nor is the peer taken for living, but its clock may be what is wrong.
+            self._skews[header.sender] = accepted
             return Verdict.STALE
         self._last_numbers[header.sender] = header.number
-        self._beats[header.sender] = (header, heartbeat)
+        self._beats[header.sender] = (accepted, heartbeat)
         return Verdict.HANDLED
 
     def _write(self) -> None:
         for sender, numbers in self._acknowledged.items():
-            messages.delete_acknowledged(self._connection, self._local_id, sender, numbers)
+            if sender in self._bus_ids:
+                self._counts[sender]["issued"] += self._keys.acknowledge(sender, numbers)
+            else:
+                messages.delete_acknowledged(self._connection, self._local_id, sender, numbers)
         # Peers in one order in every transaction, so that two of them wait for each other less often.
-        for sender in sorted(self._counts.keys() | self._beats.keys()):
-            if sender in self._counts:
-                messages.add_to_counters(self._connection, self._local_id, sender, dict(self._counts[sender]))
+        for sender in sorted(self._counts.keys() | self._beats.keys() | self._skews.keys()):
+            counts = {name: count for name, count in self._counts[sender].items() if count}
+            if counts:
+                messages.add_to_counters(self._connection, self._local_id, sender, counts)
             if sender in self._beats:
                 self._write_beat(*self._beats[sender])
+            elif sender in self._skews:
+                late = self._skews[sender]
+                messages.upsert_clock_skew(
+                    self._connection, self._local_id, sender, late.header.number, late.clock_skew_ms
+                )
 
-    def _write_beat(self, header: Header, heartbeat: Heartbeat) -> None:
+    def _write_beat(self, accepted: Accepted, heartbeat: Heartbeat) -> None:
         messages.upsert_heartbeat(
-            self._connection, self._local_id, header.sender, header.number, heartbeat.interval_ms, self._now_ms
+            self._connection,
+            self._local_id,
+            accepted.header.sender,
+            accepted.header.number,
+            heartbeat.interval_ms,
+            self._now_ms,
+            accepted.clock_skew_ms,
         )

@@ -6,70 +6,114 @@ that are needed to find that pin. Whether its number is new is decided with its 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from services.syncer.payloads import Capabilities, Payload, read_payload
+from services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
 from shared.announcements import Announcement, read_announcement
 from shared.clock import now_ms
-from shared.envelopes import Header, SignedEnvelope, check_envelope, read_envelope
+from shared.envelopes import Claim, EnvelopeType, Header, SignedEnvelope, check_envelope, read_claim, read_envelope
 from shared.errors import EnvelopeRefused, SealBroken, StoreRefused
+from shared.identity import fingerprint
 from shared.peer_directory import PeerDirectory
 
 # How often an unknown sender may cause a look into the store.
 _LOOK_AGAIN_MS = 1_000
+# Refused before the pinned identity's signature was verified, or because it did not verify: what such an envelope
+# says is nobody's word. Every other reason comes after that.
+_NOT_VERIFIED = frozenset(
+    {
+        "too_large",
+        "malformed",
+        "unknown_version",
+        "unknown_type",
+        "unknown_sender",
+        "wrong_target",
+        "bad_signature",
+        "identity_changed",
+    }
+)
+# What a later release may have sent: its header is still readable, so the sender can be told.
+_UNREADABLE = frozenset({"unknown_version", "unknown_type"})
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A verified envelope; ``announcement`` is the one in a ``capabilities`` payload, verified as well."""
+    """A verified envelope; ``announcement`` is the one in a ``capabilities`` payload, verified as well.
+
+    ``clock_skew_ms`` is by how much its date lies behind the local clock at its receipt: negative where it is ahead.
+    """
 
     header: Header
     payload: Payload
     redelivered: bool
     announcement: Announcement | None = None
+    clock_skew_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why an envelope is dead-lettered; ``sender`` is what it claims, None where that cannot be read."""
+    """Why an envelope is dead-lettered; ``sender`` is what it claims, None where that cannot be read.
+
+    ``header`` is None where it could not be read, and the sender's own word only where ``verified``. A
+    ``clock_skew_ms`` is given where the envelope was refused by its date and says something of the sender's clock.
+    ``claim`` is what one that this release cannot read says of itself.
+    """
 
     reason: str
     sender: str | None
     explanation: str
+    header: Header | None = None
+    verified: bool = False
+    clock_skew_ms: int | None = None
+    claim: Claim | None = None
 
 
 class Examiner:
     """Goes by one KP's directory."""
 
-    def __init__(self, local_id: str, directory: PeerDirectory) -> None:
+    def __init__(
+        self, local_id: str, directory: PeerDirectory, epochs_in_keyring: Callable[[], Collection[bytes]] = frozenset
+    ) -> None:
         self._local_id = local_id
         self._directory = directory
+        self._own_epochs = OwnEpochs(epochs_in_keyring)
+        self._judge = PlacedKeysJudge(directory.is_bus_peer, self._own_epochs.has)
         self._looked_ms = 0
 
     def examine(self, body: bytes, redelivered: bool) -> Accepted | Refusal:
         """The verdict. Raises StoreUnavailable, only where a sender had to be looked up."""
-        sender = None
+        header = None
         try:
             envelope = read_envelope(body)
-            sender = envelope.header.sender
+            header = envelope.header
             return self._accept(envelope, redelivered)
         except EnvelopeRefused as error:
-            return Refusal(error.reason, sender, str(error))
+            return _refusal(error, header, body)
 
     def _accept(self, envelope: SignedEnvelope, redelivered: bool) -> Accepted:
         header = envelope.header
-        pin = self._find_pin(header.sender)
+        pin, at_ms = self._find_pin(header.sender), now_ms()
         try:
-            check_envelope(envelope, self._local_id, pin, now_ms())
+            check_envelope(envelope, self._local_id, pin, at_ms)
         except EnvelopeRefused as error:
             if error.reason == "bad_signature":
                 self._blame_changed_identity(envelope)
             raise
         payload = read_payload(header.type, envelope.payload)
         announcement = None
+        if isinstance(payload, PlacedKeys):
+            self._note_own_epochs(at_ms)
+            self._judge.check(header, payload, pin, at_ms)
         if isinstance(payload, Capabilities) and payload.announcement is not None:
             announcement = _read_announcement(payload.announcement, header.sender, pin)
-        return Accepted(header, payload, redelivered, announcement)
+        return Accepted(header, payload, redelivered, announcement, at_ms - header.date_ms)
+
+    def _note_own_epochs(self, at_ms: int) -> None:
+        own = self._directory.get(self._local_id)
+        if own is not None:
+            self._own_epochs.note(((epoch.epoch_id, epoch.span.destroy_ms) for epoch in own.epochs), at_ms)
 
     def _find_pin(self, sender: str) -> bytes:
         if self._directory.allows(sender):
@@ -92,17 +136,53 @@ class Examiner:
 
     def _blame_changed_identity(self, envelope: SignedEnvelope) -> None:
         """Raises EnvelopeRefused: identity_changed, where the envelope is signed by what the sender presents now."""
-        conflict = self._directory.conflicts().get(envelope.header.sender)
-        if conflict is None:
-            return
+        sender = envelope.header.sender
+        conflict = self._directory.conflicts().get(sender)
+        for presented in {conflict.presented_key if conflict else None, self._presented_in(envelope)}:
+            if presented is None or not self._is_signed_by(envelope, presented):
+                continue
+            self._directory.note_presented(sender, presented, now_ms())
+            raise EnvelopeRefused(
+                "identity_changed",
+                f"{sender} signs with another identity ({fingerprint(presented)}) than the pinned one; "
+                "an operator must accept it",
+            )
+
+    def _is_signed_by(self, envelope: SignedEnvelope, public_key: bytes) -> bool:
         try:
-            check_envelope(envelope, self._local_id, conflict.presented_key, now_ms())
+            check_envelope(envelope, self._local_id, public_key, now_ms())
         except EnvelopeRefused:
-            return
-        raise EnvelopeRefused(
-            "identity_changed",
-            f"{envelope.header.sender} signs with another identity than the pinned one; an operator must accept it",
-        )
+            return False
+        return True
+
+    def _presented_in(self, envelope: SignedEnvelope) -> bytes | None:
+        """The identity that an announcement under a bus peer's name carries. It proves nothing but that it is another.
+
+        The announcements of others stand in the store, where the directory finds what they present.
+        """
+        header = envelope.header
+        if header.type is not EnvelopeType.CAPABILITIES or not self._directory.is_bus_peer(header.sender):
+            return None
+        try:
+            payload = read_payload(header.type, envelope.payload)
+            if not isinstance(payload, Capabilities) or payload.announcement is None:
+                return None
+            announcement = read_announcement(payload.announcement)
+        except (EnvelopeRefused, SealBroken):
+            return None
+        return announcement.public_key if announcement.system_id == header.sender else None
+
+
+def _refusal(error: EnvelopeRefused, header: Header | None, body: bytes) -> Refusal:
+    claim = read_claim(body) if error.reason in _UNREADABLE else None
+    sender = header.sender if header else claim.sender if claim else None
+    verified = error.reason not in _NOT_VERIFIED and header is not None
+    # A kept envelope may be old because it waited; a heartbeat is not kept, so its age is the clock's.
+    by_clock = error.reason == "from_future" or (
+        error.reason == "too_old" and header is not None and header.type is EnvelopeType.HEARTBEAT
+    )
+    skew_ms = now_ms() - header.date_ms if by_clock and header is not None else None
+    return Refusal(error.reason, sender, str(error), header, verified, skew_ms, claim)
 
 
 def _read_announcement(body: bytes, sender: str, pin: bytes) -> Announcement:

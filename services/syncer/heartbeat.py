@@ -12,7 +12,6 @@ from services.syncer.leader import Leader
 from services.syncer.outgoing import Letter, Outgoing
 from services.syncer.payloads import pack_heartbeat
 from services.syncer.replies import Replies
-from shared.bus import Bus
 from shared.config import Settings, project_version
 from shared.envelopes import EnvelopeType
 from shared.lifecycle import pause
@@ -31,14 +30,12 @@ class Heartbeats:
         settings: Settings,
         directory: PeerDirectory,
         leader: Leader,
-        bus: Bus,
         outgoing: Outgoing,
         replies: Replies,
     ) -> None:
         self._settings = settings
         self._directory = directory
         self._leader = leader
-        self._bus = bus
         self._outgoing = outgoing
         self._replies = replies
         self._software = f"skipbus/{project_version()}"
@@ -55,9 +52,9 @@ class Heartbeats:
     async def _beat(self) -> bool:
         """One heartbeat to every peer; False where none could be sent."""
         digest = self._directory.digest(self._settings.local_system_id)
-        if not self._leader.elected or not self._bus.up.is_set() or digest is None:
-            return False
         peers = self._directory.peers()
+        if not self._leader.elected or digest is None or not any(map(self._outgoing.is_reachable, peers)):
+            return False
         if self._digest not in (None, digest):
             for peer_id in peers:
                 self._replies.tell(peer_id)

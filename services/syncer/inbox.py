@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from services.syncer import metrics
+from services.syncer.complaints import Complaints
 from services.syncer.effects import Effects, Verdict
 from services.syncer.examination import Accepted, Examiner, Refusal
+from services.syncer.letters import told_of
 from services.syncer.outbox import Relay
-from services.syncer.payloads import Acknowledgement, Capabilities, Events, Heartbeat
-from services.syncer.refusals import Refusals
+from services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
+from services.syncer.placed_keys import PlacedKeys
+from services.syncer.refuser import Refuser
 from services.syncer.replies import Replies
 from shared.bus import PREFETCH, Bus, Delivery
 from shared.clock import now_ms
@@ -60,6 +63,8 @@ class Inbox:
         effects: Effects,
         relay: Relay,
         replies: Replies,
+        complaints: Complaints,
+        refuser: Refuser,
     ) -> None:
         self._bus = bus
         self._directory = directory
@@ -67,19 +72,21 @@ class Inbox:
         self._effects = effects
         self._relay = relay
         self._replies = replies
-        self._refusals = Refusals(directory)
+        self._complaints = complaints
+        self._refuser = refuser
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``; then what was delivered already is still handled."""
         try:
             while not stop.is_set():
                 await self._handle(await self._bus.next_deliveries(BATCH, _POLL_SECONDS), stop)
-                self._refusals.tell_left_out()
+                self._refuser.tell_left_out()
             await self._bus.stop_consuming()
             while batch := await self._bus.next_deliveries(BATCH, _DRAIN_SECONDS):
                 await self._handle(batch, stop)
         finally:
             self._replies.finish()
+            self._complaints.finish()
 
     async def _handle(self, batch: list[Delivery], stop: asyncio.Event) -> None:
         if not batch:
@@ -100,7 +107,7 @@ class Inbox:
     async def _sort(self, delivery: Delivery, result: Accepted | Refusal) -> _Open | None:
         if isinstance(result, Accepted):
             return _Open(delivery, result)
-        await self._refuse(delivery, result)
+        await self._refuser.refuse(delivery, result)
         return None
 
     async def _commit(self, batch: list[_Open], stop: asyncio.Event) -> None:
@@ -109,13 +116,15 @@ class Inbox:
         deliveries = [one.delivery for one in batch]
         accepted = [one.accepted for one in batch]
         try:
-            verdicts = await self._insist(
+            applied = await self._insist(
                 lambda again: self._effects.apply(accepted, now_ms(), again=again), deliveries, stop
             )
         except StoreRefused as error:
             await self._commit_one_by_one(batch, error, stop)
             return
-        for one, verdict in zip(batch, verdicts, strict=True):
+        # First whoever waits for an answer; that the broker hears of it is nobody's hurry.
+        self._complaints.tell(applied.aftermath)
+        for one, verdict in zip(batch, applied.verdicts, strict=True):
             await self._settle(one, verdict)
 
     async def _commit_one_by_one(self, batch: list[_Open], error: StoreRefused, stop: asyncio.Event) -> None:
@@ -147,15 +156,16 @@ class Inbox:
             delay_seconds = min(delay_seconds * 2, _RETRY_LAST_SECONDS)
 
     async def _settle(self, one: _Open, verdict: Verdict) -> None:
-        header = one.accepted.header
-        if verdict is Verdict.REPLAYED:
-            explanation = f"a heartbeat from {header.sender} bears a number that is not new"
-            await self._refuse(one.delivery, Refusal("replayed", header.sender, explanation))
+        explanation = _refused_after_all(one.accepted, verdict)
+        if explanation is not None:
+            header = one.accepted.header
+            refusal = Refusal(verdict.value, header.sender, explanation, header, verified=True)
+            await self._refuser.refuse(one.delivery, refusal)
             return
-        await one.delivery.ack()
-        metrics.RECEIVED.labels(header.type.value, verdict.value).inc()
-        _tell(one.accepted, verdict)
         self._follow_up(one.accepted, verdict)
+        await one.delivery.ack()
+        metrics.RECEIVED.labels(one.accepted.header.type.value, verdict.value).inc()
+        _tell(one.accepted, verdict)
 
     def _follow_up(self, accepted: Accepted, verdict: Verdict) -> None:
         sender = accepted.header.sender
@@ -163,8 +173,12 @@ class Inbox:
             case Events():
                 # A duplicate too: it came again because its acknowledgement did not arrive.
                 self._replies.acknowledge(sender, accepted.header.number)
+            case PlacedKeys():
+                self._replies.acknowledge(sender, accepted.header.number, at_once=True)
             case Acknowledgement(numbers):
                 self._relay.forget(sender, numbers)
+            case Complaint() as complaint:
+                self._complaints.hear(sender, complaint)
             case Heartbeat(_, bytes() as digest) if verdict is Verdict.HANDLED:
                 if digest != self._directory.digest(sender):
                     self._replies.ask(sender)
@@ -173,22 +187,31 @@ class Inbox:
             case _:
                 pass
 
-    async def _refuse(self, delivery: Delivery, refusal: Refusal) -> None:
-        self._refusals.note(refusal)
-        await delivery.reject()
+
+def _refused_after_all(accepted: Accepted, verdict: Verdict) -> str | None:
+    """Why an envelope that was in order is refused for what the store says; None where it is not."""
+    sender = accepted.header.sender
+    match verdict:
+        case Verdict.REPLAYED:
+            return f"a heartbeat from {sender} bears a number that is not new"
+        case Verdict.KEY_EXISTS:
+            return f"{sender} sent a key under an id that exists here already"
+        case _:
+            return None
 
 
 def _tell(accepted: Accepted, verdict: Verdict) -> None:
     header, payload = accepted.header, accepted.payload
-    if isinstance(payload, Events):
+    if isinstance(payload, Events | PlacedKeys):
+        count, correlation_ids = told_of(payload)
         _log.info(
             "events received",
             type=header.type.value,
             peer=header.sender,
             number=header.number,
-            items=payload.count,
+            items=count,
             outcome=verdict.value,
-            correlation_ids=payload.correlation_ids,
+            correlation_ids=correlation_ids,
         )
     else:
         _log.debug("envelope received", type=header.type.value, peer=header.sender, outcome=verdict.value)

@@ -20,7 +20,41 @@ REFUSED = Counter(
     ["reason", "sender"],
     registry=REGISTRY,
 )
+REFUSED_BY_PEER = Counter(
+    "skipbus_envelopes_refused_by_peer",
+    "Envelopes of this key provider that a peer refused, by what it said.",
+    ["reason", "peer"],
+    registry=REGISTRY,
+)
 OUTBOX = Gauge("skipbus_outbox_envelopes", "Envelopes that wait for their acknowledgement.", registry=REGISTRY)
 ELECTED = Gauge("skipbus_syncer_elected", "1 where this syncer relays and sends heartbeats.", registry=REGISTRY)
 BUS_UP = Gauge("skipbus_bus_up", "1 while the broker is connected.", registry=REGISTRY)
 PEERS = Gauge("skipbus_peers", "Peers by what their heartbeats say.", ["status"], registry=REGISTRY)
+
+# What this release refuses envelopes for. A peer may say anything, and must not make labels of it.
+REASONS = frozenset(
+    {
+        "too_large",
+        "malformed",
+        "unknown_version",
+        "unknown_type",
+        "unknown_sender",
+        "wrong_target",
+        "bad_signature",
+        "identity_changed",
+        "too_old",
+        "from_future",
+        "malformed_payload",
+        "replayed",
+        "not_a_bus_peer",
+        "unknown_epoch",
+        "bad_seal",
+        "bad_lifetime",
+        "key_exists",
+    }
+)
+
+
+def bounded_reason(reason: str) -> str:
+    """The reason as a label."""
+    return reason if reason in REASONS else "other"

@@ -6,54 +6,44 @@ of what this KP did are added to in the transaction that numbers, so an event co
 
 Which envelopes wait for an acknowledgement is kept in memory, because looking through all of them every second
 would cost more the longer a peer is away. Memory may be behind the store, never ahead of it: an envelope whose
-rows are gone is dropped when its turn comes.
+rows are gone is dropped when its turn comes. What is new is sent as soon as a nudge tells of it; what is due again
+is looked for once a second. How often something was sent is written down afterwards, if it still waits then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
 from itertools import groupby
 
 from sqlalchemy import Connection, Engine
 
 from services.syncer import metrics
+from services.syncer.abandoned import withdraw_abandoned
 from services.syncer.leader import Leader
-from services.syncer.numbers import Numbers
-from services.syncer.outgoing import Letter, Outcome, Outgoing
-from services.syncer.payloads import Events, pack_events, read_payload
-from services.syncer.schedule import is_due
+from services.syncer.letters import LetterMaker, gather
+from services.syncer.lines import Line, Sending, Waiting
+from services.syncer.outgoing import Letter, Outgoing
+from services.syncer.row_types import counter_when_numbered
 from services.syncer.watch import PeerWatch
 from shared.clock import now_ms
 from shared.database import driver_errors
-from shared.envelopes import EnvelopeType
-from shared.errors import EnvelopeRefused
+from shared.errors import StoreRefused, StoreUnavailable
 from shared.logs import get_logger
 from shared.store import messages
 from shared.store.messages import OutboxEntry, OutboxEnvelope
+from shared.store.placing import KEY_PLACED
 
 MAX_ROWS = 500
-MAX_PAYLOAD_BYTES = 256 * 1024
-CHUNK = 32
-# Whose events these are: what the local KP issued for the peer, gave out of the peer's keys, or saw expire of them.
-_LOCAL_COUNTERS = {
-    EnvelopeType.KEY_ISSUED.value: "issued",
-    EnvelopeType.KEY_RETRIEVED.value: "inbound_retrieved",
-    EnvelopeType.KEY_EXPIRED.value: "inbound_expired",
-}
+TICK_SECONDS = 1.0
+# How often the store is asked for envelopes that this syncer does not know of: another one may have numbered them
+# in the moment in which it lost the election.
+READ_AGAIN_SECONDS = 60.0
+# After this many timeouts whoever waited for keys on demand has given up, or is dead.
+ABANDONED_AFTER_TIMEOUTS = 3
 
 _log = get_logger("outbox")
-_Key = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """An envelope that is about to be sent."""
-
-    waiting: OutboxEnvelope
-    letter: Letter
-    events: Events
 
 
 class Relay:
@@ -66,176 +56,201 @@ class Relay:
         leader: Leader,
         watch: PeerWatch,
         outgoing: Outgoing,
-        numbers: Numbers,
         stopping: Callable[[], bool],
+        sync_timeout_seconds: float,
+        new_rows: asyncio.Event,
     ) -> None:
+        """``new_rows`` is set by whoever knows of some."""
         self._engine = engine
         self._local_id = local_id
         self._leader = leader
         self._watch = watch
         self._outgoing = outgoing
-        self._numbers = numbers
+        self._numbers = outgoing.numbers
         self._stopping = stopping
-        self._waiting: dict[_Key, OutboxEnvelope] = {}
-        self._unrouted: set[_Key] = set()
+        self._abandoned_seconds = ABANDONED_AFTER_TIMEOUTS * sync_timeout_seconds
+        self._lines: dict[str, Line] = {}
+        self._sending = Sending(self._open_letters, watch.status, outgoing, stopping)
+        self._letters = LetterMaker()
+        self._malformed: set[tuple[str, int]] = set()
+        self._wake = new_rows
         self._term = 0
+        self._read_at = 0.0
+        self._ticked_at = 0.0
+        self._refused = False
 
-    async def tick(self) -> None:
-        """Numbers what is new and sends what is due. Raises StoreUnavailable, StoreRefused."""
-        if not self._leader.elected:
-            return
-        if self._term != self._leader.term:
-            term = self._leader.term
-            self._waiting = await asyncio.to_thread(self._read_waiting)
-            self._term = term
-        more = True
-        while more and not self._stopping():
-            numbered, more = await asyncio.to_thread(self._number)
-            self._waiting.update((_key(envelope), envelope) for envelope in numbered)
-            await self._send_due()
-        metrics.OUTBOX.set(len(self._waiting))
+    def wake(self) -> None:
+        """There are new rows in the outbox."""
+        self._wake.set()
 
     def forget(self, peer_id: str, numbers: Collection[int]) -> None:
         """The peer has acknowledged these envelopes, and their rows are gone."""
-        for number in numbers:
-            self._forget((peer_id, number))
+        line = self._lines.get(peer_id)
+        if line is not None:
+            line.forget(numbers)
 
-    def _read_waiting(self) -> dict[_Key, OutboxEnvelope]:
+    def note_refused(self, peer_id: str, number: int) -> None:
+        """The peer does not take this envelope: it is left alone for a while."""
+        line = self._lines.get(peer_id)
+        if line is not None:
+            line.note_refused(number)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until ``stop``; then what is on its way is still sent."""
+        async with self._sending.running():
+            while not stop.is_set():
+                await self._quietly()
+                await self._pause(stop)
+
+    async def _quietly(self) -> None:
+        """One round, without a word on a store that is away: the watch tells of that, once for all."""
+        try:
+            await self._round()
+            self._refused = False
+        except StoreUnavailable as error:
+            _log.debug("store away", what="outbox", reason=str(error))
+        except StoreRefused as error:
+            if not self._refused:
+                _log.warning("backend away", what="outbox", reason=str(error))
+            self._refused = True
+
+    async def _pause(self, stop: asyncio.Event) -> None:
+        """Until there are new rows, or the next tick."""
+        left = max(0.0, self._ticked_at + TICK_SECONDS - time.monotonic())
+        waiting = [asyncio.create_task(self._wake.wait()), asyncio.create_task(stop.wait())]
+        await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+
+    async def _round(self) -> None:
+        self._wake.clear()
+        due = time.monotonic() - self._ticked_at >= TICK_SECONDS
+        if due:
+            self._ticked_at = time.monotonic()
+        if not self._leader.elected:
+            return
+        await self._take_over()
+        await self._number_all()
+        if due:
+            await self._tick()
+
+    async def _take_over(self) -> None:
+        term, now = self._leader.term, time.monotonic()
+        if self._term == term and now - self._read_at < READ_AGAIN_SECONDS:
+            return
+        found = await asyncio.to_thread(self._read_waiting)
+        if self._term != term:
+            self._lines = {}
+            self._malformed.clear()
+        # Numbers grow even where the clock was set back meanwhile.
+        self._numbers.next(max((envelope.number for envelope in found), default=0))
+        for envelope in found:
+            line = self._line(envelope.peer_id)
+            if (envelope.peer_id, envelope.number) not in self._malformed:
+                line.add(Waiting(envelope))
+        self._term, self._read_at = term, now
+
+    def _read_waiting(self) -> list[OutboxEnvelope]:
         with driver_errors(), self._engine.connect() as connection:
-            found = messages.fetch_envelopes(connection, self._local_id)
-        return {_key(envelope): envelope for envelope in found}
+            return messages.fetch_envelopes(connection, self._local_id)
 
-    def _number(self) -> tuple[list[OutboxEnvelope], bool]:
+    async def _number_all(self) -> None:
+        more = True
+        while more and not self._stopping():
+            numbered, more = await asyncio.to_thread(self._number)
+            for waiting in numbered:
+                line = self._line(waiting.peer_id)
+                line.add(waiting)
+                if not waiting.malformed:
+                    self._sending.queue(line, [waiting])
+            self._note_malformed(numbered)
+
+    async def _tick(self) -> None:
+        """What follows from time alone: what is due again, what was abandoned, what is to be written down."""
+        at_ms = now_ms()
+        for line in self._lines.values():
+            self._sending.queue(line, line.due(self._watch.status(line.peer_id), at_ms))
+        metrics.OUTBOX.set(sum(len(line.waiting) for line in self._lines.values()))
+        await asyncio.to_thread(self._store_attempts, [line.take_attempts() for line in self._lines.values()])
+        await self._withdraw_abandoned()
+        self._lines = {peer_id: line for peer_id, line in self._lines.items() if line.waiting or line.busy}
+
+    def _line(self, peer_id: str) -> Line:
+        line = self._lines.get(peer_id)
+        if line is None:
+            line = self._lines[peer_id] = Line(peer_id)
+        return line
+
+    def _number(self) -> tuple[list[Waiting], bool]:
         """Makes envelopes of the oldest rows; the envelopes, and whether there may be more rows."""
         with driver_errors(), self._engine.begin() as connection:
             rows = messages.claim_unnumbered(connection, self._local_id, MAX_ROWS)
-            numbered = [self._number_group(connection, group) for group in gather(rows)]
-        taken = sum(count for _, count in numbered)
-        return [envelope for envelope, _ in numbered], taken < len(rows) or len(rows) == MAX_ROWS
+            groups = gather(rows)
+            numbered = [self._number_group(connection, group) for group in groups]
+        taken = sum(map(len, groups))
+        return numbered, taken < len(rows) or len(rows) == MAX_ROWS
 
-    def _number_group(self, connection: Connection, group: list[OutboxEntry]) -> tuple[OutboxEnvelope, int]:
+    def _number_group(self, connection: Connection, group: list[OutboxEntry]) -> Waiting:
         peer_id, kind = group[0].peer_id, group[0].type
-        items = sum(row.items for row in group)
-        number = self._numbers.next(messages.fetch_last_number(connection, self._local_id, peer_id))
-        messages.update_numbers(connection, [row.id for row in group], number)
-        if kind in _LOCAL_COUNTERS:
-            counts = {_LOCAL_COUNTERS[kind]: items}
-            messages.add_to_counters(connection, self._local_id, peer_id, counts)
-        return OutboxEnvelope(peer_id, number, kind, items, 0, None), len(group)
+        items, row_ids = sum(row.items for row in group), [row.id for row in group]
+        number = self._numbers.next()
+        messages.update_numbers(connection, row_ids, number)
+        counter = counter_when_numbered(kind)
+        if counter is not None:
+            messages.add_to_counters(connection, self._local_id, peer_id, {counter: items})
+        waiting = Waiting(OutboxEnvelope(peer_id, number, kind, items, 0, None))
+        payloads = [row.payload for row in group if row.payload is not None]
+        if len(payloads) < len(group):
+            payloads = messages.fetch_row_payloads(connection, row_ids)
+        waiting.letter = self._letters.make(connection, waiting.envelope, payloads)
+        waiting.malformed = waiting.letter is None
+        return waiting
 
-    async def _send_due(self) -> None:
-        at_ms = now_ms()
-        due = [envelope for envelope in self._waiting.values() if self._is_due(envelope, at_ms)]
-        due.sort(key=lambda envelope: envelope.number)
-        for start in range(0, len(due), CHUNK):
-            if self._stopping() or not await self._send(due[start : start + CHUNK]):
-                return
+    def _note_malformed(self, numbered: Iterable[Waiting]) -> None:
+        """They stay in the store for an operator to look at, and are not looked at here again."""
+        for waiting in numbered:
+            if waiting.malformed:
+                self._malformed.add((waiting.peer_id, waiting.number))
+                self.forget(waiting.peer_id, [waiting.number])
 
-    def _is_due(self, envelope: OutboxEnvelope, at_ms: int) -> bool:
-        if self._outgoing.is_held_up(envelope.peer_id):
-            return False
-        peer = self._watch.status(envelope.peer_id)
-        unrouted = _key(envelope) in self._unrouted
-        return is_due(envelope.attempts, envelope.sent_ms, peer, at_ms, unrouted=unrouted)
+    async def _open_letters(self, envelopes: list[Waiting]) -> dict[int, Letter]:
+        """By number; without those whose rows are gone or malformed. Raises StoreUnavailable, StoreRefused."""
+        letters, malformed = await asyncio.to_thread(self._read_letters, envelopes)
+        self._note_malformed(malformed)
+        return letters
 
-    async def _send(self, envelopes: list[OutboxEnvelope]) -> bool:
-        """Sends these; False where the broker is away, so that the rest can wait."""
-        ready = await asyncio.to_thread(self._open_letters, envelopes)
-        self._drop(set(envelopes) - {one.waiting for one in ready})
-        outcomes = await self._outgoing.send([one.letter for one in ready])
-        sent_ms = now_ms()
-        sent = []
-        for one, outcome in zip(ready, outcomes, strict=True):
-            _tell_sent(one, outcome)
-            if outcome in (Outcome.TAKEN, Outcome.NO_QUEUE):
-                sent.append(one.waiting)
-                self._note_attempt(one.waiting, sent_ms, outcome)
-        await asyncio.to_thread(self._store_attempts, sent, sent_ms)
-        return Outcome.LOST not in outcomes
-
-    def _open_letters(self, envelopes: list[OutboxEnvelope]) -> list[_Ready]:
-        ready = []
+    def _read_letters(self, envelopes: list[Waiting]) -> tuple[dict[int, Letter], list[Waiting]]:
+        letters: dict[int, Letter] = {}
+        malformed: list[Waiting] = []
+        maker = LetterMaker()
         with driver_errors(), self._engine.connect() as connection:
-            for envelope in envelopes:
-                payloads = messages.fetch_payloads(connection, self._local_id, envelope.peer_id, envelope.number)
-                one = _make_ready(envelope, payloads) if payloads else None
-                if one is not None:
-                    ready.append(one)
-        return ready
+            for one in envelopes:
+                payloads = messages.fetch_payloads(connection, self._local_id, one.peer_id, one.number)
+                letter = maker.make(connection, one.envelope, payloads) if payloads else None
+                if letter is not None:
+                    letters[one.number] = letter
+                elif payloads:
+                    one.malformed = True
+                    malformed.append(one)
+        return letters, malformed
 
-    def _drop(self, gone: Iterable[OutboxEnvelope]) -> None:
-        for envelope in gone:
-            self._forget(_key(envelope))
+    def _store_attempts(self, attempts: list[list[tuple[str, int, int]]]) -> None:
+        for of_line in attempts:
+            # Envelopes that were sent at one time are written down together.
+            for (peer_id, sent_ms), group in groupby(sorted(of_line), key=lambda one: one[:2]):
+                with driver_errors(), self._engine.begin() as connection:
+                    numbers = [number for _, _, number in group]
+                    messages.update_sent(connection, self._local_id, peer_id, numbers, sent_ms)
 
-    def _forget(self, key: _Key) -> None:
-        self._waiting.pop(key, None)
-        self._unrouted.discard(key)
-
-    def _note_attempt(self, envelope: OutboxEnvelope, sent_ms: int, outcome: Outcome) -> None:
-        key = _key(envelope)
-        self._unrouted.discard(key)
-        # Not where the acknowledgement was faster than this.
-        if key in self._waiting:
-            self._waiting[key] = replace(envelope, attempts=envelope.attempts + 1, sent_ms=sent_ms)
-            if outcome is Outcome.NO_QUEUE:
-                self._unrouted.add(key)
-
-    def _store_attempts(self, sent: list[OutboxEnvelope], sent_ms: int) -> None:
-        if not sent:
-            return
-        with driver_errors(), self._engine.begin() as connection:
-            for peer_id, numbers in _by_peer(sent):
-                messages.update_sent(connection, self._local_id, peer_id, numbers, sent_ms)
-
-
-def gather(rows: Iterable[OutboxEntry]) -> list[list[OutboxEntry]]:
-    """Rows of one peer and one type together, no more than MAX_PAYLOAD_BYTES of payload unless one row has it.
-
-    Only the first group of each peer and type is given; the rest of its rows are for the next time.
-    """
-    groups: dict[tuple[str, str], list[OutboxEntry]] = {}
-    sizes: dict[tuple[str, str], int] = {}
-    for row in rows:
-        key = (row.peer_id, row.type)
-        size = sizes.get(key, 0) + row.payload_bytes
-        if key not in groups or size <= MAX_PAYLOAD_BYTES:
-            groups.setdefault(key, []).append(row)
-        sizes[key] = size
-    return list(groups.values())
-
-
-def _make_ready(envelope: OutboxEnvelope, payloads: list[bytes]) -> _Ready | None:
-    """None where a row holds what no release of ours wrote: it must not keep the others from being sent."""
-    try:
-        letter = Letter(EnvelopeType(envelope.type), envelope.peer_id, pack_events(payloads), envelope.number)
-        events = read_payload(letter.type, letter.payload)
-        if isinstance(events, Events):
-            return _Ready(envelope, letter, events)
-    except (ValueError, EnvelopeRefused) as error:
-        _log.debug("malformed outbox row", reason=str(error))
-    _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)
-    return None
-
-
-def _tell_sent(one: _Ready, outcome: Outcome) -> None:
-    tell = _log.info if outcome is Outcome.TAKEN and one.waiting.attempts == 0 else _log.debug
-    tell(
-        "events sent",
-        type=one.waiting.type,
-        peer=one.waiting.peer_id,
-        number=one.waiting.number,
-        items=one.events.count,
-        attempt=one.waiting.attempts + 1,
-        outcome=outcome.value,
-        correlation_ids=one.events.correlation_ids,
-    )
-
-
-def _by_peer(envelopes: Iterable[OutboxEnvelope]) -> list[tuple[str, list[int]]]:
-    ordered = sorted(envelopes, key=lambda envelope: envelope.peer_id)
-    groups = groupby(ordered, key=lambda envelope: envelope.peer_id)
-    return [(peer_id, [envelope.number for envelope in group]) for peer_id, group in groups]
-
-
-def _key(envelope: OutboxEnvelope) -> _Key:
-    return envelope.peer_id, envelope.number
+    async def _withdraw_abandoned(self) -> None:
+        """Keys on demand that nobody has settled: their api has died, and must not find them placed later."""
+        before = time.monotonic() - self._abandoned_seconds
+        for line in self._lines.values():
+            numbers = [w.number for w in line.waiting.values() if w.envelope.type == KEY_PLACED and w.seen_at < before]
+            if not numbers:
+                continue
+            count = await asyncio.to_thread(withdraw_abandoned, self._engine, self._local_id, line.peer_id, numbers)
+            line.forget(numbers)
+            if count:
+                _log.warning("keys withdrawn that nobody waits for any more", peer=line.peer_id, count=count)
+                self.wake()

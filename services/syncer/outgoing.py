@@ -1,13 +1,18 @@
-"""Signs envelopes and hands them to the broker. Signing (0.9 ms each) is done in a thread, many at a time."""
+"""Signs envelopes and hands them to the broker, or to the peer itself where that has an endpoint.
+
+Signing (0.9 ms each) is done in a thread, many at a time.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from services.syncer import metrics
+from services.syncer.https_link import Answer, HttpsLink, Posted
 from services.syncer.numbers import Numbers
 from shared.bus import Bus
 from shared.bus_sending import Unconfirmed
@@ -18,17 +23,21 @@ from shared.identity import Identity
 from shared.logs import get_logger
 
 # What means something only to a KP that listens now is not kept for one that does not.
-_LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
+_LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED})
 
 _log = get_logger("outgoing")
 
 
 class Outcome(Enum):
-    """What became of an envelope; ``HELD_UP`` and ``LOST`` may have arrived all the same."""
+    """What became of an envelope; ``HELD_UP`` and ``LOST`` may have arrived all the same.
+
+    Only HTTPS can tell of a refusal at once. ``HELD_UP``: the broker is there, but silent about this one peer.
+    """
 
     TAKEN = "taken"
     NO_QUEUE = "no_queue"
     HELD_UP = "held_up"
+    REFUSED = "refused"
     LOST = "lost"
 
 
@@ -42,25 +51,50 @@ class Letter:
     number: int | None = None
 
 
+OnRefusal = Callable[[Letter, Answer], None]
+
+
 class Outgoing:
     """The one place where this KP's envelopes are signed."""
 
-    def __init__(self, bus: Bus, identity: Identity, local_id: str, numbers: Numbers) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        identity: Identity,
+        local_id: str,
+        numbers: Numbers,
+        links: Mapping[str, HttpsLink] | None = None,
+    ) -> None:
+        """``links`` are the ways to peers that are not reached by the bus."""
         self._bus = bus
         self._identity = identity
         self._local_id = local_id
-        self._numbers = numbers
+        self.numbers = numbers
+        self._links = links or {}
+        self.on_refusal: OnRefusal = lambda _letter, _answer: None
 
-    def is_held_up(self, peer_id: str) -> bool:
-        """Whether signing what is kept for this peer would be in vain for the time being."""
-        return self._bus.is_left_out(peer_id)
+    def has_link(self, peer_id: str) -> bool:
+        """Whether the peer is sent to by HTTPS, one envelope after another."""
+        return peer_id in self._links
+
+    def is_open(self, peer_id: str) -> bool:
+        """Whether it is worth trying to send to the peer now."""
+        link = self._links.get(peer_id)
+        if link is not None:
+            return not link.resting
+        # Signing what is kept for a peer that is left out would be in vain.
+        return self._bus.up.is_set() and not self._bus.is_left_out(peer_id)
+
+    def is_reachable(self, peer_id: str) -> bool:
+        """Whether there is a way to the peer at all; one with an endpoint may be tried at any time."""
+        return peer_id in self._links or self._bus.up.is_set()
 
     async def send(self, letters: Sequence[Letter]) -> list[Outcome]:
-        """Dates, signs and publishes; what became of each. Raises nothing for a broker that is away."""
-        if not self._bus.up.is_set():
+        """Dates, signs and sends; what became of each. Raises nothing for a broker or a peer that is away."""
+        if not any(self.is_reachable(letter.target) for letter in letters):
             return [Outcome.LOST] * len(letters)
         envelopes = await asyncio.to_thread(self._sign_all, letters)
-        outcomes = await asyncio.gather(*map(self._publish, letters, envelopes))
+        outcomes = await asyncio.gather(*map(self._send, letters, envelopes))
         for letter, outcome in zip(letters, outcomes, strict=True):
             metrics.SENT.labels(letter.type.value, outcome.value).inc()
         return outcomes
@@ -69,9 +103,15 @@ class Outgoing:
         return [self._sign(letter) for letter in letters]
 
     def _sign(self, letter: Letter) -> bytes:
-        number = self._numbers.next() if letter.number is None else letter.number
+        number = self.numbers.next() if letter.number is None else letter.number
         header = Header(letter.type, self._local_id, letter.target, number, now_ms())
         return sign_envelope(header, letter.payload, self._identity)
+
+    async def _send(self, letter: Letter, envelope: bytes) -> Outcome:
+        link = self._links.get(letter.target)
+        outcome = await (self._publish(letter, envelope) if link is None else self._post(link, letter, envelope))
+        _log.debug("envelope sent", type=letter.type, peer=letter.target, octets=len(envelope), outcome=outcome.value)
+        return outcome
 
     async def _publish(self, letter: Letter, envelope: bytes) -> Outcome:
         lifetime_ms = None if letter.type in _LIVE else MAX_AGE_MS
@@ -80,6 +120,16 @@ class Outgoing:
         except BusUnavailable as error:
             _log.debug("envelope not confirmed", type=letter.type, peer=letter.target, reason=str(error))
             return Outcome.HELD_UP if isinstance(error, Unconfirmed) else Outcome.LOST
-        outcome = Outcome.TAKEN if taken else Outcome.NO_QUEUE
-        _log.debug("envelope sent", type=letter.type, peer=letter.target, octets=len(envelope), outcome=outcome.value)
-        return outcome
+        return Outcome.TAKEN if taken else Outcome.NO_QUEUE
+
+    async def _post(self, link: HttpsLink, letter: Letter, envelope: bytes) -> Outcome:
+        if letter.type in _LIVE:
+            # Not waited for: a peer that does not answer must not hold up the heartbeats of others.
+            return Outcome.TAKEN if link.post_soon(envelope, functools.partial(self._look_at, letter)) else Outcome.LOST
+        answer = await link.post(envelope)
+        self._look_at(letter, answer)
+        return {Posted.TAKEN: Outcome.TAKEN, Posted.REFUSED: Outcome.REFUSED, Posted.LOST: Outcome.LOST}[answer.posted]
+
+    def _look_at(self, letter: Letter, answer: Answer) -> None:
+        if answer.posted is Posted.REFUSED:
+            self.on_refusal(letter, answer)

@@ -6,13 +6,15 @@ with a fault in it must not get anything into the store that somebody else trips
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from services.syncer.placed_keys import PlacedKeys, read_placed_keys
 from shared import wire
 from shared.announcements import MAX_ANNOUNCEMENT_BYTES
-from shared.envelopes import EnvelopeType
+from shared.envelopes import VERSION, EnvelopeType
 from shared.errors import EnvelopeRefused
 
 MAX_EVENTS = 50_000
@@ -21,15 +23,28 @@ MAX_INTERVAL_MS = 86_400_000
 SHOWN_CORRELATION_IDS = 20
 _MAX_NUMBER = 2**63
 _DIGEST_BYTES = 48
-_EVENT_TYPES = frozenset({EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_RETRIEVED, EnvelopeType.KEY_EXPIRED})
+_EVENT_TYPES = frozenset(
+    {
+        EnvelopeType.KEY_ISSUED,
+        EnvelopeType.KEY_RETRIEVED,
+        EnvelopeType.KEY_EXPIRED,
+        EnvelopeType.KEY_WITHDRAWN,
+    }
+)
+MAX_EXPLANATION = 500
+MAX_VERSIONS = 16
+_REASON = re.compile(r"[a-z_]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """``key.issued``, ``key.retrieved``, ``key.expired``: how many keys, and the first requests they came from."""
+    """``key.issued``, ``key.retrieved``, ``key.expired``, ``key.withdrawn``: how many keys, and the first requests
+    they came from. An entry has the keyId in front, and of a withdrawn key its expiry (UTC ms) next.
+    """
 
     count: int
     correlation_ids: tuple[str, ...]
+    entries: Sequence[list[Any]] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +70,25 @@ class Capabilities:
     request: bool
 
 
-Payload = Events | Acknowledgement | Heartbeat | Capabilities
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """``envelope.refused``: the target has refused this envelope, and which versions it reads."""
+
+    number: int
+    reason: str
+    explanation: str
+    versions: tuple[int, ...]
+
+
+Payload = Events | PlacedKeys | Acknowledgement | Heartbeat | Capabilities | Complaint
 
 
 def read_payload(kind: EnvelopeType, payload: bytes) -> Payload:
     """What the payload says. Raises EnvelopeRefused: malformed_payload."""
     try:
         value = wire.unpack(payload, max_items=MAX_EVENTS)
+        if kind is EnvelopeType.KEY_ISSUED and isinstance(value, dict):
+            return read_placed_keys(value)
         if kind in _EVENT_TYPES:
             return _read_events(kind, value)
         return _READERS[kind](value)
@@ -93,6 +120,17 @@ def pack_capabilities(announcement: bytes | None, *, request: bool) -> bytes:
     return wire.pack({"announcement": announcement, "request": request})
 
 
+def pack_complaint(number: int, reason: str, explanation: str) -> bytes:
+    """Tells a sender that its envelope is refused."""
+    told = printable(explanation)[:MAX_EXPLANATION]
+    return wire.pack({"number": number, "reason": reason, "explanation": told, "versions": [VERSION]})
+
+
+def printable(text: str) -> str:
+    """The text in printable ASCII: it ends in logs and terminals."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text)
+
+
 def _read_events(kind: EnvelopeType, value: Any) -> Events:  # noqa: ANN401 -- anything may come from the wire
     _require(isinstance(value, list) and 0 < len(value) <= MAX_EVENTS)
     width = 4 if kind is EnvelopeType.KEY_ISSUED else 3
@@ -102,7 +140,7 @@ def _read_events(kind: EnvelopeType, value: Any) -> Events:  # noqa: ANN401 -- a
         _require(isinstance(key_id, bytes) and 0 < len(key_id) <= 64)
         _require(all(_is_natural(number) for number in times_and_sizes))
         _require(isinstance(correlation_id, str) and len(correlation_id) <= 64)
-    return Events(len(value), tuple(dict.fromkeys(e[-1] for e in value[:SHOWN_CORRELATION_IDS])))
+    return Events(len(value), tuple(dict.fromkeys(e[-1] for e in value[:SHOWN_CORRELATION_IDS])), value)
 
 
 def _read_acknowledgement(value: Any) -> Acknowledgement:  # noqa: ANN401
@@ -127,10 +165,20 @@ def _read_capabilities(value: Any) -> Capabilities:  # noqa: ANN401
     return Capabilities(announcement, request)
 
 
+def _read_complaint(value: Any) -> Complaint:  # noqa: ANN401
+    number, reason, explanation = value["number"], value["reason"], value["explanation"]
+    versions = value["versions"]
+    _require(_is_natural(number) and isinstance(reason, str) and _REASON.fullmatch(reason) is not None)
+    _require(isinstance(explanation, str) and len(explanation) <= MAX_EXPLANATION)
+    _require(isinstance(versions, list) and len(versions) <= MAX_VERSIONS and all(_is_natural(v) for v in versions))
+    return Complaint(number, reason, printable(explanation), tuple(versions))
+
+
 _READERS: dict[EnvelopeType, Callable[[Any], Payload]] = {
     EnvelopeType.KEY_STORED: _read_acknowledgement,
     EnvelopeType.HEARTBEAT: _read_heartbeat,
     EnvelopeType.CAPABILITIES: _read_capabilities,
+    EnvelopeType.ENVELOPE_REFUSED: _read_complaint,
 }
 
 

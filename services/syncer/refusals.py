@@ -6,6 +6,7 @@ import time
 
 from services.syncer import metrics
 from services.syncer.examination import Refusal
+from services.syncer.payloads import Complaint
 from shared.logs import get_logger
 from shared.peer_directory import PeerDirectory
 
@@ -26,12 +27,28 @@ class Refusals:
     def note(self, refusal: Refusal) -> None:
         """One refused envelope."""
         metrics.REFUSED.labels(refusal.reason, self._label(refusal.sender)).inc()
+        if self._may_tell():
+            _log.warning("envelope refused", reason=refusal.reason, sender=refusal.sender, error=refusal.explanation)
+
+    def note_complaint(self, peer_id: str, complaint: Complaint) -> None:
+        """A peer has refused an envelope of this KP's."""
+        if self._may_tell():
+            _log.warning(
+                "envelope refused by peer",
+                peer=peer_id,
+                number=complaint.number,
+                reason=complaint.reason,
+                error=complaint.explanation,
+                versions=list(complaint.versions),
+            )
+
+    def _may_tell(self) -> bool:
         self.tell_left_out()
         if self._lines >= LINES_PER_SECOND:
             self._left_out += 1
-            return
+            return False
         self._lines += 1
-        _log.warning("envelope refused", reason=refusal.reason, sender=refusal.sender, error=refusal.explanation)
+        return True
 
     def tell_left_out(self) -> None:
         """Begins a new second where one has begun, and tells how many lines the last one left out."""

@@ -1,19 +1,21 @@
-"""Answers to peers that need not wait in the store: acknowledgements, and asking for or sending announcements.
+"""Answers to peers that need not wait in the store: acknowledgements, refusals, and what concerns announcements.
 
 All of them may be lost: an envelope that is not acknowledged comes again, and a heartbeat shows again which
 announcement its receiver lacks. They are gathered for a moment, because one signature can acknowledge a thousand
-envelopes.
+envelopes; but where an encryptor waits for an acknowledgement it goes at once, and only what comes while one is being
+signed is gathered. Each peer is answered by itself: one that does not take its answers keeps no other waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from services.syncer.outgoing import Letter, Outgoing
-from services.syncer.payloads import MAX_ACKNOWLEDGED, pack_acknowledgement, pack_capabilities
+from services.syncer.payloads import MAX_ACKNOWLEDGED, pack_acknowledgement, pack_capabilities, pack_complaint
 from shared.envelopes import EnvelopeType
 from shared.errors import BackendError
 from shared.logs import get_logger
@@ -22,8 +24,32 @@ GATHER_SECONDS = 0.05
 # An announcement is large, and whoever replays an envelope must not get one for each.
 ASK_EVERY_SECONDS = 3.0
 ANSWER_EVERY_SECONDS = 1.0
+KEEP_ANNOUNCEMENT_SECONDS = 0.5
+# Refusals that a peer is told of in a second. Only its own envelopes cause them, but somebody may play those back.
+COMPLAINTS_PER_SECOND = 20
+# Numbers that wait for a peer which does not take its answers; what is dropped is acknowledged when it comes again.
+MAX_WAITING = 20 * MAX_ACKNOWLEDGED
 
 _log = get_logger("replies")
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What one peer is to be told."""
+
+    stored: set[int] = field(default_factory=set)
+    complaints: list[bytes] = field(default_factory=list)
+    ask: bool = False
+    tell: bool = False
+    second: int = 0
+    complained: int = 0
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    busy: bool = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.stored or self.complaints or self.ask or self.tell)
 
 
 class Replies:
@@ -32,75 +58,112 @@ class Replies:
     def __init__(self, outgoing: Outgoing, fetch_announcement: Callable[[], bytes | None]) -> None:
         self._outgoing = outgoing
         self._fetch_announcement = fetch_announcement
-        self._stored: dict[str, set[int]] = defaultdict(set)
-        self._to_ask: set[str] = set()
-        self._to_tell: set[str] = set()
+        self._peers: dict[str, _Peer] = {}
         self._asked: dict[str, float] = {}
         self._told: dict[str, float] = {}
-        self._wake = asyncio.Event()
-        self._finished = False
+        self._claimed: dict[str, float] = {}
+        self._finished = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._announcement_lock = asyncio.Lock()
+        self._announcement: tuple[float, bytes | None] = (-KEEP_ANNOUNCEMENT_SECONDS, None)
 
-    def acknowledge(self, peer_id: str, number: int) -> None:
-        """The effect of the peer's envelope is committed."""
-        self._stored[peer_id].add(number)
-        self._wake.set()
+    def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False) -> None:
+        """The effect of the peer's envelope is committed; ``at_once`` where somebody waits to hear that."""
+        peer = self._peer(peer_id)
+        if len(peer.stored) < MAX_WAITING:
+            peer.stored.add(number)
+        self._start(peer_id, peer, at_once=at_once)
+
+    def complain(self, peer_id: str, number: int, reason: str, explanation: str, *, verified: bool) -> None:
+        """The peer's envelope is refused; not ``verified`` where it is only said to be the peer's."""
+        if not verified and not _may(self._claimed, peer_id, ANSWER_EVERY_SECONDS):
+            return
+        peer = self._peer(peer_id)
+        second = int(time.monotonic())
+        if second != peer.second:
+            peer.second, peer.complained = second, 0
+        if peer.complained < COMPLAINTS_PER_SECOND and len(peer.complaints) < COMPLAINTS_PER_SECOND:
+            peer.complained += 1
+            peer.complaints.append(pack_complaint(number, reason, explanation))
+            self._start(peer_id, peer, at_once=True)
 
     def ask(self, peer_id: str) -> None:
         """The peer has an announcement that this KP does not have."""
         if _may(self._asked, peer_id, ASK_EVERY_SECONDS):
-            self._to_ask.add(peer_id)
-            self._wake.set()
+            peer = self._peer(peer_id)
+            peer.ask = True
+            self._start(peer_id, peer)
 
     def tell(self, peer_id: str) -> None:
         """The peer shall have this KP's announcement."""
         if _may(self._told, peer_id, ANSWER_EVERY_SECONDS):
-            self._to_tell.add(peer_id)
-            self._wake.set()
+            peer = self._peer(peer_id)
+            peer.tell = True
+            self._start(peer_id, peer)
 
     def finish(self) -> None:
         """No more will come: ``run`` sends what there is and returns."""
-        self._finished = True
-        self._wake.set()
+        self._finished.set()
 
     async def run(self) -> None:
-        """Sends replies until ``finish``."""
-        while True:
-            await self._wake.wait()
-            if not self._finished:
-                await asyncio.sleep(GATHER_SECONDS)
-            self._wake.clear()
-            finished = self._finished
-            await self._outgoing.send(self._acknowledgements() + await self._capabilities())
-            if finished:
-                return
+        """Until ``finish``; then what is to be told is still sent."""
+        async with asyncio.TaskGroup() as self._tasks:
+            for peer_id, peer in list(self._peers.items()):
+                self._start(peer_id, peer)
+            await self._finished.wait()
+            for peer in self._peers.values():
+                peer.hurry.set()
 
-    def _acknowledgements(self) -> list[Letter]:
-        stored, self._stored = self._stored, defaultdict(set)
-        letters = []
-        for peer_id, numbers in stored.items():
-            ordered = sorted(numbers)
-            for start in range(0, len(ordered), MAX_ACKNOWLEDGED):
-                payload = pack_acknowledgement(ordered[start : start + MAX_ACKNOWLEDGED])
-                letters.append(Letter(EnvelopeType.KEY_STORED, peer_id, payload))
-        return letters
+    def _peer(self, peer_id: str) -> _Peer:
+        return self._peers.setdefault(peer_id, _Peer())
 
-    async def _capabilities(self) -> list[Letter]:
-        to_ask, self._to_ask = self._to_ask, set()
-        to_tell, self._to_tell = self._to_tell, set()
-        request = pack_capabilities(None, request=True)
-        letters = [Letter(EnvelopeType.CAPABILITIES, peer_id, request) for peer_id in sorted(to_ask)]
-        announcement = await self._announcement() if to_tell else None
+    def _start(self, peer_id: str, peer: _Peer, *, at_once: bool = False) -> None:
+        if at_once or self._finished.is_set():
+            peer.hurry.set()
+        if peer.waiting and not peer.busy and self._tasks is not None:
+            peer.busy = True
+            self._tasks.create_task(self._answer(peer_id, peer), name=f"replies {peer_id}")
+
+    async def _answer(self, peer_id: str, peer: _Peer) -> None:
+        """Sends until there is nothing more; the next reply starts it anew."""
+        try:
+            while peer.waiting:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(peer.hurry.wait(), GATHER_SECONDS)
+                peer.hurry.clear()
+                await self._outgoing.send(await self._take(peer_id, peer))
+        finally:
+            peer.busy = False
+
+    async def _take(self, peer_id: str, peer: _Peer) -> list[Letter]:
+        stored, peer.stored = sorted(peer.stored), set()
+        complaints, peer.complaints = peer.complaints, []
+        ask, tell, peer.ask, peer.tell = peer.ask, peer.tell, False, False
+        letters = [
+            Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement(stored[start : start + MAX_ACKNOWLEDGED]))
+            for start in range(0, len(stored), MAX_ACKNOWLEDGED)
+        ]
+        letters += [Letter(EnvelopeType.ENVELOPE_REFUSED, peer_id, complaint) for complaint in complaints]
+        if ask:
+            letters.append(Letter(EnvelopeType.CAPABILITIES, peer_id, pack_capabilities(None, request=True)))
+        announcement = await self._read_announcement() if tell else None
         if announcement is not None:
             answer = pack_capabilities(announcement, request=False)
-            letters += [Letter(EnvelopeType.CAPABILITIES, peer_id, answer) for peer_id in sorted(to_tell)]
+            letters.append(Letter(EnvelopeType.CAPABILITIES, peer_id, answer))
         return letters
 
-    async def _announcement(self) -> bytes | None:
-        try:
-            return await asyncio.to_thread(self._fetch_announcement)
-        except BackendError as error:
-            _log.debug("announcement not sent", reason=str(error))
-            return None
+    async def _read_announcement(self) -> bytes | None:
+        """Once for all peers that are to have it now."""
+        async with self._announcement_lock:
+            read_at, body = self._announcement
+            if time.monotonic() - read_at >= KEEP_ANNOUNCEMENT_SECONDS:
+                try:
+                    body = await asyncio.to_thread(self._fetch_announcement)
+                except BackendError as error:
+                    _log.debug("announcement not sent", reason=str(error))
+                    return None
+                self._announcement = time.monotonic(), body
+            return body
 
 
 def _may(last: dict[str, float], peer_id: str, every_seconds: float) -> bool:

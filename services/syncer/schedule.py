@@ -21,10 +21,19 @@ def retry_after_ms(attempts: int) -> int:
     return min(FIRST_RETRY_MS << doublings, LAST_RETRY_MS)
 
 
-def is_due(attempts: int, sent_ms: int | None, peer: PeerStatus, now_ms: int, *, unrouted: bool = False) -> bool:
+def is_due(
+    attempts: int,
+    sent_ms: int | None,
+    peer: PeerStatus,
+    now_ms: int,
+    *,
+    unrouted: bool = False,
+    refused: bool = False,
+) -> bool:
     """Whether to send an envelope now that was sent last at ``sent_ms`` (UTC ms, None for never).
 
     ``unrouted`` says that the broker had no queue for it then: a peer that is heard since has made its queue.
+    ``refused`` says that the peer would not take it: it may have another release or configuration later.
     """
     if sent_ms is None:
         return True
@@ -32,4 +41,6 @@ def is_due(attempts: int, sent_ms: int | None, peer: PeerStatus, now_ms: int, *,
     waited_ms = abs(now_ms - sent_ms)
     if peer == "offline":
         return waited_ms >= MAX_AGE_MS
+    if refused:
+        return waited_ms >= LAST_RETRY_MS
     return waited_ms >= (UNROUTED_RETRY_MS if unrouted else retry_after_ms(attempts))

@@ -11,6 +11,7 @@ from collections import Counter
 from sqlalchemy import Engine
 
 from services.syncer import metrics
+from services.syncer.clocks import Clocks
 from shared.clock import now_ms
 from shared.config import Settings
 from shared.database import driver_errors
@@ -33,12 +34,14 @@ class PeerWatch:
         self._keyring = keyring
         self._directory = directory
         self._statuses: dict[str, PeerStatus] = {}
+        self.clocks = Clocks(engine, settings.local_system_id)
         self.ready = asyncio.Event()
 
     async def tick(self) -> None:
         """One reading. Raises StoreUnavailable, StoreRefused; KeyringError where the store knows another identity."""
         rows = await asyncio.to_thread(self._read)
         self._compare({row.peer_id: row for row in rows}, now_ms())
+        self.clocks.tell(rows)
         self.ready.set()
 
     def status(self, peer_id: str) -> PeerStatus:
@@ -50,6 +53,7 @@ class PeerWatch:
             bring_up_to_date(self._settings.mysql)
         self._directory.refresh(now_ms())
         check_pinned_identity(self._keyring, self._directory.pin(self._settings.local_system_id))
+        self.clocks.write()
         with driver_errors(), self._engine.connect() as connection:
             return fetch_peer_rows(connection, self._settings.local_system_id)
 

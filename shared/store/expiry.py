@@ -17,6 +17,12 @@ _DELETE_STRETCH = text(
     "DELETE FROM key_records WHERE target_id = :target_id AND expires_ms <= :until_ms "
     "ORDER BY expires_ms, key_id LIMIT :rows"
 )
+_DELETE_HELD = text(
+    "DELETE FROM stock_held WHERE local_id = :local_id AND expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows"
+)
+_DELETE_WITHDRAWN = text(
+    "DELETE FROM withdrawn_keys WHERE local_id = :local_id AND expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows"
+)
 _DELETE_WRAPPING_KEYS = text("DELETE FROM wrapping_keys WHERE expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows")
 
 
@@ -69,3 +75,13 @@ def fetch_targets(connection: Connection) -> list[str]:
 def delete_expired_wrapping_keys(connection: Connection, now_ms: int, limit: int) -> int:
     """Deletes wrapping keys whose epoch's private half is destroyed. Index wrapping_keys_expires."""
     return connection.execute(_DELETE_WRAPPING_KEYS, {"now_ms": now_ms, "rows": limit}).rowcount
+
+
+def delete_expired_held(connection: Connection, local_id: str, now_ms: int, limit: int) -> int:
+    """Forgets which records were a peer's stock, once they have expired. Index stock_held_expires."""
+    return connection.execute(_DELETE_HELD, {"local_id": local_id, "now_ms": now_ms, "rows": limit}).rowcount
+
+
+def delete_expired_withdrawn(connection: Connection, local_id: str, now_ms: int, limit: int) -> int:
+    """Forgets withdrawn keyIds whose records nobody would store any more. Index withdrawn_keys_expires."""
+    return connection.execute(_DELETE_WITHDRAWN, {"local_id": local_id, "now_ms": now_ms, "rows": limit}).rowcount

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, null, select, update
 from sqlalchemy.dialects.mysql import insert
 
 from shared.envelopes import MAX_AGE_MS
@@ -21,21 +21,24 @@ from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.schema import INBOX as I
 from shared.schema import OUTBOX as O
 from shared.schema import PEERS as P
+from shared.store.packets import delete_listed, name
 
 # A peer that is away for longer than this misses what was to be told; its keys have expired long since.
 OUTBOX_LIFETIME_MS = 24 * 3_600_000
+SHORT_PAYLOAD_BYTES = 8 * 1024
 INBOX_LIFETIME_MS = OUTBOX_LIFETIME_MS + MAX_AGE_MS + 2 * MAX_CLOCK_SKEW_MS
 
 
 @dataclass(frozen=True)
 class OutboxEntry:
-    """An outbox row that is in no envelope yet; its payload stays in the store."""
+    """An outbox row that is in no envelope yet; ``payload`` is None where it is long and stays in the store."""
 
     id: int
     peer_id: str
     type: str
     items: int
     payload_bytes: int
+    payload: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,22 @@ class OutboxEnvelope:
 
 
 @dataclass(frozen=True)
+class EnvelopeRow:
+    """A row of a numbered envelope."""
+
+    id: int
+    type: str
+    items: int
+    token: bytes | None
+
+
+@dataclass(frozen=True)
 class PeerRow:
-    """A peer as ``local_id`` sees it. Inbound: keys that the peer made for ``local_id``."""
+    """A peer as ``local_id`` sees it. Inbound: keys that the peer made for ``local_id``.
+
+    ``clock_skew_ms`` is positive where the peer's clock is behind; ``last_refusal`` is what it last said of an
+    envelope that it refused.
+    """
 
     peer_id: str
     endpoint: str
@@ -64,6 +81,11 @@ class PeerRow:
     inbound_issued: int
     inbound_retrieved: int
     inbound_expired: int
+    clock_skew_ms: int | None = None
+    last_refusal: str = ""
+    last_refusal_ms: int | None = None
+    withdrawn: int = 0
+    inbound_withdrawn: int = 0
 
 
 # --- outbox: written by api and janitor
@@ -89,7 +111,15 @@ def claim_unnumbered(connection: Connection, local_id: str, limit: int) -> list[
     Rows that another transaction holds are passed over: a writer who has yet to commit keeps nobody waiting.
     """
     statement = (
-        select(O.c.id, O.c.peer_id, O.c.type, O.c["items"], func.length(O.c.payload).label("payload_bytes"))
+        select(
+            O.c.id,
+            O.c.peer_id,
+            O.c.type,
+            O.c["items"],
+            func.length(O.c.payload).label("payload_bytes"),
+            # Spares a round trip for what somebody waits for; at most 4 MB for 500 rows.
+            func.if_(func.length(O.c.payload) <= SHORT_PAYLOAD_BYTES, O.c.payload, null()).label("payload"),
+        )
         .with_hint(O, "FORCE INDEX (outbox_unsent)")
         .where(O.c.local_id == local_id, O.c.envelope_no.is_(None), O.c.sent_ms.is_(None))
         .order_by(O.c.id)
@@ -97,12 +127,6 @@ def claim_unnumbered(connection: Connection, local_id: str, limit: int) -> list[
         .with_for_update(skip_locked=True)
     )
     return [OutboxEntry(*row) for row in connection.execute(statement)]
-
-
-def fetch_last_number(connection: Connection, local_id: str, peer_id: str) -> int:
-    """The greatest number that the peer has yet to acknowledge, or 0. Index outbox_envelope."""
-    statement = select(func.max(O.c.envelope_no)).where(O.c.local_id == local_id, O.c.peer_id == peer_id)
-    return int(connection.execute(statement).scalar() or 0)
 
 
 def update_numbers(connection: Connection, row_ids: Sequence[int], number: int) -> None:
@@ -136,6 +160,13 @@ def fetch_payloads(connection: Connection, local_id: str, peer_id: str, number: 
     return list(connection.execute(statement).scalars())
 
 
+def fetch_waiting(connection: Connection, local_id: str, peer_id: str) -> tuple[int, int | None]:
+    """How many rows wait for the peer, and when (UTC ms) the oldest was made. Prefix of index outbox_envelope."""
+    statement = select(func.count(), func.min(O.c.created_ms)).where(O.c.local_id == local_id, O.c.peer_id == peer_id)
+    count, oldest_ms = connection.execute(statement).one()
+    return count, oldest_ms
+
+
 def update_sent(connection: Connection, local_id: str, peer_id: str, numbers: Collection[int], now_ms: int) -> None:
     """The broker has had these envelopes once more. Index outbox_envelope."""
     connection.execute(
@@ -147,14 +178,57 @@ def update_sent(connection: Connection, local_id: str, peer_id: str, numbers: Co
 
 def delete_acknowledged(connection: Connection, local_id: str, peer_id: str, numbers: Collection[int]) -> int:
     """The peer has stored these envelopes: their rows go. Returns how many rows. Index outbox_envelope."""
-    return connection.execute(
-        delete(O).where(O.c.local_id == local_id, O.c.peer_id == peer_id, O.c.envelope_no.in_(numbers))
-    ).rowcount
+    if not numbers:
+        return 0
+    wanted = [f"{number:d}" for number in numbers]
+    deletion = delete_listed(
+        "outbox", "outbox_envelope", "envelope_no", wanted, local_id=name(local_id), peer_id=name(peer_id)
+    )
+    return connection.exec_driver_sql(deletion).rowcount
+
+
+def fetch_envelope_rows(
+    connection: Connection, local_id: str, peer_id: str, numbers: Collection[int]
+) -> list[EnvelopeRow]:
+    """The rows of a peer's envelopes, locked for this transaction. Index outbox_envelope."""
+    statement = (
+        select(O.c.id, O.c.type, O.c["items"], O.c.token)
+        .with_hint(O, "FORCE INDEX (outbox_envelope)")
+        .where(O.c.local_id == local_id, O.c.peer_id == peer_id, O.c.envelope_no.in_(numbers))
+        .with_for_update()
+    )
+    return [EnvelopeRow(*row) for row in connection.execute(statement)]
+
+
+def fetch_row_payloads(connection: Connection, row_ids: Sequence[int]) -> list[bytes]:
+    """The payloads of these rows, in their order. Primary key."""
+    statement = select(O.c.payload).where(O.c.id.in_(row_ids)).order_by(O.c.id)
+    return list(connection.execute(statement).scalars())
+
+
+def delete_rows(connection: Connection, row_ids: Sequence[int]) -> None:
+    """Takes rows out of the outbox. Primary key."""
+    if row_ids:
+        connection.exec_driver_sql(delete_listed("outbox", "PRIMARY", "id", [f"{row_id:d}" for row_id in row_ids]))
+
+
+def fetch_rows_of_tokens(connection: Connection, tokens: Collection[bytes]) -> list[tuple[int, bytes, int | None]]:
+    """Row id, token and number (None while it is in no envelope) of rows with these tokens, locked. outbox_token."""
+    statement = (
+        select(O.c.id, O.c.token, O.c.envelope_no)
+        .with_hint(O, "FORCE INDEX (outbox_token)")
+        .where(O.c.token.in_(tokens))
+        .with_for_update()
+    )
+    return [(row.id, row.token, row.envelope_no) for row in connection.execute(statement)]
 
 
 def delete_expired_outbox(connection: Connection, local_id: str, before_ms: int, limit: int) -> int:
-    """Gives up rows made before ``before_ms`` (now - OUTBOX_LIFETIME_MS). Index outbox_created."""
-    statement = delete(O).where(O.c.local_id == local_id, O.c.created_ms < before_ms)
+    """Gives up rows made before ``before_ms`` (now - OUTBOX_LIFETIME_MS). Index outbox_created.
+
+    Not those that carry stock: they go with it, or it would count as on its way for ever.
+    """
+    statement = delete(O).where(O.c.local_id == local_id, O.c.created_ms < before_ms, O.c.type != "key.stocked")
     return connection.execute(statement.with_dialect_options(mysql_limit=limit)).rowcount
 
 
@@ -166,6 +240,11 @@ def insert_inbox(connection: Connection, local_id: str, sender_id: str, number: 
     statement = insert(I).prefix_with("IGNORE")
     values = {"local_id": local_id, "sender_id": sender_id, "envelope_no": number, "received_ms": now_ms}
     return connection.execute(statement.values(values)).rowcount == 1
+
+
+def delete_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> None:
+    """Forgets an envelope that is refused after all, in the transaction that had remembered it. Primary key."""
+    connection.execute(delete(I).where(I.c.local_id == local_id, I.c.sender_id == sender_id, I.c.envelope_no == number))
 
 
 def delete_expired_inbox(connection: Connection, local_id: str, before_ms: int, limit: int) -> int:
@@ -192,12 +271,46 @@ def fetch_heartbeat_numbers(connection: Connection, local_id: str, peer_ids: Ite
 
 
 def upsert_heartbeat(
-    connection: Connection, local_id: str, peer_id: str, number: int, interval_ms: int, now_ms: int
+    connection: Connection,
+    local_id: str,
+    peer_id: str,
+    number: int,
+    interval_ms: int,
+    now_ms: int,
+    clock_skew_ms: int = 0,
 ) -> None:
-    """A peer lives. Primary key."""
-    fresh = {"last_heartbeat_no": number, "last_heartbeat_ms": now_ms, "heartbeat_interval_ms": interval_ms}
+    """A peer lives, and its clock lies behind the local one by ``clock_skew_ms``. Primary key."""
+    fresh = {
+        "last_heartbeat_no": number,
+        "last_heartbeat_ms": now_ms,
+        "heartbeat_interval_ms": interval_ms,
+        "clock_skew_ms": _within_int(clock_skew_ms),
+    }
     statement = insert(P).values(local_id=local_id, peer_id=peer_id, **fresh)
     connection.execute(statement.on_duplicate_key_update(fresh))
+
+
+def upsert_clock_skew(connection: Connection, local_id: str, peer_id: str, number: int, clock_skew_ms: int) -> None:
+    """What an envelope that was refused by its date says of the peer's clock. Primary key.
+
+    One whose number is not above the last heartbeat's is a recording, and says nothing.
+    """
+    skew_ms = _within_int(clock_skew_ms)
+    statement = insert(P).values(local_id=local_id, peer_id=peer_id, clock_skew_ms=skew_ms)
+    newer = func.if_(P.c.last_heartbeat_no < number, skew_ms, P.c.clock_skew_ms)
+    connection.execute(statement.on_duplicate_key_update(clock_skew_ms=newer))
+
+
+def upsert_refusal(connection: Connection, local_id: str, peer_id: str, told: str, now_ms: int) -> None:
+    """What a peer said when it refused an envelope, for the operator. Primary key."""
+    fresh = {"last_refusal": told[:255], "last_refusal_ms": now_ms}
+    statement = insert(P).values(local_id=local_id, peer_id=peer_id, **fresh)
+    connection.execute(statement.on_duplicate_key_update(fresh))
+
+
+def _within_int(milliseconds: int) -> int:
+    """A peer may date its envelopes as it likes; the column holds 32 bits."""
+    return max(-(2**31), min(2**31 - 1, milliseconds))
 
 
 def fetch_peer_rows(connection: Connection, local_id: str) -> list[PeerRow]:

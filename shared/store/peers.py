@@ -14,15 +14,17 @@ from sqlalchemy.dialects.mysql import insert
 
 from shared.announcements import Announcement, digest
 from shared.schema import ANNOUNCEMENTS as A
+from shared.schema import BUS_ANNOUNCEMENTS as B
 from shared.schema import PINNED_IDENTITIES as P
 
 
 @dataclass(frozen=True)
 class Pin:
-    """The identity that ``observer`` accepts for a KP, and another that was presented since, if any."""
+    """The identity that ``observer`` accepts for a KP, and another that was presented since (UTC ms), if any."""
 
     public_key: bytes
     presented_key: bytes | None
+    presented_ms: int | None = None
 
 
 def upsert_announcement(connection: Connection, announcement: Announcement, body: bytes) -> None:
@@ -67,20 +69,64 @@ def delete_announcement(connection: Connection, system_id: str) -> None:
     connection.execute(delete(A).where(A.c.system_id == system_id))
 
 
+def upsert_bus_announcement(connection: Connection, local_id: str, announcement: Announcement, body: bytes) -> None:
+    """Stores what a bus peer announced to ``local_id`` alone, unless a newer one is there. Primary key."""
+    statement = insert(B).values(
+        local_id=local_id,
+        system_id=announcement.system_id,
+        digest=digest(body),
+        body=body,
+        issued_ms=announcement.issued_ms,
+    )
+    # MySQL assigns from left to right: issued_ms must be compared before it is replaced, hence last.
+    newer = statement.inserted.issued_ms >= B.c.issued_ms
+    connection.execute(
+        statement.on_duplicate_key_update(
+            [
+                ("digest", func.if_(newer, statement.inserted.digest, B.c.digest)),
+                ("body", func.if_(newer, statement.inserted.body, B.c.body)),
+                ("issued_ms", func.greatest(statement.inserted.issued_ms, B.c.issued_ms)),
+            ]
+        )
+    )
+
+
+def delete_bus_announcement(connection: Connection, local_id: str, system_id: str) -> None:
+    """Makes room for a peer's announcement under another identity than before. Primary key."""
+    connection.execute(delete(B).where(B.c.local_id == local_id, B.c.system_id == system_id))
+
+
+def fetch_bus_announcement_digests(connection: Connection, local_id: str) -> dict[str, bytes]:
+    """system id -> digest of what bus peers announced to ``local_id``. Prefix of the primary key."""
+    rows = connection.execute(select(B.c.system_id, B.c.digest).where(B.c.local_id == local_id))
+    return {row.system_id: row.digest for row in rows}
+
+
+def fetch_bus_announcement(connection: Connection, local_id: str, system_id: str) -> bytes | None:
+    """What a bus peer announced to ``local_id``, as it was signed. Primary key."""
+    statement = select(B.c.body).where(B.c.local_id == local_id, B.c.system_id == system_id)
+    body: bytes | None = connection.execute(statement).scalar()
+    return body
+
+
 def fetch_pin(connection: Connection, observer_id: str, subject_id: str) -> Pin | None:
     """What ``observer_id`` pinned for ``subject_id``. Primary key."""
     row = connection.execute(
-        select(P.c.public_key, P.c.presented_key).where(P.c.observer_id == observer_id, P.c.subject_id == subject_id)
+        select(P.c.public_key, P.c.presented_key, P.c.presented_ms).where(
+            P.c.observer_id == observer_id, P.c.subject_id == subject_id
+        )
     ).one_or_none()
-    return Pin(row.public_key, row.presented_key) if row else None
+    return Pin(*row) if row else None
 
 
 def fetch_pins(connection: Connection, observer_id: str) -> dict[str, Pin]:
     """All that ``observer_id`` pinned, by subject. Prefix of the primary key."""
     rows = connection.execute(
-        select(P.c.subject_id, P.c.public_key, P.c.presented_key).where(P.c.observer_id == observer_id)
+        select(P.c.subject_id, P.c.public_key, P.c.presented_key, P.c.presented_ms).where(
+            P.c.observer_id == observer_id
+        )
     )
-    return {row.subject_id: Pin(row.public_key, row.presented_key) for row in rows}
+    return {row.subject_id: Pin(row.public_key, row.presented_key, row.presented_ms) for row in rows}
 
 
 def insert_pin(connection: Connection, observer_id: str, subject_id: str, public_key: bytes, now_ms: int) -> bytes:
@@ -113,3 +159,15 @@ def update_pin(connection: Connection, observer_id: str, subject_id: str, public
         .where(P.c.observer_id == observer_id, P.c.subject_id == subject_id)
         .values(public_key=public_key, pinned_ms=now_ms, presented_key=None, presented_ms=None)
     )
+
+
+def upsert_presented(
+    connection: Connection, observer_id: str, subject_id: str, configured_key: bytes, presented_key: bytes, now_ms: int
+) -> None:
+    """For an operator to read: another identity than the configured one was presented. Primary key.
+
+    The configured identity decides; this row decides nothing.
+    """
+    fresh = {"public_key": configured_key, "presented_key": presented_key, "presented_ms": now_ms}
+    statement = insert(P).values(observer_id=observer_id, subject_id=subject_id, pinned_ms=now_ms, **fresh)
+    connection.execute(statement.on_duplicate_key_update(fresh))

@@ -23,7 +23,19 @@ from sandbox.servers import Database, MariaDbServer
 from shared.announcements import Announcement
 from shared.database import connect
 from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store import expiry, keys, messages, peers, processes
+from shared.store import (
+    expiry,
+    keys,
+    messages,
+    packets,
+    peers,
+    placing,
+    processes,
+    received,
+    stock,
+    stock_kept,
+    wrapping_keys,
+)
 from shared.store.steps import Statement, run_steps
 from tests.integration.key_providers import Store
 
@@ -32,7 +44,7 @@ NOW_MS = 1_800_000_000_000
 KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
-MODULES = (expiry, keys, messages, peers, processes)
+MODULES = (expiry, keys, messages, peers, placing, processes, received, stock, stock_kept, wrapping_keys)
 
 # MariaDB (10.11 and 11.8) does not follow FORCE INDEX in a DELETE when most of a table's rows are asked for: it reads
 # them all and waits for those of other callers. A join from a list of the keyIds does not:
@@ -45,6 +57,7 @@ WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_M
 EVENT = keys.OutboxEvent(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
 FEW = [replace(RECORD, key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
 MOST = [record.key_id for record in FEW[:-1]]
+ROW = packets.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
 EXPIRED = [expiry.ExpiredKey(KEY_IDS[0], KP, NOW_MS - 1, "c")]
 
 SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
@@ -52,12 +65,14 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_expired_keys": lambda c: expiry.delete_expired_keys(c, KP, EXPIRED),
     "fetch_targets": expiry.fetch_targets,
     "delete_expired_wrapping_keys": lambda c: expiry.delete_expired_wrapping_keys(c, NOW_MS, 100),
+    "delete_expired_held": lambda c: expiry.delete_expired_held(c, KP, NOW_MS, 100),
+    "delete_expired_withdrawn": lambda c: expiry.delete_expired_withdrawn(c, KP, NOW_MS, 100),
     "insert_outbox": lambda c: messages.insert_outbox(c, KP, PEER, "key.issued", b"\x90", 0, NOW_MS),
     "claim_unnumbered": lambda c: messages.claim_unnumbered(c, KP, 500),
-    "fetch_last_number": lambda c: messages.fetch_last_number(c, KP, PEER),
     "update_numbers": lambda c: messages.update_numbers(c, [5, 6], 77),
     "fetch_envelopes": lambda c: messages.fetch_envelopes(c, KP),
     "fetch_payloads": lambda c: messages.fetch_payloads(c, KP, PEER, 7),
+    "fetch_waiting": lambda c: messages.fetch_waiting(c, KP, PEER),
     "update_sent": lambda c: messages.update_sent(c, KP, PEER, [7, 8], NOW_MS),
     "delete_acknowledged": lambda c: messages.delete_acknowledged(c, KP, PEER, [7, 8]),
     "delete_expired_outbox": lambda c: messages.delete_expired_outbox(c, KP, NOW_MS, 100),
@@ -66,20 +81,54 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "add_to_counters": lambda c: messages.add_to_counters(c, KP, PEER, {"issued": 1}),
     "fetch_heartbeat_numbers": lambda c: messages.fetch_heartbeat_numbers(c, KP, [PEER]),
     "upsert_heartbeat": lambda c: messages.upsert_heartbeat(c, KP, PEER, 1, 5000, NOW_MS),
+    "upsert_clock_skew": lambda c: messages.upsert_clock_skew(c, KP, PEER, 1, 5000),
     "fetch_peer_rows": lambda c: messages.fetch_peer_rows(c, KP),
     "upsert_announcement": lambda c: peers.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
     "fetch_announcement_digests": peers.fetch_announcement_digests,
     "fetch_announcement": lambda c: peers.fetch_announcement(c, KP),
     "fetch_announcement_issued_ms": lambda c: peers.fetch_announcement_issued_ms(c, KP),
     "delete_announcement": lambda c: peers.delete_announcement(c, KP),
+    "upsert_bus_announcement": lambda c: peers.upsert_bus_announcement(
+        c, KP, Announcement(PEER, b"k", 1, "a", ()), b"b"
+    ),
+    "delete_bus_announcement": lambda c: peers.delete_bus_announcement(c, KP, PEER),
+    "fetch_bus_announcement_digests": lambda c: peers.fetch_bus_announcement_digests(c, KP),
+    "fetch_bus_announcement": lambda c: peers.fetch_bus_announcement(c, KP, PEER),
     "fetch_pin": lambda c: peers.fetch_pin(c, KP, PEER),
     "fetch_pins": lambda c: peers.fetch_pins(c, KP),
     "insert_pin": lambda c: peers.insert_pin(c, KP, PEER, b"k", NOW_MS),
     "update_presented_key": lambda c: peers.update_presented_key(c, KP, PEER, b"k", NOW_MS),
     "update_pin": lambda c: peers.update_pin(c, KP, PEER, b"k", NOW_MS),
+    "upsert_presented": lambda c: peers.upsert_presented(c, KP, PEER, b"k", b"p", NOW_MS),
     "upsert_process": lambda c: processes.upsert_process(c, KP, "api", "host:1", NOW_MS, "ok"),
     "fetch_processes": lambda c: processes.fetch_processes(c, KP),
     "delete_expired_processes": lambda c: processes.delete_expired_processes(c, KP, NOW_MS),
+}
+SQLALCHEMY_CALLS |= {
+    "fetch_envelope_rows": lambda c: messages.fetch_envelope_rows(c, KP, PEER, [7, 8]),
+    "fetch_row_payloads": lambda c: messages.fetch_row_payloads(c, [5, 6]),
+    "delete_rows": lambda c: messages.delete_rows(c, [5, 6]),
+    "fetch_rows_of_tokens": lambda c: messages.fetch_rows_of_tokens(c, KEY_IDS),
+    "delete_inbox": lambda c: messages.delete_inbox(c, KP, PEER, 7),
+    "upsert_refusal": lambda c: messages.upsert_refusal(c, KP, PEER, "no", NOW_MS),
+    "fetch_known_keys": lambda c: received.fetch_known_keys(c, KP, PEER, KEY_IDS),
+    "insert_received_keys": lambda c: received.insert_received_keys(c, [RECORD]),
+    "insert_received_wrapping_keys": lambda c: received.insert_received_wrapping_keys(c, [WRAPPING_KEY]),
+    "insert_stock_held": lambda c: received.insert_stock_held(c, KP, PEER, [RECORD]),
+    "fetch_stock_held": lambda c: received.fetch_stock_held(c, KP, PEER, KEY_IDS),
+    "delete_stock_held": lambda c: received.delete_stock_held(c, KP, PEER, KEY_IDS),
+    "delete_withdrawn_records": lambda c: received.delete_withdrawn_records(c, KP, PEER, KEY_IDS),
+    "insert_withdrawn_keys": lambda c: received.insert_withdrawn_keys(c, KP, PEER, [(KEY_IDS[0], NOW_MS)]),
+    "update_stock_placed": lambda c: stock_kept.update_stock_placed(c, KEY_IDS, NOW_MS),
+    "fetch_stock_peers": lambda c: stock_kept.fetch_stock_peers(c, KP),
+    "fetch_old_stock": lambda c: stock_kept.fetch_old_stock(c, KP, PEER, NOW_MS, 100),
+    "fetch_stock_of_tokens": lambda c: stock_kept.fetch_stock_of_tokens(c, KP, KEY_IDS),
+    "delete_stock": lambda c: stock_kept.delete_stock(
+        c, KP, PEER, [stock_kept.StockRow(KEY_IDS[0], NOW_MS, b"t" * 16, True)]
+    ),
+    "fetch_sealed_wrapping_keys": lambda c: wrapping_keys.fetch_sealed_wrapping_keys(c, KEY_IDS),
+    "fetch_stock_levels": lambda c: stock.fetch_stock_levels(c, KP, PEER, NOW_MS),
+    "fetch_held": lambda c: stock.fetch_held(c, KP),
 }
 RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_issued": lambda c: run_steps(c, keys.commit_issued([RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16)),
@@ -88,6 +137,18 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_claimed": lambda c: run_steps(c, keys.commit_claimed(KEY_IDS, [EVENT], b"u" * 16)),
     "fetch_commit_token": lambda c: run_steps(c, keys.fetch_commit_token(b"t" * 16)),
     "end_without_change": lambda c: run_steps(c, keys.end_without_change()),
+    "commit_placing": lambda c: run_steps(c, placing.commit_placing([WRAPPING_KEY], [ROW])),
+    "fetch_waiting_tokens": lambda c: run_steps(c, placing.fetch_waiting_tokens(KEY_IDS)),
+    "fetch_for_withdrawal": lambda c: run_steps(c, placing.fetch_for_withdrawal(KEY_IDS)),
+    "commit_withdrawn": lambda c: run_steps(c, placing.commit_withdrawn(KEY_IDS, [replace(ROW, token=b"s" * 16)])),
+    "delete_held": lambda c: run_steps(c, placing.delete_held(KP, {PEER: KEY_IDS})),
+    "claim_stock": lambda c: run_steps(c, stock.claim_stock(KP, PEER, NOW_MS, 10)),
+    "commit_given_out": lambda c: run_steps(
+        c, stock.commit_given_out([RECORD, RECORD], [replace(ROW, token=b"q" * 16)])
+    ),
+    "commit_stocked": lambda c: run_steps(
+        c, stock.commit_stocked([RECORD], [WRAPPING_KEY], replace(ROW, token=b"p" * 16))
+    ),
 }
 
 
@@ -117,6 +178,11 @@ def fill(store: Store) -> None:
         "peers (local_id, peer_id)": f"DISTINCT {kp}, {peer}",
         "pinned_identities": f"DISTINCT {kp}, {peer}, 'k', 1, NULL, NULL",
         "announcements": f"DISTINCT {kp}, 'd', 'b', 1",
+        "bus_announcements": f"DISTINCT {kp}, {peer}, 'd', 'b', 1",
+        "stock": f"{kp}, {peer}, {NOW_MS} - 100 + seq, {id_of_seq}, 256, {id_of_seq}, 'n', 's', {id_of_seq}, "
+        "IF(seq % 5 = 0, NULL, 1)",
+        "stock_held": f"{kp}, {peer}, {id_of_seq}, {NOW_MS} - 100 + seq",
+        "withdrawn_keys": f"{kp}, {peer}, {id_of_seq}, {NOW_MS} - 100 + seq",
         "processes": f"{kp}, 'api', CONCAT('host:', seq), {NOW_MS}, ''",
     }
     for table, columns in contents.items():
@@ -242,6 +308,55 @@ def deletion_of(wanted: list[bytes]) -> str:
     assert isinstance(step, Statement)
     (deletion,) = [statement for statement in step.sql.split(";") if statement.startswith("DELETE")]
     return deletion
+
+
+# Each deletes by a list: of the rows of FEW, or of outbox rows with the same numbers as ids.
+TOKENS = [bytes([n]) * 16 for n in range(20)]
+ROW_IDS = list(range(1, 21))
+COPIES = [stock_kept.StockRow(record.key_id, record.expires_ms, b"t" * 16, True) for record in FEW]
+DELETIONS: dict[str, tuple[str, Callable[[RawConnection[Any], Connection], object]]] = {
+    "commit_withdrawn": ("outbox", lambda c, _: run_steps(c, placing.commit_withdrawn(TOKENS[:-1], []))),
+    "delete_held": ("stock_held", lambda c, _: run_steps(c, placing.delete_held(KP, {PEER: MOST}))),
+    "commit_given_out": ("stock", lambda c, _: run_steps(c, stock.commit_given_out(FEW[:-1], [ROW]))),
+    "delete_stock": ("stock", lambda _, c: stock_kept.delete_stock(c, KP, PEER, COPIES[:-1])),
+    "delete_rows": ("outbox", lambda _, c: messages.delete_rows(c, ROW_IDS[:-1])),
+    "delete_acknowledged": ("outbox", lambda _, c: messages.delete_acknowledged(c, KP, PEER, ROW_IDS[:-1])),
+}
+
+
+@pytest.fixture
+def few_on_a_link(database: Database, tmp_path: Path) -> Iterator[Store]:
+    """A store with a handful of rows in each of the tables of a bus link."""
+    made = Store(database, tmp_path)
+    for n, record in enumerate(FEW):
+        made.rows(
+            "INSERT INTO outbox (id, local_id, peer_id, type, payload, items, token, created_ms, envelope_no) "
+            "VALUES (%s, %s, %s, 'key.placed', 'p', 1, %s, 1, %s)",
+            *(ROW_IDS[n], KP, PEER, TOKENS[n], ROW_IDS[n]),
+        )
+        made.rows("INSERT INTO stock_held VALUES (%s, %s, %s, 1)", KP, PEER, record.key_id)
+        made.rows(
+            "INSERT INTO stock VALUES (%s, %s, %s, %s, 256, 'w', 'n', 's', 't', 1)",
+            *(KP, PEER, record.expires_ms, record.key_id),
+        )
+    for table in ("outbox", "stock", "stock_held"):
+        made.rows(f"ANALYZE TABLE {table}")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("name", sorted(DELETIONS))
+def test_a_deletion_on_a_small_store_waits_for_no_row_of_others(few_on_a_link: Store, name: str) -> None:
+    table, call = DELETIONS[name]
+    held = "id = 20" if table == "outbox" else f"key_id = 0x{FEW[-1].key_id.hex()}"
+    store = few_on_a_link
+    with store.connect() as other, other.cursor() as cursor:
+        assert cursor.execute(f"SELECT 1 FROM {table} WHERE {held} FOR UPDATE") == 1
+        with store.connect() as mine, store.engine.begin() as connection:
+            call(mine, connection)
+        other.rollback()
+    assert store.rows(f"SELECT COUNT(*) FROM {table} WHERE {held}") == [(1,)]
+    assert store.count(table) == 1
 
 
 def test_the_guard_itself_sees_a_statement_without_an_index(store: Store) -> None:

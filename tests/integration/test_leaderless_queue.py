@@ -18,7 +18,8 @@ import aio_pika
 import pytest
 
 from sandbox.servers import Database, RabbitMqServer
-from shared.bus import CONSUME_SECONDS, REMAKE_AFTER_TRIES, SETTLED_SECONDS, _declare_exchanges, _declare_queues
+from shared.broker import SETTLED_SECONDS
+from shared.bus import CONSUME_SECONDS, REMAKE_AFTER_TRIES, _declare_exchanges, _declare_queues
 from shared.bus_names import queue_name
 from shared.envelopes import EnvelopeType
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig, bus_of

@@ -9,7 +9,8 @@ import pytest
 
 from sandbox.servers import Database
 from services.janitor import pruning
-from services.janitor.pruning import prune
+from services.janitor.pruning import WITHDRAWN_KEPT_MS, prune
+from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, insert_inbox, insert_outbox
 from shared.store.processes import ProcessSeen, fetch_processes, upsert_process
 from tests.integration.key_providers import Store
@@ -39,6 +40,32 @@ def test_wrapping_keys_go_when_their_epoch_is_destroyed(store: Store) -> None:
     add_wrapping_key(store, b"needed", NOW_MS + 1)
     prune_now(store)
     assert store.rows("SELECT wrapping_key_id FROM wrapping_keys") == [(b"needed".ljust(16),)]
+
+
+def add_notes(store: Store, local_id: str, key_id: bytes, expires_ms: int) -> None:
+    for table in ("stock_held", "withdrawn_keys"):
+        store.rows(f"INSERT INTO {table} VALUES (%s, 'KP_Carol', %s, %s)", local_id, key_id, expires_ms)
+
+
+def key_ids(store: Store, table: str) -> list[bytes]:
+    return [row[0] for row in store.rows(f"SELECT key_id FROM {table} ORDER BY key_id")]
+
+
+def test_notes_on_stock_go_when_it_expires_and_only_ones_own(store: Store) -> None:
+    add_notes(store, KP, b"1", NOW_MS)
+    add_notes(store, KP, b"2", NOW_MS + 1)
+    add_notes(store, "KP_Bob", b"3", 1)
+    prune_now(store)
+    assert key_ids(store, "stock_held") == [b"2", b"3"]
+
+
+def test_a_withdrawal_is_remembered_until_no_clock_would_have_its_record_stored(store: Store) -> None:
+    assert WITHDRAWN_KEPT_MS > MAX_CLOCK_SKEW_MS
+    add_notes(store, KP, b"1", NOW_MS - WITHDRAWN_KEPT_MS)
+    add_notes(store, KP, b"2", NOW_MS - WITHDRAWN_KEPT_MS + 1)
+    add_notes(store, "KP_Bob", b"3", 1)
+    prune_now(store)
+    assert key_ids(store, "withdrawn_keys") == [b"2", b"3"]
 
 
 def test_outbox_rows_go_after_a_day_and_only_ones_own(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,12 +114,14 @@ def test_more_rows_than_a_batch_all_go(store: Store, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pruning, "_ROWS", 7)
     for n in range(30):
         add_wrapping_key(store, f"gone {n}".encode(), NOW_MS - n)
+        add_notes(store, KP, f"gone {n}".encode(), n)
     with store.engine.begin() as connection:
         for n in range(30):
             insert_inbox(connection, KP, "KP_Bob", n, 1)
             insert_outbox(connection, KP, "KP_Bob", "key.issued", b"\x90", 0, 1)
     prune_now(store)
-    assert [store.count(table) for table in ("wrapping_keys", "inbox", "outbox")] == [0, 0, 0]
+    tables = ("wrapping_keys", "stock_held", "withdrawn_keys", "inbox", "outbox")
+    assert [store.count(table) for table in tables] == [0] * 5
 
 
 def test_a_stop_is_heeded_between_batches(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,26 +63,43 @@ class RawAnswer:
         return str(self.json["error"])
 
 
+@dataclass(frozen=True)
+class Place:
+    """A store and a broker."""
+
+    database: Database
+    rabbitmq_url: str = field(repr=False)
+
+
 class Lab:
-    """Key providers over one store and one broker."""
+    """Key providers over one store and one broker, unless they are put elsewhere."""
 
     def __init__(self, root: Path, database: Database, rabbitmq_url: str) -> None:
         self.root = root
         self.database = database
         self.rabbitmq_url = rabbitmq_url
+        self.places = [Place(database, rabbitmq_url)]
         self.kps: dict[str, KeyProvider] = {}
         self.handed_out: list[Key] = []
         self.log_dirs: list[Path] = []
 
     def add(
-        self, system_id: str, *remote_ids: str, folder: str | None = None, env: Mapping[str, str] | None = None
+        self,
+        system_id: str,
+        *remote_ids: str,
+        folder: str | None = None,
+        env: Mapping[str, str] | None = None,
+        at: Place | None = None,
     ) -> KeyProvider:
         """A key provider that is not started yet. Another folder of the same id is another host."""
+        place = at or self.places[0]
+        if place not in self.places:
+            self.places.append(place)
         kp = KeyProvider(
             system_id,
             remote_ids,
-            self.database,
-            self.rabbitmq_url,
+            place.database,
+            place.rabbitmq_url,
             root=self.root / (folder or system_id),
             env_overrides=env,
         )
@@ -126,10 +143,11 @@ class Lab:
 
     def needles(self) -> Needles:
         """All that no log may hold: keys, passwords, private keys."""
-        secrets = {"MySQL password": self.database.password, "RabbitMQ URL": self.rabbitmq_url}
-        secrets["RabbitMQ password"] = self.rabbitmq_url.partition("://")[2].partition("@")[0].partition(":")[2]
         needles = Needles()
-        needles.add_texts(secrets)
+        for place in self.places:
+            secrets = {"MySQL password": place.database.password, "RabbitMQ URL": place.rabbitmq_url}
+            secrets["RabbitMQ password"] = place.rabbitmq_url.partition("://")[2].partition("@")[0].partition(":")[2]
+            needles.add_texts(secrets)
         for key in self.handed_out:
             needles.add_key(f"key {key.key_id}", bytes.fromhex(key.key))
         for kp in self.kps.values():

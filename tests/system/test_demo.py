@@ -25,7 +25,7 @@ DEMO_DIR = CLONE / ".demo"
 
 
 def start_demo(tmp_path: Path, **wishes: str) -> subprocess.Popen[str]:
-    environ = {name: value for name, value in os.environ.items() if name not in ("ONCE", "PORT_BASE")}
+    environ = {name: value for name, value in os.environ.items() if name not in ("ONCE", "PORT_BASE", "TOPOLOGY")}
     return subprocess.Popen(
         [sys.executable, "-m", "sandbox.demo"],
         cwd=CLONE,

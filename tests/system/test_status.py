@@ -65,7 +65,7 @@ class Ledger:
             wanted = self._wanted(source.system_id)
             wait_for(lambda s=source, t=target, w=wanted: counts(s, t.system_id) == w, timeout_seconds=TOLD_SECONDS)  # type: ignore[misc]
             wait_for(
-                lambda s=source, t=target, w=wanted: peer(t, s.system_id)["inbound"] == w,  # type: ignore[misc]
+                lambda s=source, t=target, w=wanted: peer(t, s.system_id)["inbound"] == w | {"withdrawn": 0},  # type: ignore[misc]
                 timeout_seconds=TOLD_SECONDS,
             )
 

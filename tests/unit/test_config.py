@@ -92,6 +92,10 @@ def test_required_variables_alone_give_the_documented_defaults() -> None:
         "max_connections": 20000,
         "max_batch": 256,
         "max_queue": 4096,
+        "sync_timeout_seconds": 2.0,
+        "retrieve_wait_seconds": 1.0,
+        "peers": {},
+        "bus_peers": (),
         "metrics_port": 0,
         "log_level": "info",
         "config_file": None,
@@ -237,6 +241,8 @@ BAD_VALUES = {
     "SKIP_MAX_BATCH": ["0", "4097"],
     "SKIP_MAX_QUEUE": ["0", "1000001"],
     "SKIP_HEARTBEAT_SECONDS": ["0", "3601", "1e1", "5s"],
+    "SKIP_SYNC_TIMEOUT": ["0", "301", "2s"],
+    "SKIP_RETRIEVE_WAIT": ["-1", "61", "never"],
     "SKIP_METRICS_PORT": ["65536", "on"],
     "SKIP_LOG_LEVEL": ["trace"],
 }
@@ -524,6 +530,9 @@ handshake_timeout_seconds = 1.5
 max_connections_per_address = 7
 [syncer]
 heartbeat_seconds = 0.5
+[sync]
+timeout_seconds = 1.5
+retrieve_wait_seconds = 0
 [metrics]
 port = 9
 [log]

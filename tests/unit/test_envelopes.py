@@ -17,13 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.syncer.payloads import read_payload
+from services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
 from shared import wire
 from shared.envelopes import (
     MAX_ENVELOPE_BYTES,
+    Claim,
     EnvelopeType,
     Header,
     SignedEnvelope,
     check_envelope,
+    read_claim,
     read_envelope,
     sign_envelope,
 )
@@ -46,7 +49,12 @@ def receive(vector: dict[str, Any]) -> SignedEnvelope:
     """What a receiver does with the bytes, in its order."""
     envelope = read_envelope(bytes.fromhex(vector["envelope"]))
     check_envelope(envelope, vector["local_id"], bytes.fromhex(vector["sender_public_key"]), vector["now_ms"])
-    read_payload(envelope.header.type, envelope.payload)
+    payload = read_payload(envelope.header.type, envelope.payload)
+    if isinstance(payload, PlacedKeys):
+        epochs = OwnEpochs(frozenset)
+        epochs.note(((bytes.fromhex(epoch_id), destroy_ms) for epoch_id, destroy_ms in vector["epochs"]), 0)
+        judge = PlacedKeysJudge(lambda _: vector["link"] == "bus", epochs.has)
+        judge.check(envelope.header, payload, bytes.fromhex(vector["sender_public_key"]), vector["now_ms"])
     return envelope
 
 
@@ -86,6 +94,19 @@ def test_the_signed_part_of_an_envelope_is_made_as_the_vectors_have_it() -> None
             pinned = read_envelope(bytes.fromhex(vector["envelope"]))
             made = read_envelope(sign_envelope(pinned.header, pinned.payload, IDENTITY))
             assert (made.protected, made.payload) == (pinned.protected, pinned.payload)
+
+
+def test_an_envelope_of_an_unknown_version_or_type_still_says_whose_it_is() -> None:
+    """The first six fields of the protected part keep their places in all versions."""
+    protected = [2, "key.blessed", "KP_Alice", "KP_Bob", 7, NOW_MS, "what version 2 adds"]
+    later = wire.pack([wire.pack(protected), b"payload", b"signature", b"a fourth part"])
+    assert read_claim(later) == Claim(2, "KP_Alice", "KP_Bob", 7)
+    assert read_claim(sign_envelope(HEADER, b"", IDENTITY)) == Claim(1, "KP_Alice", "KP_Bob", 7)
+
+
+@given(st.binary(max_size=200))
+def test_a_strangers_bytes_claim_nothing_and_raise_nothing(data: bytes) -> None:
+    assert read_claim(data) is None
 
 
 def test_an_envelope_of_more_than_four_mebibytes_is_refused_unread() -> None:

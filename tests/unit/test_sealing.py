@@ -129,6 +129,19 @@ def test_no_made_up_ciphertext_opens(sealed: bytes, nonce: bytes) -> None:
         WRAPPING_KEY.open(replace(RECORD, sealed=sealed, nonce=nonce))
 
 
+@pytest.mark.parametrize("context", [b"", b"KP_Carol", b"KP_Bo", b"KP_Bob\0"])
+def test_a_record_opens_only_with_the_context_that_it_was_sealed_with(context: bytes) -> None:
+    copy = WRAPPING_KEY.seal(KEY_ID, KEY, EXPIRES_MS, "", b"KP_Bob")
+    assert WRAPPING_KEY.open(copy, b"KP_Bob") == KEY
+    with pytest.raises(SealBroken):
+        WRAPPING_KEY.open(copy, context)
+
+
+def test_a_record_without_a_context_does_not_open_with_one() -> None:
+    with pytest.raises(SealBroken):
+        WRAPPING_KEY.open(RECORD, b"KP_Bob")
+
+
 # --- wrapping keys
 
 
@@ -220,13 +233,13 @@ def open_vector(vector: dict[str, Any]) -> bytes:
     sealed = from_json(SealedWrappingKey, vector["wrapping_key"])
     epoch_key = HybridPrivateKey.from_bytes(bytes.fromhex(vector["epoch"]["private_key"]))
     wrapping_key = open_wrapping_key(sealed, bytes.fromhex(vector["source_public_key"]), epoch_key)
-    return wrapping_key.open(from_json(KeyRecord, vector["record"]))
+    return wrapping_key.open(from_json(KeyRecord, vector["record"]), bytes.fromhex(vector.get("context", "")))
 
 
 def test_the_vectors_are_there() -> None:
     expectations = [read_vector(path)["expect"] for path in VECTORS]
-    assert expectations.count("opens") == 5
-    assert expectations.count("broken") == 6
+    assert expectations.count("opens") == 6
+    assert expectations.count("broken") == 7
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)

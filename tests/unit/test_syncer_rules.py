@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.syncer.letters import MAX_PAYLOAD_BYTES, MAX_SEALED_ROWS, gather
 from services.syncer.numbers import Numbers
-from services.syncer.outbox import MAX_PAYLOAD_BYTES, gather
 from services.syncer.payloads import Events, pack_events, read_payload
+from services.syncer.placed_keys import OwnEpochs
+from services.syncer.row_types import counter_when_numbered, envelope_type, urgency
 from services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
 from shared import wire
 from shared.bus_names import encode_id, live_routing_key, queue_name, routing_key
@@ -47,6 +49,25 @@ def test_an_envelope_is_full_at_256_kib_and_no_later_row_goes_ahead_of_its_turn(
 def test_a_row_that_is_too_large_for_any_envelope_goes_alone() -> None:
     rows = [entry(1, payload_bytes=MAX_PAYLOAD_BYTES + 1), entry(2)]
     assert ids(gather(rows)) == [[1]]
+
+
+@pytest.mark.parametrize("kind", ["key.placed", "key.stocked"])
+def test_rows_with_sealed_keys_share_an_envelope_as_long_as_their_keys_and_wrapping_keys_fit(kind: str) -> None:
+    rows = [OutboxEntry(n, "KP_Bob", kind, 500, 100) for n in range(6)]
+    assert ids(gather(rows)) == [[0, 1, 2, 3]]
+    small = [OutboxEntry(n, "KP_Bob", kind, 1, 100) for n in range(MAX_SEALED_ROWS + 1)]
+    assert len(gather(small)[0]) == MAX_SEALED_ROWS
+
+
+def test_rows_that_differ_only_in_what_they_count_as_do_not_share_an_envelope() -> None:
+    kinds = ["key.placed", "key.stocked", "key.issued", "key.withdrawn", "stock.dropped"]
+    assert ids(gather(entry(n, kind=kind) for n, kind in enumerate(kinds))) == [[0], [1], [2], [3], [4]]
+    assert [envelope_type(kind).value for kind in kinds] == ["key.issued"] * 3 + ["key.withdrawn"] * 2
+    assert [counter_when_numbered(kind) for kind in kinds] == [None, None, "issued", "withdrawn", None]
+
+
+def test_what_an_encryptor_waits_for_is_sent_first() -> None:
+    assert urgency("key.placed") < min(urgency(kind) for kind in ("key.stocked", "key.issued", "key.withdrawn"))
 
 
 def test_the_events_of_several_rows_are_one_list_in_their_order() -> None:
@@ -109,6 +130,31 @@ def test_nothing_is_heaped_up_in_the_queue_of_a_peer_that_is_offline() -> None:
 def test_what_found_no_queue_is_due_as_soon_as_its_peer_is_heard() -> None:
     assert not is_due(1, NOW_MS - 2_000, "offline", NOW_MS, unrouted=True)
     assert is_due(1, NOW_MS - 2_000, "online", NOW_MS, unrouted=True)
+
+
+def test_what_a_peer_refused_is_left_alone_for_five_minutes() -> None:
+    assert not is_due(1, NOW_MS - LAST_RETRY_MS + 1, "online", NOW_MS, refused=True)
+    assert is_due(1, NOW_MS - LAST_RETRY_MS, "online", NOW_MS, refused=True)
+    assert not is_due(1, NOW_MS - 2_000, "online", NOW_MS, refused=True, unrouted=True)
+
+
+# --- epochs that can be opened
+
+
+def test_an_epoch_that_was_announced_can_be_opened_until_it_is_destroyed() -> None:
+    epochs = OwnEpochs(frozenset)
+    epochs.note([(b"e" * 16, NOW_MS + 10)], NOW_MS)
+    epochs.note([], NOW_MS + 9)
+    assert epochs.has(b"e" * 16, NOW_MS + 10)
+    assert not epochs.has(b"e" * 16, NOW_MS + 11)
+    epochs.note([], NOW_MS + 10)
+    assert not epochs.has(b"e" * 16, NOW_MS)
+
+
+def test_after_a_restart_the_keyring_tells_of_epochs_that_are_announced_no_more() -> None:
+    epochs = OwnEpochs(lambda: [b"e" * 16])
+    assert epochs.has(b"e" * 16, NOW_MS)
+    assert not epochs.has(b"f" * 16, NOW_MS)
 
 
 def test_the_inbox_remembers_an_envelope_for_longer_than_it_can_be_sent_again() -> None:

@@ -33,11 +33,15 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is at the other end of a TLS connection. ``allowed`` is None where nothing is limited."""
+    """Who is at the other end of a TLS connection. ``allowed`` is None where nothing is limited.
+
+    ``names`` are what patterns of identities are compared with; none for a caller who has proved none.
+    """
 
     shown: str
     proof: str
     allowed: RemoteSystemIds | None = field(repr=False)
+    names: tuple[str, ...] = field(default=(), repr=False)
 
     def may_ask_for(self, remote_system_id: str) -> bool:
         """Whether the caller may have keys shared with that key provider."""
@@ -62,7 +66,7 @@ class CallerBook:
 
     def _psk_caller(self, identity: bytes) -> Caller:
         name = identity.decode(errors="backslashreplace")
-        return Caller(_printable(name), "psk", self._allowed((name,)))
+        return Caller(_printable(name), "psk", self._allowed((name,)), (name,))
 
     def _certificate_caller(self, der: bytes) -> Caller:
         try:
@@ -71,7 +75,8 @@ class CallerBook:
             # OpenSSL let through what cryptography cannot read: it has proved something, but has no name.
             return Caller("unreadable certificate", "certificate", self._allowed(()))
         shown = "; ".join([subject, *(f"{kind}:{name}" for kind, name in names if kind != "CN")])
-        return Caller(_printable(shown), "certificate", self._allowed((subject, *(name for _, name in names))))
+        all_names = (subject, *(name for _, name in names))
+        return Caller(_printable(shown), "certificate", self._allowed(all_names), all_names)
 
     def _allowed(self, names: Iterable[str]) -> RemoteSystemIds | None:
         if not self._rules:

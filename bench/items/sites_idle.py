@@ -1,0 +1,108 @@
+"""Item 12: what two idle key providers cost, and what one syncer costs that has 200 peers."""
+
+from __future__ import annotations
+
+import time
+
+import pymysql
+
+from bench.cpu import CpuMeter
+from bench.plan import Plan
+from bench.report import Figure, Finding, Line, Target
+from bench.sites_stage import SitesStage
+from bench.stage import Stage
+from bench.voices import Voices
+from bench.waiting import wait_until
+from sandbox.key_provider import ROLES, KeyProvider
+from sandbox.processes import SandboxError
+from sandbox.servers import Database
+
+_STOCK = 64
+_PEERS = 200
+_INTERVAL_SECONDS = 5.0
+# Starting costs more than being there.
+_CALM_SECONDS = 6
+_HUB = "KP_Hub"
+
+
+def measure(stage: Stage, plan: Plan) -> Finding:
+    sites = stage.sites()
+    sites.set_up(_STOCK)
+    idle, shares = _idle(sites, plan)
+    many, voices = _many_peers(sites, plan)
+    lines = [
+        Line(
+            12,
+            Figure("six processes of two idle key providers", [idle], "% of a core"),
+            target=Target("at most", 3, "%", idle),
+        ),
+        Line(
+            12,
+            Figure(f"a syncer with {_PEERS} peers, heartbeats every {_INTERVAL_SECONDS:g} s", [many], "% of a core"),
+            target=Target("at most", 25, "%", many),
+        ),
+    ]
+    return Finding(lines, [f"item 12: idle, {shares}", f"item 12: {voices}"])
+
+
+def _idle(sites: SitesStage, plan: Plan) -> tuple[float, str]:
+    pids = {f"{role} {kp.system_id}": kp.processes[role].pid for kp in (sites.alice, sites.bob) for role in ROLES}
+    sites.settle()
+    time.sleep(_CALM_SECONDS)
+    with CpuMeter(**pids) as meter:
+        time.sleep(plan.idle_seconds)
+    shares = {name: 100 * meter.cores(name) for name in pids}
+    return sum(shares.values()), ", ".join(f"{name} {share:.2f} %" for name, share in shares.items())
+
+
+def _many_peers(sites: SitesStage, plan: Plan) -> tuple[float, str]:
+    """A third key provider at the first site, of which only the syncer runs."""
+    server, broker = sites.sites.mysql_servers[0], sites.sites.rabbitmq_servers[0]
+    database = server.create_database("bench_hub", user="bench_hub")
+    voices = Voices(broker.url, _HUB, _PEERS, _INTERVAL_SECONDS)
+    ids = [voice.id for voice in voices.all]
+    hub = KeyProvider(_HUB, ids, database, broker.url, root=sites.sites.logs.parent / "hub")
+    try:
+        hub.make_files()
+        hub.link_by_bus(*(voice.peer() for voice in voices.all))
+        hub.start("syncer")
+        with voices:
+            wait_until(lambda: _online(database) == _PEERS, f"{_HUB} to hear its {_PEERS} peers")
+            time.sleep(_CALM_SECONDS)
+            sent, heard = voices.sent, voices.heard
+            with CpuMeter(syncer=hub.processes["syncer"].pid) as meter:
+                time.sleep(plan.idle_seconds)
+            told = f"{voices.sent - sent} heartbeats came to the syncer and {voices.heard - heard} envelopes from it"
+        if _online(database) != _PEERS:
+            raise SandboxError("some of the peers were not heard")
+    finally:
+        hub.stop_all()
+        server.drop_database(database)
+    return 100 * meter.cores("syncer"), f"in {plan.idle_seconds} s {told}"
+
+
+def _online(database: Database) -> int:
+    """How many peers were heard within the last two intervals."""
+    try:
+        connection = pymysql.connect(
+            host=database.host,
+            port=database.port,
+            user=database.user,
+            password=database.password,
+            database=database.database,
+        )
+    except pymysql.MySQLError:
+        return 0
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT COUNT(*) FROM peers WHERE last_heartbeat_ms > %s",
+                (int((time.time() - 2 * _INTERVAL_SECONDS) * 1000),),
+            )
+            row = cursor.fetchone()
+    except pymysql.MySQLError:
+        # The syncer has yet to make its tables.
+        return 0
+    finally:
+        connection.close()
+    return int(row[0]) if row else 0

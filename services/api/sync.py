@@ -1,0 +1,233 @@
+"""``POST /sync``: envelopes of peers that cannot reach this KP's broker. Takes them in as the broker would.
+
+Rules: an envelope is answered 202 once the local broker has it in this KP's own queue, where the syncer finds it among
+those that came over the bus and judges it as one of them; nothing is decided here but that it is one envelope, for
+this KP, signed by a peer. Its date and number are the syncer's business, who keeps what they say of the peer's clock.
+A stranger can send what he likes: sizes are bounded while they are read, what all bodies together take in memory is
+bounded too, and so is what one address may take of it; signatures are verified in a few threads, and only under names
+of known peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable
+from typing import Any, Protocol, Self
+
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from services.api import metrics
+from services.api.access_log import Entry
+from services.api.responses import RouteError, json_response
+from services.api.server import Connection
+from shared.envelopes import (
+    MAX_ENVELOPE_BYTES,
+    VERSION,
+    EnvelopeType,
+    SignedEnvelope,
+    check_envelope,
+    read_claim,
+    read_envelope,
+)
+from shared.errors import BusUnavailable, EnvelopeRefused, Overloaded
+from shared.peer_directory import PeerDirectory
+
+PATH = "/sync"
+MAX_HELD_BYTES = 64 * 1024 * 1024
+MAX_HELD_PER_ADDRESS = MAX_HELD_BYTES // 4
+MAX_CHECKS_WAITING = 256
+_CHECKS_AT_ONCE = 2
+# So long what is too large is read and thrown away, because a client that still writes does not see its answer.
+_DISCARD_SECONDS = 2.0
+# What only says how things are goes to whoever listens now, as it does over the bus.
+_LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
+_STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401}
+
+
+class Publish(Protocol):
+    """Puts an envelope into this KP's own queue; raises BusUnavailable."""
+
+    def __call__(self, body: bytes, *, live: bool = False) -> Awaitable[None]:
+        """Returns once the broker has it."""
+
+
+class SyncRefused(RouteError):
+    """An envelope that is not taken in; the reason is one of the syncer's."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(status, message)
+        self.details: dict[str, Any] = {"reason": reason}
+        if reason == "unknown_version":
+            self.details["versions"] = [VERSION]
+
+
+class SyncEndpoint:
+    """Of one event loop."""
+
+    def __init__(
+        self, local_id: str, directory: PeerDirectory, publish: Publish, *, body_timeout_seconds: float
+    ) -> None:
+        self._local_id = local_id
+        self._directory = directory
+        self._publish = publish
+        self._body_timeout_seconds = body_timeout_seconds
+        self._room = _Room()
+        self._checks = asyncio.Semaphore(_CHECKS_AT_ONCE)
+        self._waiting = 0
+
+    async def handle(self, request: web.BaseRequest, entry: Entry) -> web.Response:
+        """202, or SyncRefused, RouteError, Overloaded."""
+        try:
+            with self._room.share(request.remote or "-") as share:
+                body = await self._read(request, share)
+                await self._take_in(body, entry)
+        except SyncRefused as error:
+            metrics.count_sync_refused(error.details["reason"], entry.remote_system_id)
+            raise
+        return json_response({"status": "accepted"}, 202)
+
+    async def _take_in(self, body: bytes, entry: Entry) -> None:
+        envelope = self._readable(body, entry)
+        await self._verify(envelope)
+        try:
+            await self._publish(body, live=envelope.header.type in _LIVE)
+        except BusUnavailable as error:
+            raise RouteError(503, "the broker of this key provider did not take the envelope; send it again") from error
+
+    def _readable(self, body: bytes, entry: Entry) -> SignedEnvelope:
+        try:
+            envelope = read_envelope(body)
+        except EnvelopeRefused as error:
+            claim = read_claim(body) if error.reason == "unknown_version" else None
+            self._note_sender(claim.sender if claim else None, entry)
+            raise _refused(error) from error
+        self._note_sender(envelope.header.sender, entry)
+        return envelope
+
+    def _note_sender(self, sender: str | None, entry: Entry) -> None:
+        """For log and counters, which strangers must not fill with names."""
+        if sender is not None and self._pin(sender) is not None:
+            entry.remote_system_id = sender
+
+    def _pin(self, sender: str) -> bytes | None:
+        return self._directory.pin(sender) if self._directory.allows(sender) else None
+
+    async def _verify(self, envelope: SignedEnvelope) -> None:
+        pin = self._pin(envelope.header.sender)
+        if pin is None:
+            raise SyncRefused(401, "unknown_sender", "the envelope's sender is not a peer of this key provider")
+        if self._waiting >= MAX_CHECKS_WAITING:
+            raise Overloaded("too many envelopes wait to be verified; try again")
+        self._waiting += 1
+        try:
+            async with self._checks:
+                await asyncio.to_thread(self._check, envelope, pin)
+        except EnvelopeRefused as error:
+            raise _refused(error) from error
+        finally:
+            self._waiting -= 1
+
+    def _check(self, envelope: SignedEnvelope, pin: bytes) -> None:
+        # By its own date: the syncer judges that, and tells the sender.
+        check_envelope(envelope, self._local_id, pin, envelope.header.date_ms)
+
+    async def _read(self, request: web.BaseRequest, share: _Share) -> bytes:
+        too_large = (request.content_length or 0) > MAX_ENVELOPE_BYTES
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            if too_large:
+                raise _too_large()
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        elif request.headers.get("Expect"):
+            raise RouteError(417, "no expectation but 100-continue is met here")
+        try:
+            async with asyncio.timeout(self._body_timeout_seconds):
+                body = None if too_large else await _read_at_most(request, share, MAX_ENVELOPE_BYTES)
+        except TimeoutError:
+            raise RouteError(408, f"the body was not complete within {self._body_timeout_seconds:g} s") from None
+        except (OSError, ClientPayloadError, HttpProcessingError, web.RequestPayloadError) as error:
+            raise SyncRefused(400, "malformed", "the body did not come as announced") from error
+        if body is None:
+            share.give_back()
+            await _discard(request)
+            raise _too_large()
+        _mark_complete(request)
+        return body
+
+
+class _Room:
+    """How much memory the bodies of all requests take; counted as they come, since a promise costs nothing."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.by_address: Counter[str] = Counter()
+
+    def share(self, address: str) -> _Share:
+        """One request's part."""
+        return _Share(self, address)
+
+
+class _Share:
+    def __init__(self, room: _Room, address: str) -> None:
+        self._room = room
+        self._address = address
+        self._held = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def take(self, count: int) -> None:
+        """Raises Overloaded where there is no room."""
+        room = self._room
+        if room.held + count > MAX_HELD_BYTES or room.by_address[self._address] + count > MAX_HELD_PER_ADDRESS:
+            raise Overloaded("too many envelopes are on their way in; try again")
+        self._held += count
+        room.held += count
+        room.by_address[self._address] += count
+
+    def give_back(self) -> None:
+        """All of it. An address that holds nothing is forgotten."""
+        held, self._held = self._held, 0
+        self._room.held -= held
+        self._room.by_address[self._address] -= held
+        if not self._room.by_address[self._address]:
+            del self._room.by_address[self._address]
+
+
+async def _read_at_most(request: web.BaseRequest, share: _Share, limit: int) -> bytes | None:
+    """The body, None where it is longer."""
+    chunks = bytearray()
+    while chunk := await request.content.readany():
+        if len(chunks) + len(chunk) > limit:
+            return None
+        share.take(len(chunk))
+        chunks += chunk
+    return bytes(chunks)
+
+
+async def _discard(request: web.BaseRequest) -> None:
+    try:
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while await request.content.readany():
+                pass
+    except (TimeoutError, OSError, ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
+        return
+
+
+def _mark_complete(request: web.BaseRequest) -> None:
+    """The connection takes a body that came in parts for a request that has been coming in since."""
+    if isinstance(request.protocol, Connection):
+        request.protocol.request_complete()
+
+
+def _too_large() -> SyncRefused:
+    return SyncRefused(413, "too_large", f"an envelope has at most {MAX_ENVELOPE_BYTES} bytes")
+
+
+def _refused(error: EnvelopeRefused) -> SyncRefused:
+    return SyncRefused(_STATUSES.get(error.reason, 400), error.reason, str(error))

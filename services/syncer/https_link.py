@@ -1,0 +1,201 @@
+"""Envelopes by HTTPS, for a peer with an ``endpoint``: POST {endpoint}/sync instead of the bus, one after another.
+
+At most one request is on its way to a peer, so what is sent in order arrives in order. What passes (no connection, no
+answer in time, 503) is tried again with growing pauses, by tenacity; after a while the envelope is given back to its
+sender, whose outbox keeps it. What the peer says of the envelope itself (400, 401, 413) is a refusal.
+
+TLS with the peer's own CA file, or the system's. Nothing that the other side answers is trusted to be short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import aiohttp
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from services.syncer.payloads import printable
+from shared.envelopes import MAX_ENVELOPE_BYTES
+from shared.logs import get_logger
+from shared.peers_config import PeerSettings
+
+CONNECT_SECONDS = 3.0
+ANSWER_SECONDS = 10.0
+# For how long one envelope is tried before its sender gets it back.
+TRY_SECONDS = 8.0
+RETRY_FIRST_SECONDS = 0.2
+RETRY_LAST_SECONDS = 4.0
+# After that the peer is left alone for a while, longer each time.
+REST_FIRST_SECONDS = 1.0
+REST_LAST_SECONDS = 30.0
+MAX_ANSWER_BYTES = 4_096
+# Heartbeats and announcements that wait for their turn; what comes later would be told too late.
+MAX_LIVE = 4
+_REFUSALS = {400: "malformed", 401: "unknown_sender", 413: "too_large"}
+
+_log = get_logger("https")
+
+
+class Posted(Enum):
+    """What became of an envelope."""
+
+    TAKEN = "taken"
+    REFUSED = "refused"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The peer's word on an envelope; ``reason`` and ``explanation`` where it is refused."""
+
+    posted: Posted
+    reason: str = ""
+    explanation: str = ""
+
+
+class _NotNow(Exception):
+    """The peer could not be reached or could not take the envelope; worth another try."""
+
+    def __init__(self, message: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class HttpsLink:
+    """The way to one peer. Of one event loop; ``close`` it."""
+
+    def __init__(self, peer: PeerSettings, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Raises OSError or ssl.SSLError where the CA file cannot be used."""
+        self.peer_id = peer.system_id
+        self._url = f"{peer.endpoint}/sync"
+        self._context = ssl.create_default_context(cafile=peer.endpoint_ca_file)
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._stopping = stopping
+        self._session: aiohttp.ClientSession | None = None
+        self._turn = asyncio.Lock()
+        self._live: set[asyncio.Task[None]] = set()
+        self._failed: str | None = None
+        self._rest_seconds = 0.0
+        self._rest_until = 0.0
+
+    @property
+    def resting(self) -> bool:
+        """Whether the peer is left alone for a while, because it could not be reached."""
+        return time.monotonic() < self._rest_until
+
+    async def post(self, envelope: bytes) -> Answer:
+        """Sends one envelope, again and again for TRY_SECONDS if need be. Raises nothing for a peer that is away."""
+        async with self._turn:
+            try:
+                async for attempt in self._tries():
+                    with attempt:
+                        return await self._post_once(envelope)
+            except _NotNow as error:
+                self._note_failure(str(error))
+                self._rest_seconds = min(max(2 * self._rest_seconds, REST_FIRST_SECONDS), REST_LAST_SECONDS)
+                self._rest_until = time.monotonic() + self._rest_seconds
+        return Answer(Posted.LOST)
+
+    def post_soon(self, envelope: bytes, on_answer: Callable[[Answer], None]) -> bool:
+        """Sends something that means nothing later: tried once, when its turn comes. False where too much waits."""
+        if len(self._live) >= MAX_LIVE:
+            return False
+        task = asyncio.create_task(self._post_live(envelope, on_answer), name=f"https {self.peer_id}")
+        self._live.add(task)
+        task.add_done_callback(self._live.discard)
+        return True
+
+    async def close(self) -> None:
+        """Gives up what is on its way."""
+        for task in self._live:
+            task.cancel()
+        await asyncio.gather(*self._live, return_exceptions=True)
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _post_live(self, envelope: bytes, on_answer: Callable[[Answer], None]) -> None:
+        async with self._turn:
+            try:
+                on_answer(await self._post_once(envelope))
+            except _NotNow as error:
+                self._note_failure(str(error))
+
+    def _tries(self) -> AsyncRetrying:
+        return AsyncRetrying(
+            retry=retry_if_exception_type(_NotNow), wait=_pause_seconds, stop=self._is_enough, reraise=True
+        )
+
+    def _is_enough(self, state: RetryCallState) -> bool:
+        return self._stopping() or (state.seconds_since_start or 0.0) + state.upcoming_sleep >= TRY_SECONDS
+
+    async def _post_once(self, envelope: bytes) -> Answer:
+        if len(envelope) > MAX_ENVELOPE_BYTES:
+            return Answer(Posted.REFUSED, "too_large", "the envelope is larger than any key provider takes")
+        try:
+            async with self._open().post(self._url, data=envelope, allow_redirects=False) as response:
+                text = await response.content.read(MAX_ANSWER_BYTES)
+                answer = _read_answer(response.status, text, response.headers.get("Retry-After", ""))
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _NotNow(_words(error)) from error
+        self._note_success()
+        return answer
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=1, ssl=self._context),
+                timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, connect=CONNECT_SECONDS),
+                headers={"Content-Type": "application/octet-stream"},
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    def _note_failure(self, reason: str) -> None:
+        if self._failed is None:
+            _log.warning("peer's endpoint away", peer=self.peer_id, url=self._url, reason=reason)
+        self._failed = reason
+
+    def _note_success(self) -> None:
+        if self._failed is not None:
+            _log.info("peer's endpoint back", peer=self.peer_id, url=self._url)
+        self._failed = None
+        self._rest_seconds = self._rest_until = 0.0
+
+
+def _read_answer(status: int, text: bytes, retry_after: str) -> Answer:
+    """Raises _NotNow where the status says nothing of the envelope."""
+    if 200 <= status < 300:
+        return Answer(Posted.TAKEN)
+    if status in _REFUSALS:
+        return Answer(Posted.REFUSED, _REFUSALS[status], f"{status}: {_told(text)}")
+    seconds = float(retry_after) if retry_after.isascii() and retry_after.isdecimal() and len(retry_after) < 5 else 0.0
+    raise _NotNow(f"it answers {status}: {_told(text)}", seconds)
+
+
+def _told(text: bytes) -> str:
+    """The sentence in an error's JSON, or what there is instead."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, TypeError, KeyError):
+        error = text.decode("utf-8", "replace")
+    return printable(str(error))[:300]
+
+
+def _words(error: BaseException) -> str:
+    return printable(f"{type(error).__name__}: {error}")[:300]
+
+
+_BACK_OFF = wait_random_exponential(multiplier=RETRY_FIRST_SECONDS, max=RETRY_LAST_SECONDS)
+
+
+def _pause_seconds(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    wished = error.retry_after_seconds if isinstance(error, _NotNow) else 0.0
+    return max(_BACK_OFF(state), min(wished, RETRY_LAST_SECONDS))

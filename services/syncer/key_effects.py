@@ -1,0 +1,130 @@
+"""What envelopes about a bus peer's keys do to the store, each in the transaction that it is handled in.
+
+A record is stored only if nothing stands under its keyId yet, and never after its withdrawal, in whichever order the
+two arrive. Stock counts as issued when its source says that it was given out, not when it is placed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection
+
+from services.syncer.payloads import Complaint, Events
+from services.syncer.placed_keys import MAX_LIFETIME_MS, PlacedKeys
+from services.syncer.stock import drop_refused_stock
+from shared.envelopes import Header
+from shared.epochs import MAX_CLOCK_SKEW_MS
+from shared.sealing import SealedWrappingKey
+from shared.store import messages, received, stock_kept
+from shared.store.placing import KEY_PLACED, KEY_STOCKED
+
+_TRUSTED_SECONDS = 30.0
+_MAX_TRUSTED = 4_096
+
+
+@dataclass(slots=True)
+class Aftermath:
+    """What other processes of this KP are told once the transaction is committed."""
+
+    stored: list[bytes] = field(default_factory=list)
+    """Tokens of keys on demand that the peer has stored."""
+    refused: list[bytes] = field(default_factory=list)
+    """Tokens of keys on demand whose envelope the peer has refused."""
+    arrived: list[bytes] = field(default_factory=list)
+    """keyIds of keys on demand that are here now."""
+    stock_changed: bool = False
+
+
+class KnownWrappingKeys:
+    """Wrapping keys that this process has stored a moment ago: every envelope brings those it needs."""
+
+    def __init__(self) -> None:
+        self._known: dict[SealedWrappingKey, float] = {}
+
+    def missing(self, wrapping_keys: Iterable[SealedWrappingKey]) -> list[SealedWrappingKey]:
+        """Those that must be stored, or compared with what is stored."""
+        since = time.monotonic() - _TRUSTED_SECONDS
+        return [one for one in wrapping_keys if self._known.get(one, since) <= since]
+
+    def note(self, wrapping_keys: Iterable[SealedWrappingKey]) -> None:
+        """These are committed."""
+        if len(self._known) > _MAX_TRUSTED:
+            self._known.clear()
+        self._known.update(dict.fromkeys(wrapping_keys, time.monotonic()))
+
+
+class KeyEffects:
+    """One transaction's part that deals with keys of bus peers."""
+
+    def __init__(self, connection: Connection, local_id: str, now_ms: int, known: KnownWrappingKeys) -> None:
+        self._connection = connection
+        self._local_id = local_id
+        self._now_ms = now_ms
+        self._known = known
+        self.aftermath = Aftermath()
+        self.stored_wrapping_keys: list[SealedWrappingKey] = []
+
+    def store(self, header: Header, placed: PlacedKeys) -> int | None:
+        """Stores what a peer has placed here; how many keys count as issued, None where a keyId exists already."""
+        records = placed.key_records(header)
+        key_ids = [record.key_id for record in records]
+        known = received.fetch_known_keys(self._connection, self._local_id, header.sender, key_ids)
+        if known.stored:
+            return None
+        missing = self._known.missing(placed.sealed_wrapping_keys(header))
+        if missing and not received.insert_received_wrapping_keys(self._connection, missing):
+            return None
+        self.stored_wrapping_keys += missing
+        wanted = [record for record in records if record.key_id not in known.withdrawn]
+        if not wanted:
+            return 0
+        received.insert_received_keys(self._connection, wanted)
+        if placed.stock:
+            received.insert_stock_held(self._connection, self._local_id, header.sender, wanted)
+            return 0
+        self.aftermath.arrived += [record.key_id for record in wanted]
+        return len(wanted)
+
+    def release_stock(self, header: Header, events: Events) -> None:
+        """The source has given these out of its stock."""
+        key_ids = [entry[0] for entry in events.entries]
+        received.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
+
+    def withdraw(self, header: Header, events: Events) -> int:
+        """The source takes these back; how many of them were issued on demand and still here."""
+        latest_ms = self._now_ms + MAX_LIFETIME_MS + MAX_CLOCK_SKEW_MS
+        keys = [(entry[0], min(entry[1], latest_ms)) for entry in events.entries]
+        key_ids = [key_id for key_id, _ in keys]
+        received.insert_withdrawn_keys(self._connection, self._local_id, header.sender, keys)
+        held = received.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
+        deleted = received.delete_withdrawn_records(self._connection, self._local_id, header.sender, key_ids)
+        return max(0, deleted - held)
+
+    def acknowledge(self, peer_id: str, numbers: set[int]) -> int:
+        """A bus peer has the keys of these envelopes; how many on demand are issued by that."""
+        rows = messages.fetch_envelope_rows(self._connection, self._local_id, peer_id, numbers)
+        if not rows:
+            return 0
+        messages.delete_rows(self._connection, [row.id for row in rows])
+        stocked = [row.token for row in rows if row.type == KEY_STOCKED and row.token]
+        if stocked:
+            stock_kept.update_stock_placed(self._connection, stocked, self._now_ms)
+            self.aftermath.stock_changed = True
+        placed = [row for row in rows if row.type == KEY_PLACED]
+        self.aftermath.stored += [row.token for row in placed if row.token]
+        return sum(row.items for row in placed)
+
+    def hear_refusal(self, peer_id: str, complaint: Complaint) -> None:
+        """A peer has refused an envelope: kept for the operator, and told to whoever waits for its keys."""
+        told = f"{complaint.reason}: {complaint.explanation}"
+        messages.upsert_refusal(self._connection, self._local_id, peer_id, told, self._now_ms)
+        rows = messages.fetch_envelope_rows(self._connection, self._local_id, peer_id, [complaint.number])
+        self.aftermath.refused += [row.token for row in rows if row.type == KEY_PLACED and row.token]
+        stocked = {row.id: row.token for row in rows if row.type == KEY_STOCKED and row.token}
+        # These very keys will never be taken; without them the stock is filled with others.
+        if complaint.reason == "key_exists" and stocked:
+            drop_refused_stock(self._connection, self._local_id, peer_id, stocked, self._now_ms)
+            self.aftermath.stock_changed = True

@@ -1,0 +1,114 @@
+"""Puts outbox rows into envelopes: which of them share one, and what then stands in it. Blocking, for a thread.
+
+Keys that are placed at a bus peer travel with the wrapping keys that they need, so that an envelope can be stored by
+itself. A wrapping key that was read once is kept in memory, because every envelope of its epoch needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from services.syncer.outgoing import Letter
+from services.syncer.payloads import Events, Payload, pack_events, read_payload
+from services.syncer.placed_keys import MAX_RECORDS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
+from services.syncer.row_types import SEALED_TYPES, envelope_type
+from shared import wire
+from shared.errors import EnvelopeRefused
+from shared.logs import get_logger
+from shared.sealing import SealedWrappingKey
+from shared.store.messages import OutboxEntry, OutboxEnvelope
+from shared.store.placing import KEY_STOCKED
+from shared.store.wrapping_keys import fetch_sealed_wrapping_keys
+
+MAX_PAYLOAD_BYTES = 256 * 1024
+# A row's keys are sealed under two wrapping keys at most, where one ends within it.
+MAX_SEALED_ROWS = MAX_WRAPPING_KEYS // 2
+_MAX_KNOWN = 4_096
+
+_log = get_logger("letters")
+
+
+def gather(rows: Iterable[OutboxEntry]) -> list[list[OutboxEntry]]:
+    """Rows of one peer and one type together, no more than an envelope takes unless one row has it.
+
+    Only the first group of each peer and type is given; the rest of its rows are for the next time.
+    """
+    groups: dict[tuple[str, str], _Group] = {}
+    for row in rows:
+        key = (row.peer_id, row.type)
+        groups.setdefault(key, _Group()).offer(row)
+    return [group.rows for group in groups.values()]
+
+
+class _Group:
+    """Takes rows in their order until one does not fit, and none after that."""
+
+    def __init__(self) -> None:
+        self.rows: list[OutboxEntry] = []
+        self._size = 0
+        self._items = 0
+        self._full = False
+
+    def offer(self, row: OutboxEntry) -> None:
+        self._size += row.payload_bytes
+        self._items += row.items
+        sealed = row.type in SEALED_TYPES
+        too_many = sealed and (self._items > MAX_RECORDS or len(self.rows) >= MAX_SEALED_ROWS)
+        self._full = self._full or bool(self.rows and (self._size > MAX_PAYLOAD_BYTES or too_many))
+        if not self._full:
+            self.rows.append(row)
+
+
+class LetterMaker:
+    """Remembers wrapping keys of the local KP; of one thread at a time."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, SealedWrappingKey] = {}
+
+    def make(self, connection: Connection, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> Letter | None:
+        """The letter of these rows' payloads.
+
+        None where they hold what no release of ours wrote: that must not keep others from being sent.
+        """
+        try:
+            kind = envelope_type(envelope.type)
+            payload = self._payload(connection, envelope.type, payloads)
+            read_payload(kind, payload)
+            return Letter(kind, envelope.peer_id, payload, envelope.number)
+        except (ValueError, TypeError, IndexError, EnvelopeRefused) as error:
+            _log.debug("malformed outbox row", reason=str(error))
+        _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)
+        return None
+
+    def _payload(self, connection: Connection, row_type: str, payloads: Sequence[bytes]) -> bytes:
+        if row_type not in SEALED_TYPES:
+            return pack_events(payloads)
+        records = [record for payload in payloads for record in wire.unpack(payload, max_items=MAX_RECORDS)]
+        needed = self._wrapping_keys(connection, records)
+        return pack_placed_keys(records, needed, stock=row_type == KEY_STOCKED)
+
+    def _wrapping_keys(self, connection: Connection, records: Sequence[Any]) -> list[SealedWrappingKey]:
+        wanted = dict.fromkeys(record[4] for record in records)
+        missing = [wrapping_key_id for wrapping_key_id in wanted if wrapping_key_id not in self._known]
+        if missing:
+            if len(self._known) + len(missing) > _MAX_KNOWN:
+                self._known.clear()
+                missing = list(wanted)
+            found = fetch_sealed_wrapping_keys(connection, missing)
+            self._known.update((wrapping_key.wrapping_key_id, wrapping_key) for wrapping_key in found)
+        # One that is gone has expired, and so have the keys under it: such rows are malformed by now.
+        return [self._known[wrapping_key_id] for wrapping_key_id in wanted if wrapping_key_id in self._known]
+
+
+def told_of(payload: Payload) -> tuple[int, tuple[str, ...]]:
+    """How many keys an envelope is about, and the first requests that they came from."""
+    match payload:
+        case Events(count, correlation_ids):
+            return count, correlation_ids
+        case PlacedKeys():
+            return len(payload.records), payload.correlation_ids
+        case _:
+            return 0, ()

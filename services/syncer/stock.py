@@ -1,0 +1,92 @@
+"""Keeps the stock: drops what is too old to be useful, and tells the peer, which holds the other half of it.
+
+Keys are made and given out by the api, because the syncer never sees one in clear. Here is only what follows from
+time and from the peer's word. A key in stock is useful while at least half of its lifetime would be left at the target.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from sqlalchemy import Connection, Engine
+
+from services.syncer.leader import Leader
+from services.syncer.row_types import STOCK_DROPPED
+from shared import wire
+from shared.clock import now_ms
+from shared.config import Settings
+from shared.database import driver_errors
+from shared.logs import get_logger
+from shared.store import messages, stock_kept
+from shared.store.stock_kept import StockRow
+
+BATCH = 1_000
+
+_log = get_logger("stock")
+
+
+class StockWatch:
+    """Works only while this syncer is the elected one. ``on_change`` is called on the event loop after a change."""
+
+    def __init__(self, settings: Settings, engine: Engine, leader: Leader, on_change: Callable[[], None]) -> None:
+        self._local_id = settings.local_system_id
+        self._useful_ms = settings.key_ttl_seconds * 1000 // 2
+        self._bus_ids = frozenset(peer.system_id for peer in settings.bus_peers)
+        self._engine = engine
+        self._leader = leader
+        self._on_change = on_change
+
+    async def tick(self) -> None:
+        """Drops what has grown too old. Raises StoreUnavailable, StoreRefused."""
+        if self._leader.elected and await asyncio.to_thread(self._drop_old):
+            self._on_change()
+
+    def _drop_old(self) -> bool:
+        with driver_errors(), self._engine.connect() as connection:
+            peers = stock_kept.fetch_stock_peers(connection, self._local_id)
+        dropped = {peer_id: self._drop_of(peer_id, now_ms()) for peer_id in peers}
+        for peer_id, count in dropped.items():
+            if count:
+                _log.info("stock too old, dropped", peer=peer_id, count=count)
+        return any(dropped.values())
+
+    def _drop_of(self, peer_id: str, at_ms: int) -> int:
+        total = 0
+        while True:
+            with driver_errors(), self._engine.begin() as connection:
+                rows = stock_kept.fetch_old_stock(connection, self._local_id, peer_id, at_ms + self._useful_ms, BATCH)
+                if rows:
+                    self._drop(connection, peer_id, rows, at_ms)
+            total += len(rows)
+            if len(rows) < BATCH:
+                return total
+
+    def _drop(self, connection: Connection, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
+        tokens = {row.token for row in rows if not row.placed}
+        waiting = messages.fetch_rows_of_tokens(connection, tokens) if tokens else []
+        if waiting:
+            messages.delete_rows(connection, [row_id for row_id, _, _ in waiting])
+        stock_kept.delete_stock(connection, self._local_id, peer_id, rows)
+        # What was in no envelope cannot be at the peer; everything else may be.
+        unsent = {token for _, token, number in waiting if number is None}
+        sent = [row for row in rows if row.placed or row.token not in unsent]
+        if sent and peer_id in self._bus_ids:
+            _tell_dropped(connection, self._local_id, peer_id, sent, at_ms)
+
+
+def drop_refused_stock(
+    connection: Connection, local_id: str, peer_id: str, tokens: Mapping[int, bytes], now_ms: int
+) -> None:
+    """Drops stock that the peer will never take; ``tokens`` by the ids of the outbox rows that carry it."""
+    rows = stock_kept.fetch_stock_of_tokens(connection, local_id, tokens.values())
+    messages.delete_rows(connection, list(tokens))
+    if rows:
+        stock_kept.delete_stock(connection, local_id, peer_id, rows)
+        # The refusal may be an old one, played back: perhaps the peer has them all the same.
+        _tell_dropped(connection, local_id, peer_id, rows, now_ms)
+
+
+def _tell_dropped(connection: Connection, local_id: str, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
+    payload = wire.pack([[row.key_id, row.expires_ms, ""] for row in rows])
+    messages.insert_outbox(connection, local_id, peer_id, STOCK_DROPPED, payload, len(rows), at_ms)

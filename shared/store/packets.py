@@ -1,0 +1,101 @@
+"""Statements that are put together here and not by the driver: literals, and a whole transaction in one packet.
+
+For connections that allow several statements and are used for nothing else (``shared.store.steps``), and for
+statements on many keys. What makes it safe: every value goes in as an integer or as a hexadecimal literal, so no text
+of anybody's ever stands in a statement. Knows how rows of the tables are written that more than one of these modules
+writes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from shared.errors import CommitUnknown, StoreUnavailable
+from shared.sealing import SealedWrappingKey
+from shared.store.steps import Statement, Steps
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """A row for a peer; ``payload`` is MessagePack, ``items`` its length. A ``token`` is 16 random bytes."""
+
+    local_id: str
+    peer_id: str
+    type: str
+    payload: bytes
+    items: int
+    created_ms: int
+    token: bytes | None = None
+
+
+def commit(statements: Sequence[str]) -> Steps[None]:
+    """Runs the statements and commits, in one round trip.
+
+    Raises CommitUnknown or StoreRefused; after any of them the connection must go.
+    """
+    try:
+        yield Statement(";".join((*statements, "COMMIT")), count=len(statements) + 1)
+    except StoreUnavailable as error:
+        # A connection that breaks here leaves unknown whether it was committed.
+        raise CommitUnknown("the connection to the store broke during a commit") from error
+
+
+def insert_outbox_rows(rows: Sequence[OutboxRow]) -> str:
+    """A statement: events for peers, committed with what they tell of."""
+    values = ",".join(
+        f"({name(r.local_id)},{name(r.peer_id)},{name(r.type)},0x{r.payload.hex()},{r.items},"
+        f"{'NULL' if r.token is None else '0x' + r.token.hex()},{r.created_ms})"
+        for r in rows
+    )
+    return f"INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES {values}"
+
+
+def insert_wrapping_keys(wrapping_keys: Sequence[SealedWrappingKey]) -> str:
+    """A statement: sealed wrapping keys. One that an interrupted commit has stored already is the same one."""
+    values = ",".join(
+        f"(0x{w.wrapping_key_id.hex()},{name(w.source_id)},{name(w.target_id)},0x{w.epoch_id.hex()},"
+        f"0x{w.sealed.hex()},0x{w.signature.hex()},{w.expires_ms})"
+        for w in wrapping_keys
+    )
+    return (
+        "INSERT INTO wrapping_keys (wrapping_key_id, source_id, target_id, epoch_id, sealed, signature, "
+        f"expires_ms) VALUES {values} ON DUPLICATE KEY UPDATE expires_ms = wrapping_keys.expires_ms"
+    )
+
+
+def delete_listed(table: str, index: str, column: str, literals: Sequence[str], **others: str) -> str:
+    """A statement: deletes the rows of which ``column`` is one of the literals, and each other column its literal.
+
+    ``index`` begins with the other columns, or holds each value of ``column`` once.
+    """
+    where = "".join(f" AND {other} = {literal}" for other, literal in others.items())
+    if len(literals) == 1:
+        return f"DELETE FROM {table} WHERE {column} = {literals[0]}{where}"
+    # Not "column IN (...)": MariaDB scans a small table for that, whatever index it is told to use, and then waits
+    # for the locks of other callers. From the list to the table there is one way only.
+    wanted = " UNION ALL ".join(f"SELECT {literal} AS wanted" for literal in literals)
+    return (
+        f"DELETE t FROM ({wanted}) AS w STRAIGHT_JOIN {table} AS t FORCE INDEX ({index}) "
+        f"ON t.{column} = w.wanted{where}"
+    )
+
+
+def text(value: str) -> str:
+    """A text as a literal."""
+    return f"_utf8mb4 0x{value.encode().hex()}" if value else "''"
+
+
+# For the same few ids and types, which stand in every statement.
+name = lru_cache(maxsize=4096)(text)
+
+
+def hexes(values: Iterable[bytes]) -> list[str]:
+    """Byte strings as literals."""
+    return [f"0x{value.hex()}" for value in values]
+
+
+def hex_list(values: Iterable[bytes]) -> str:
+    """Byte strings as literals with commas between them."""
+    return ",".join(hexes(values))

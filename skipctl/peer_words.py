@@ -1,0 +1,122 @@
+"""What is wrong with a peer, in words. Pure: what was read comes in, sentences come out.
+
+Rules: one sentence a fault, with what to do where that is known; no sentence where all is well. What others said
+(a refusal's words) is shown, never interpreted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.announcements import Announcement
+from shared.epochs import MAX_CLOCK_SKEW_MS, current_epoch
+from shared.identity import fingerprint
+from shared.liveness import peer_status
+from shared.peers_config import PeerSettings
+from shared.store.messages import PeerRow
+
+# A refusal is news for so long; what waits for longer than this is stuck.
+REFUSAL_NEWS_MS = 3_600_000
+WAITING_MS = 30_000
+
+
+@dataclass(frozen=True)
+class PeerView:
+    """What is known of one peer. ``identity`` is the one it is believed by; ``stock`` is None where there is none."""
+
+    peer: PeerSettings
+    configured: bool
+    identity: bytes | None
+    announcement: Announcement | None
+    announcement_fault: str | None = None
+    presented: tuple[bytes, int] | None = None
+    row: PeerRow | None = None
+    waiting: tuple[int, int | None] = (0, None)
+    stock: int | None = None
+    endpoint_fault: str | None = None
+
+
+def complaints(view: PeerView, now_ms: int) -> list[str]:
+    """Everything that is wrong, gravest first."""
+    if not view.configured:
+        return ["It is not configured: neither SKIP_REMOTE_SYSTEM_ID_n nor [[peers]] names it."]
+    found = _of_identity(view) + _of_announcement(view, now_ms) + _of_heartbeats(view, now_ms)
+    found += _of_clock(view) + _of_events(view, now_ms) + _of_stock(view)
+    return found + ([f"{view.peer.endpoint}: {view.endpoint_fault}."] if view.endpoint_fault else [])
+
+
+def _of_identity(view: PeerView) -> list[str]:
+    if view.identity is None:
+        return []
+    presented = view.presented[0] if view.presented else None
+    if view.announcement is not None and view.announcement.public_key != view.identity:
+        presented = view.announcement.public_key
+    heard_ms = (view.row.last_heartbeat_ms if view.row else None) or 0
+    # Anybody who can publish can present an identity; the peer's own heartbeat since then says that all is well.
+    if presented in (None, view.identity) or (view.presented and view.presented[1] < heard_ms):
+        return []
+    how = (
+        "Compare both with its operator, then correct identity in [[peers]]"
+        if view.peer.identity
+        else f"Compare both with its operator, then run skipctl identity accept {view.peer.system_id}"
+    )
+    believed, other = fingerprint(view.identity), fingerprint(presented or b"")
+    return [f"It presents another identity ({other}) than the one it is believed by ({believed}). {how}."]
+
+
+def _of_announcement(view: PeerView, now_ms: int) -> list[str]:
+    if view.announcement_fault:
+        return [f"Its announcement cannot be used: {view.announcement_fault}."]
+    if view.announcement is None:
+        where = "has come over the bus" if view.peer.link == "bus" else "stands in the store"
+        return [f"No announcement of it {where} yet, so no key can be sealed to it. Is its janitor running?"]
+    if current_epoch(view.announcement.epochs, now_ms) is not None:
+        return []
+    ends_ms = max((epoch.span.ends_ms for epoch in view.announcement.epochs), default=0)
+    since = f"the last one ended {ago(ends_ms, now_ms)}" if 0 < ends_ms <= now_ms else "none has begun"
+    return [f"It has no current epoch ({since}), so no key can be sealed to it. Is its janitor running?"]
+
+
+def _of_heartbeats(view: PeerView, now_ms: int) -> list[str]:
+    heard_ms = view.row.last_heartbeat_ms if view.row else None
+    if heard_ms is None:
+        return ["It has never been heard. Are its syncer and the line between the brokers up?"]
+    status = peer_status(heard_ms, view.row.heartbeat_interval_ms if view.row else 0, now_ms)
+    return [] if status == "online" else [f"It is {status}: heard last {ago(heard_ms, now_ms)}."]
+
+
+def _of_clock(view: PeerView) -> list[str]:
+    skew_ms = (view.row.clock_skew_ms if view.row else None) or 0
+    if abs(skew_ms) <= MAX_CLOCK_SKEW_MS:
+        return []
+    side = "behind" if skew_ms > 0 else "ahead of"
+    limit = MAX_CLOCK_SKEW_MS // 1000
+    return [f"Its clock is {abs(skew_ms) / 1000:.0f} s {side} this one; {limit} s are allowed. Set both by NTP."]
+
+
+def _of_events(view: PeerView, now_ms: int) -> list[str]:
+    found = []
+    row, (count, oldest_ms) = view.row, view.waiting
+    if row is not None and row.last_refusal and now_ms - (row.last_refusal_ms or 0) < REFUSAL_NEWS_MS:
+        found.append(f"It refused an envelope {ago(row.last_refusal_ms or 0, now_ms)}: {row.last_refusal}")
+    if oldest_ms is not None and now_ms - oldest_ms > WAITING_MS:
+        found.append(f"{count} messages wait for its acknowledgement, the oldest since {ago(oldest_ms, now_ms)}.")
+    return found
+
+
+def _of_stock(view: PeerView) -> list[str]:
+    if view.stock is None or view.peer.stock == 0:
+        return []
+    if view.stock == 0:
+        return [f"There is no stock of {view.peer.stock} keys: every key waits for it."]
+    low = view.peer.stock // 2
+    return [f"Stock is {view.stock}, below its low mark of {low}."] if view.stock < low else []
+
+
+def ago(at_ms: int, now_ms: int) -> str:
+    """How long before now, roughly."""
+    seconds = max(0, now_ms - at_ms) // 1000
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"

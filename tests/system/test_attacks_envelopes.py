@@ -1,0 +1,315 @@
+"""Envelopes as attackers send them: recorded, moved, cut, changed, unsigned, forged, and far too large.
+
+KP_Alice and KP_Bob are whole key providers; KP_Carol, a peer of both, is the test. Each attack comes by the broker and,
+where that is another way in, by `POST /sync`. Each is refused, counted under its reason and sender, dead-lettered,
+leaves no key behind, and keeps nobody else from exchanging keys.
+"""
+
+from __future__ import annotations
+
+import http.client
+import random
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from sandbox.ports import LOOPBACK
+from sandbox.servers import MariaDbServer, RabbitMqServer
+from shared import wire
+from shared.bus_names import dead_queue_name, queue_name
+from shared.clock import now_ms
+from shared.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType, SignedEnvelope
+from shared.identity import CONTEXT_ENVELOPE, Identity
+from tests.system.bus_harness import Load, Scene, attack_scene, metric, peer_status, post_sync, refused, wait_told
+from tests.waiting import wait_for
+
+HUGE_BYTES = 100 * 1024 * 1024
+MILLION = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def scene(
+    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
+) -> Iterator[Scene]:
+    with attack_scene(tmp_path_factory.mktemp("envelopes"), mariadb, rabbitmq) as made:
+        yield made
+
+
+def arrived(scene: Scene, load: Load) -> bool:
+    return {key.key_id for key in load.keys} <= scene.records_at_bob()
+
+
+def place(scene: Scene, load: Load) -> bytes:
+    """KP_Carol's keys, placed at KP_Bob; the envelope as it was."""
+    envelope = scene.carol.places(scene.bob_id, load)
+    scene.admin.send(scene.bob_id, envelope)
+    wait_for(lambda: arrived(scene, load), timeout_seconds=20)
+    return envelope
+
+
+def resident_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no such process")
+
+
+# --- replayed, reordered, re-targeted
+
+
+def test_a_replayed_envelope_brings_no_key_back(scene: Scene) -> None:
+    before = peer_status(scene.bob, scene.carol.id)["inbound"]["issued"] + 3
+    load = scene.carols_keys(3)
+    envelope = place(scene, load)
+    wait_for(lambda: peer_status(scene.bob, scene.carol.id)["inbound"]["issued"] == before, timeout_seconds=10)
+    duplicates = metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
+    assert scene.at_bob(load.keys[0]).body["key"] == load.keys[0].key
+    scene.admin.send(scene.bob_id, envelope, envelope)
+    assert post_sync(scene.bob, envelope).status == 202
+    wait_for(
+        lambda: (
+            metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
+            == duplicates + 3
+        ),
+        timeout_seconds=20,
+    )
+    scene.assert_goes_on()
+    assert scene.at_bob(load.keys[0]).status == 400
+    assert [scene.at_bob(key).body.get("key") for key in load.keys[1:]] == [key.key for key in load.keys[1:]]
+    assert [scene.at_bob(key).status for key in load.keys] == [400] * 3
+    assert peer_status(scene.bob, scene.carol.id)["inbound"]["issued"] == before
+
+
+def test_a_replayed_heartbeat_is_refused(scene: Scene) -> None:
+    beat = scene.carol.beats(scene.bob_id)
+    scene.admin.send(scene.bob_id, beat)
+    wait_for(lambda: peer_status(scene.bob, scene.carol.id)["status"] == "online", timeout_seconds=20)
+    scene.assert_refused(beat, "replayed", scene.carol.id)
+
+
+def test_reordered_envelopes_never_serve_a_key_that_was_taken_back(scene: Scene) -> None:
+    load = scene.carols_keys(2)
+    placing, withdrawing = scene.carol.places(scene.bob_id, load), scene.carol.withdraws(scene.bob_id, load)
+    scene.admin.send(scene.bob_id, withdrawing, placing)
+    scene.assert_goes_on()
+    assert [scene.at_bob(key).status for key in load.keys] == [400, 400]
+    assert not scene.records_at_bob() & {key.key_id for key in load.keys}
+
+
+def test_reordered_envelopes_of_keys_all_arrive(scene: Scene) -> None:
+    loads = [scene.carols_keys(2) for _ in range(5)]
+    envelopes = [scene.carol.places(scene.bob_id, load) for load in loads]
+    scene.admin.send(scene.bob_id, *reversed(envelopes))
+    keys = [key for load in loads for key in load.keys]
+    wait_for(lambda: all(arrived(scene, load) for load in loads), timeout_seconds=20)
+    assert [scene.at_bob(key).body.get("key") for key in keys] == [key.key for key in keys]
+
+
+@pytest.mark.parametrize("door", ["bus", "sync"])
+def test_a_retargeted_envelope_is_refused(scene: Scene, door: str) -> None:
+    for_alice = scene.carol.places(scene.alice_id, scene.carols_keys())
+    if door == "bus":
+        scene.assert_refused(for_alice, "wrong_target", scene.carol.id)
+    else:
+        answer = post_sync(scene.bob, for_alice)
+        assert answer.status == 400
+        assert answer.error
+        scene.assert_goes_on()
+
+
+# --- truncated, changed
+
+
+@pytest.mark.parametrize("left", [0, 1, 10, 0.5, -1])
+def test_a_truncated_envelope_is_refused(scene: Scene, left: float) -> None:
+    whole = scene.carol.places(scene.bob_id, scene.carols_keys())
+    cut = whole[: int(len(whole) * left) if left == 0.5 else int(left)]
+    answer = post_sync(scene.bob, cut)
+    assert answer.status == 400
+    assert answer.error
+    scene.assert_refused(cut, "malformed")
+
+
+def test_a_bit_flipped_envelope_is_refused_wherever_the_bit_is(scene: Scene) -> None:
+    load = scene.carols_keys()
+    whole = scene.carol.places(scene.bob_id, load)
+    before, records = refused_in_all(scene), scene.records_at_bob()
+    flipped = [flip(whole, position) for position in random.sample(range(8 * len(whole)), 150)]
+    # The names and numbers in front are few bytes among thousands.
+    flipped += [flip(whole, position) for position in range(0, 8 * 60, 7)]
+    scene.admin.send(scene.bob_id, *flipped)
+    wait_for(lambda: refused_in_all(scene) == before + len(flipped), timeout_seconds=30)
+    scene.assert_goes_on()
+    assert scene.records_at_bob() == records
+    for body in flipped[::10]:
+        assert post_sync(scene.bob, body).status in (400, 401)
+    # Nothing of it stood in the way of the true one.
+    scene.admin.send(scene.bob_id, whole)
+    wait_for(lambda: arrived(scene, load), timeout_seconds=20)
+    assert scene.at_bob(load.keys[0]).body["key"] == load.keys[0].key
+
+
+def flip(body: bytes, position: int) -> bytes:
+    changed = bytearray(body)
+    changed[position // 8] ^= 1 << position % 8
+    return bytes(changed)
+
+
+def refused_in_all(scene: Scene) -> float:
+    return metric(scene.bob, "skipbus_envelopes_refused_total")
+
+
+# --- unsigned, foreign-signed
+
+
+@pytest.mark.parametrize("signature", [b"", bytes(4627)], ids=["empty", "zeros"])
+def test_an_unsigned_envelope_is_refused(scene: Scene, signature: bytes) -> None:
+    protected, payload, _ = wire.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
+    unsigned = wire.pack([protected, payload, signature])
+    assert post_sync(scene.bob, unsigned).status == 401
+    scene.assert_refused(unsigned, "bad_signature", scene.carol.id)
+
+
+def test_an_envelope_without_a_place_for_a_signature_is_refused(scene: Scene) -> None:
+    protected, payload, _ = wire.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
+    scene.assert_refused(wire.pack([protected, payload]), "malformed")
+
+
+def test_a_foreign_signed_envelope_is_refused(scene: Scene) -> None:
+    load = scene.carols_keys()
+    forged = scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, load.pack(), signer=Identity.generate())
+    answer = post_sync(scene.bob, forged)
+    assert answer.status == 401
+    scene.assert_refused(forged, "bad_signature", scene.carol.id)
+    wait_told(scene.bob, f'"reason":"bad_signature","sender":"{scene.carol.id}"')
+
+
+def test_a_foreign_signed_announcement_does_not_change_whom_keys_are_sealed_to(scene: Scene) -> None:
+    thief = Identity.generate()
+    forged = scene.carol.says(
+        scene.alice_id,
+        EnvelopeType.CAPABILITIES,
+        wire.pack({"announcement": stolen(scene, thief), "request": False}),
+        signer=thief,
+    )
+    before = refused(scene.alice, "identity_changed", scene.carol.id)
+    scene.admin.send(scene.alice_id, forged)
+    wait_for(lambda: refused(scene.alice, "identity_changed", scene.carol.id) == before + 1, timeout_seconds=20)
+    wait_for(lambda: peer_status(scene.alice, scene.carol.id)["identity_conflict"], timeout_seconds=20)
+    scene.assert_goes_on()
+
+
+def stolen(scene: Scene, thief: Identity) -> bytes:
+    """An announcement in KP_Carol's name under another identity."""
+    impostor = type(scene.carol)(scene.carol.id, thief)
+    return impostor.announcement()
+
+
+def test_an_envelope_of_a_stranger_is_refused(scene: Scene) -> None:
+    stranger = type(scene.carol)("KP_Stranger")
+    envelope = stranger.places(scene.bob_id, scene.carols_keys())
+    assert post_sync(scene.bob, envelope).status == 401
+    scene.assert_refused(envelope, "unknown_sender", "unknown")
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "reason"), [(2, "key.issued", "unknown_version"), (1, "key.stolen", "unknown_type")]
+)
+def test_an_envelope_of_an_unknown_version_or_type_is_refused_and_its_sender_is_told(
+    scene: Scene, version: int, kind: str, reason: str
+) -> None:
+    number = now_ms() * 1000
+    protected = wire.pack([version, kind, scene.carol.id, scene.bob_id, number, now_ms()])
+    payload = scene.carols_keys().pack()
+    signed = len(protected).to_bytes(4, "big") + protected + payload
+    envelope = wire.pack([protected, payload, scene.carol.identity.sign(signed, CONTEXT_ENVELOPE)])
+    assert post_sync(scene.bob, envelope).status == 400
+    scene.assert_refused(envelope, reason)
+    if reason == "unknown_version":
+        told = scene.admin.wait(queue_name(scene.carol.id), lambda found: number in numbers_refused(found))
+        complaint = wire.unpack(wire.unpack(told)[1])
+        assert (complaint["reason"], complaint["versions"]) == (reason, [1])
+
+
+def numbers_refused(envelope: SignedEnvelope) -> list[int]:
+    """The number of the envelope that this one says is refused."""
+    if envelope.header.type is not EnvelopeType.ENVELOPE_REFUSED:
+        return []
+    return [wire.unpack(envelope.payload)["number"]]
+
+
+# --- far too large
+
+
+def test_an_envelope_of_100_mb_is_refused_by_the_bus(scene: Scene) -> None:
+    counted = refused(scene.bob, "too_large")
+    scene.admin.send(scene.bob_id, bytes(HUGE_BYTES))
+    wait_for(lambda: refused(scene.bob, "too_large") == counted + 1, timeout_seconds=60)
+    scene.assert_goes_on()
+    scene.admin.purge(dead_queue_name(scene.bob_id))
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["with-its-length", "chunked"])
+def test_an_envelope_of_100_mb_is_refused_by_sync_before_it_is_in_memory(scene: Scene, said: bool) -> None:
+    api = scene.bob.processes["api"].pid
+    before_mib = resident_mib(api)
+    assert post_in_pieces(scene, HUGE_BYTES, said=said) == 413
+    assert resident_mib(api) < before_mib + 32
+    scene.assert_goes_on()
+
+
+def post_in_pieces(scene: Scene, size: int, *, said: bool) -> int:
+    """`POST /sync` of that many zeros: the status, which may come before all of them are sent."""
+    connection = http.client.HTTPConnection(LOOPBACK, scene.bob.port, timeout=60)
+    try:
+        connection.putrequest("POST", "/sync")
+        connection.putheader("Content-Length" if said else "Transfer-Encoding", str(size) if said else "chunked")
+        connection.endheaders()
+        piece = bytes(65536)
+        with suppress(ConnectionError):
+            for _ in range(size // len(piece)):
+                connection.send(piece if said else b"%x\r\n%b\r\n" % (len(piece), piece))
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_an_envelope_with_a_million_records_is_refused(scene: Scene) -> None:
+    # The smallest records there are, so that they fit: what they hold is nothing.
+    payload = b"".join(
+        [b"\x83\xa7records\xdd", MILLION.to_bytes(4, "big"), b"\xc0" * MILLION, b"\xadwrapping_keys\x90\xa5stock\xc2"]
+    )
+    assert len(payload) < MAX_ENVELOPE_BYTES
+    scene.assert_refused(
+        scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, payload), "malformed_payload", scene.carol.id
+    )
+
+
+def test_an_envelope_with_a_million_events_is_refused(scene: Scene) -> None:
+    payload = b"\xdd" + MILLION.to_bytes(4, "big") + b"\x93\xc0\xc0\xc0" * MILLION
+    assert len(payload) < MAX_ENVELOPE_BYTES - 8192
+    scene.assert_refused(
+        scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, payload), "malformed_payload", scene.carol.id
+    )
+
+
+def test_one_record_too_many_is_refused_and_as_many_as_allowed_are_not(scene: Scene) -> None:
+    load = scene.carols_keys(2001)
+    scene.assert_refused(scene.carol.places(scene.bob_id, load), "malformed_payload", scene.carol.id)
+    load.records.pop()
+    load.keys.pop()
+    place(scene, load)
+    assert scene.at_bob(load.keys[-1]).body["key"] == load.keys[-1].key
+
+
+def test_ten_thousand_pieces_of_garbage_keep_nobody_from_exchanging_keys(scene: Scene) -> None:
+    before = refused_in_all(scene)
+    for _ in range(10):
+        scene.admin.send_many(scene.bob_id, [secrets.token_bytes(random.randint(0, 2000)) for _ in range(1000)])
+    scene.lab.assert_retrievable(scene.issue())
+    wait_for(lambda: refused_in_all(scene) >= before + 10_000, timeout_seconds=60)
+    scene.assert_goes_on()
+    scene.admin.purge(dead_queue_name(scene.bob_id))

@@ -1,0 +1,388 @@
+"""Facts about a bus link as an encryptor sees it, with KP_Alice's api running and everything beyond it played."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from sandbox.servers import MariaDbServer, RabbitMqServer
+from shared.nudges import NudgeKind
+from tests.system.bus_harness import sealed_keys
+from tests.system.conftest import new_lab
+from tests.system.harness import Lab, ask
+from tests.system.played_link import CAROL, PlayedLink, stopwatch
+from tests.waiting import wait_for
+
+NewLink: TypeAlias = Callable[..., PlayedLink]
+
+
+@contextmanager
+def made_link(lab: AbstractContextManager[Lab], make: Callable[[Lab], PlayedLink]) -> Iterator[PlayedLink]:
+    with lab as opened, ExitStack() as at_end:
+        link = make(opened)
+        at_end.callback(link.close)
+        link.start()
+        yield link
+
+
+@pytest.fixture(scope="module")
+def link(
+    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
+) -> Iterator[PlayedLink]:
+    """Without stock: everything goes on demand."""
+    lab = new_lab(tmp_path_factory.mktemp("link"), mariadb, rabbitmq)
+    with made_link(lab, lambda opened: PlayedLink(opened, SKIP_SYNC_TIMEOUT="2")) as made:
+        yield made
+
+
+@pytest.fixture
+def new_link(tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Iterator[NewLink]:
+    """A link of this test's own, with its own options."""
+    with ExitStack() as at_end:
+
+        def make(**options: Any) -> PlayedLink:  # noqa: ANN401 -- those of PlayedLink, handed through
+            lab = new_lab(tmp_path, mariadb, rabbitmq)
+            return at_end.enter_context(made_link(lab, lambda opened: PlayedLink(opened, **options)))
+
+        yield make
+
+
+@pytest.fixture(autouse=True)
+def empty_outbox(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "link" in request.fixturenames:
+        request.getfixturevalue("link").rows("DELETE FROM outbox")
+
+
+# --- on demand
+
+
+def test_a_key_is_answered_only_once_the_peer_has_acknowledged_it(link: PlayedLink) -> None:
+    asking = link.asking()
+    ((token, ((key_id, *_),)),) = link.wait_outbox("key.placed")
+    time.sleep(0.4)
+    assert not asking.done()
+    link.acknowledge(token)
+    link.nudge(NudgeKind.STORED, token)
+    answer = asking.result(10)
+    assert answer.status == 200
+    assert answer.body["keyId"] == key_id.hex()
+
+
+@pytest.mark.parametrize("size", ["128", "256", "264", "512"])
+def test_a_key_of_any_size_opens_at_the_peer_as_it_was_answered(link: PlayedLink, size: str) -> None:
+    asking = link.asking(size=size)
+    ((_, (entry,)),) = link.store_all("key.placed")
+    answer = asking.result(10)
+    assert answer.status == 200
+    assert (entry[0].hex(), link.opened(entry).hex()) == (answer.body["keyId"], answer.body["key"])
+    assert len(answer.body["key"]) * 4 == int(size)
+
+
+def test_a_forged_nudge_is_not_taken_for_an_acknowledgement(link: PlayedLink) -> None:
+    asking = link.asking()
+    ((token, _),) = link.wait_outbox("key.placed")
+    for _ in range(5):
+        link.nudge(NudgeKind.STORED, token)
+        time.sleep(0.1)
+    assert not asking.done()
+    assert asking.result(10).status == 500
+
+
+def test_a_key_that_the_peer_does_not_store_in_time_is_withdrawn_and_answered_500(link: PlayedLink) -> None:
+    seconds = stopwatch()
+    asking = link.asking()
+    ((_, ((key_id, _, expires_ms, correlation_id, *_),)),) = link.wait_outbox("key.placed")
+    answer = asking.result(10)
+    assert 1.9 < seconds() < 4
+    assert answer.status == 500
+    assert CAROL in answer.error
+    assert "2 s" in answer.error
+    assert link.outbox("key.placed") == []
+    ((_, withdrawn),) = link.outbox("key.withdrawn")
+    assert withdrawn == [[key_id, expires_ms, correlation_id]]
+
+
+def test_a_key_that_was_withdrawn_is_never_answered_though_an_acknowledgement_comes(link: PlayedLink) -> None:
+    asking = link.asking()
+    ((token, _),) = link.wait_outbox("key.placed")
+    assert asking.result(10).status == 500
+    link.nudge(NudgeKind.STORED, token)
+    assert len(link.outbox("key.withdrawn")) == 1
+
+
+def test_without_any_nudge_an_acknowledgement_is_seen_within_a_second(link: PlayedLink) -> None:
+    asking = link.asking()
+    ((token, _),) = link.wait_outbox("key.placed")
+    link.acknowledge(token)
+    seconds = stopwatch()
+    assert asking.result(10).status == 200
+    assert seconds() < 1.5
+
+
+def test_many_callers_share_rows_and_each_gets_the_key_that_the_peer_has(link: PlayedLink) -> None:
+    with link.storing("key.placed") as seen:
+        answers = [caller.result(20) for caller in [link.asking() for _ in range(200)]]
+    assert [answer.status for answer in answers] == [200] * 200
+    at_peer = {entry[0].hex(): link.opened(entry).hex() for entry in seen}
+    assert {answer.body["keyId"]: answer.body["key"] for answer in answers} == at_peer
+    assert len(at_peer) == 200
+    assert len(link.rows("SELECT 1 FROM wrapping_keys WHERE target_id = %s", CAROL)) == 1
+
+
+def test_a_refused_envelope_is_told_at_once_and_its_keys_are_withdrawn(new_link: NewLink) -> None:
+    link = new_link(SKIP_SYNC_TIMEOUT="30")
+    seconds = stopwatch()
+    asking = link.asking()
+    ((token, ((key_id, *_),)),) = link.wait_outbox("key.placed")
+    link.nudge(NudgeKind.REFUSED, token)
+    answer = asking.result(20)
+    assert seconds() < 5
+    assert answer.status == 500
+    assert CAROL in answer.error
+    assert link.told("key.withdrawn") == [key_id]
+
+
+def test_a_refusal_that_is_forged_does_not_undo_an_acknowledgement(link: PlayedLink) -> None:
+    asking = link.asking()
+    ((token, _),) = link.wait_outbox("key.placed")
+    link.acknowledge(token)
+    link.nudge(NudgeKind.REFUSED, token)
+    assert asking.result(10).status == 200
+    assert link.outbox("key.withdrawn") == []
+
+
+def test_a_peer_that_has_not_announced_itself_is_named_in_the_refusal(new_link: NewLink) -> None:
+    link = new_link()
+    link.rows("DELETE FROM bus_announcements")
+    wait_for(lambda: not link.status()["announced"], timeout_seconds=15)
+    answer = link.ask()
+    assert answer.status == 500
+    assert f"skipctl peer check {CAROL}" in answer.error
+    assert link.outbox("key.placed") == []
+
+
+def test_when_the_api_stops_a_caller_who_waits_is_still_answered(new_link: NewLink) -> None:
+    link = new_link(SKIP_SYNC_TIMEOUT="30")
+    asking = link.asking()
+    ((token, _),) = link.wait_outbox("key.placed")
+    link.alice.processes["api"].terminate()
+    time.sleep(0.5)
+    link.acknowledge(token)
+    link.nudge(NudgeKind.STORED, token)
+    assert asking.result(10).status == 200
+
+
+# --- stock
+
+
+def test_stock_is_filled_up_to_its_high_mark_and_opens_at_the_peer(new_link: NewLink) -> None:
+    link = new_link(stock=20)
+    rows = link.store_all("key.stocked")
+    entries = [entry for _, of_row in rows for entry in of_row]
+    assert len(entries) == 20
+    wait_for(lambda: link.status()["stock"]["placed"] == 20, timeout_seconds=10)
+    answer = link.ask()
+    at_peer = {entry[0].hex(): entry for entry in entries}
+    assert link.opened(at_peer[answer.body["keyId"]]).hex() == answer.body["key"]
+
+
+def test_nothing_of_a_key_in_stock_stands_in_the_store_in_clear(new_link: NewLink) -> None:
+    link = new_link(stock=4)
+    ((_, entries),) = link.store_all("key.stocked")
+    keys = [link.opened(entry) for entry in entries]
+    dump = b"".join(
+        bytes(column)
+        for table in ("stock", "outbox", "key_records", "wrapping_keys")
+        for row in link.rows(f"SELECT * FROM {table}")
+        for column in row
+        if isinstance(column, bytes)
+    )
+    assert len(dump) > 500
+    assert not any(key[start : start + 8] in dump for key in keys for start in (0, 12, 24))
+
+
+def test_stock_serves_while_peer_and_broker_are_away_and_then_the_peer_is_told(new_link: NewLink) -> None:
+    link = new_link(stock=16, broker=False)
+    link.store_all("key.stocked")
+    wait_for(lambda: link.status()["stock"]["placed"] == 16, timeout_seconds=10)
+    seconds = stopwatch()
+    answers = [link.ask() for _ in range(16)]
+    assert seconds() < 3
+    assert [answer.status for answer in answers] == [200] * 16
+    assert {bytes.fromhex(answer.body["keyId"]) for answer in answers} == set(link.told("key.issued"))
+    assert len({answer.body["key"] for answer in answers}) == 16
+    assert link.rows("SELECT COUNT(*) FROM stock WHERE placed_ms IS NOT NULL") == ((0,),)
+
+
+def test_stock_that_the_peer_has_not_acknowledged_is_never_given_out(new_link: NewLink) -> None:
+    link = new_link(stock=8, SKIP_SYNC_TIMEOUT="0.5")
+    link.wait_outbox("key.stocked")
+    wait_for(lambda: link.status()["stock"]["in_flight"] == 8, timeout_seconds=10)
+    assert link.ask().status == 500
+    assert link.rows("SELECT COUNT(*) FROM stock") == ((8,),)
+
+
+def test_stock_is_made_anew_at_the_low_mark(new_link: NewLink) -> None:
+    link = new_link(stock=40)
+    link.store_all("key.stocked")
+    wait_for(lambda: link.status()["stock"]["placed"] == 40, timeout_seconds=10)
+    for _ in range(19):
+        assert link.ask().status == 200
+    assert link.outbox("key.stocked") == []
+    assert link.ask().status == 200
+    ((_, entries),) = link.store_all("key.stocked")
+    assert len(entries) == 20
+
+
+def test_a_peer_that_never_acknowledges_gets_no_more_than_the_high_mark(new_link: NewLink) -> None:
+    link = new_link(stock=10)
+    link.wait_outbox("key.stocked")
+    for _ in range(5):
+        link.nudge(NudgeKind.STOCK)
+        time.sleep(1)
+    assert len(link.told("key.stocked")) == 10
+
+
+def test_two_api_processes_never_give_out_the_same_key(new_link: NewLink) -> None:
+    link = new_link(stock=400, SKIP_API_WORKERS="2")
+    with link.storing("key.stocked", "key.placed"):
+        wait_for(lambda: link.status()["stock"]["placed"] == 400, timeout_seconds=20)
+        answers = [caller.result(30) for caller in [link.asking() for _ in range(600)]]
+    assert [answer.status for answer in answers] == [200] * 600
+    assert len({answer.body["keyId"] for answer in answers}) == 600
+    assert len(link.told("key.issued")) >= 200
+
+
+def test_another_size_than_the_default_goes_on_demand_and_leaves_the_stock_alone(new_link: NewLink) -> None:
+    link = new_link(stock=8)
+    link.store_all("key.stocked")
+    wait_for(lambda: link.status()["stock"]["placed"] == 8, timeout_seconds=10)
+    asking = link.asking(size="512")
+    link.store_all("key.placed")
+    assert asking.result(10).status == 200
+    assert link.status()["stock"]["placed"] == 8
+
+
+def test_a_copy_that_was_moved_to_another_peer_does_not_open_and_is_withdrawn(new_link: NewLink) -> None:
+    link = new_link(stock=2)
+    link.store_all("key.stocked")
+    wait_for(lambda: link.status()["stock"]["placed"] == 2, timeout_seconds=10)
+    # Somebody who can write to the store takes keys of another peer for Carol's: here, any other ciphertext does.
+    (first,) = link.rows("SELECT key_id FROM stock ORDER BY key_id LIMIT 1")
+    link.rows("UPDATE stock SET sealed = %s WHERE key_id = %s", secrets.token_bytes(48), first[0])
+    with link.storing("key.placed"):
+        answers = [link.ask() for _ in range(2)]
+    assert [answer.status for answer in answers] == [200, 200]
+    assert first[0].hex() not in {answer.body["keyId"] for answer in answers}
+    assert link.told("key.withdrawn") == [first[0]]
+
+
+def test_stock_with_less_than_half_of_its_life_left_is_not_given_out(new_link: NewLink) -> None:
+    link = new_link(stock=4, SKIP_KEY_TTL_SECONDS="20", SKIP_EPOCH_SECONDS="10")
+    link.store_all("key.stocked")
+    wait_for(lambda: link.status()["stock"]["placed"] == 4, timeout_seconds=10)
+    old = {row[0] for row in link.rows("SELECT key_id FROM stock")}
+    # Its successors are made before it is too old to be given out; they are not acknowledged here.
+    link.wait_outbox("key.stocked", timeout_seconds=15)
+    wait_for(lambda: link.status()["stock"]["placed"] == 0, timeout_seconds=15)
+    time.sleep(1.5)
+    with link.storing("key.placed"):
+        assert bytes.fromhex(link.ask().body["keyId"]) not in old
+
+
+# --- retrieval
+
+
+def test_a_key_that_is_asked_for_before_it_has_come_is_answered_when_it_comes(new_link: NewLink) -> None:
+    link = new_link(SKIP_RETRIEVE_WAIT="20")
+    load = sealed_keys(link.carol, link.alice, link.lab.places[0])
+    asking = link.retrieving(load.records[0][0])
+    time.sleep(0.5)
+    assert not asking.done()
+    link.bring(load)
+    link.nudge(NudgeKind.ARRIVED, load.records[0][0])
+    seconds = stopwatch()
+    answer = asking.result(10)
+    assert seconds() < 3
+    assert (answer.status, answer.body.get("key")) == (200, load.keys[0].key)
+
+
+def test_without_any_nudge_a_key_that_has_come_meanwhile_is_found_at_the_deadline(link: PlayedLink) -> None:
+    load = sealed_keys(link.carol, link.alice, link.lab.places[0])
+    asking = link.retrieving(load.records[0][0])
+    time.sleep(0.3)
+    link.bring(load)
+    assert asking.result(10).status == 200
+
+
+def test_a_key_that_never_comes_is_refused_after_the_wait(link: PlayedLink) -> None:
+    seconds = stopwatch()
+    key_id = secrets.token_bytes(16)
+    asking = link.retrieving(key_id)
+    for _ in range(10):
+        link.nudge(NudgeKind.ARRIVED, key_id)
+    assert asking.result(10).status == 400
+    assert 0.9 < seconds() < 3
+
+
+def test_a_key_that_is_there_is_answered_at_once_and_only_once(link: PlayedLink) -> None:
+    load = sealed_keys(link.carol, link.alice, link.lab.places[0])
+    link.bring(load)
+    seconds = stopwatch()
+    answers = [caller.result(10) for caller in [link.retrieving(load.records[0][0]) for _ in range(20)]]
+    assert sorted(answer.status for answer in answers) == [200] + [400] * 19
+    assert seconds() < 4
+
+
+def test_waiting_for_keys_keeps_nobody_else_from_the_store(new_link: NewLink) -> None:
+    link = new_link(SKIP_RETRIEVE_WAIT="10")
+    waiting = [link.retrieving(secrets.token_bytes(16)) for _ in range(60)]
+    time.sleep(0.5)
+    load = sealed_keys(link.carol, link.alice, link.lab.places[0])
+    link.bring(load)
+    seconds = stopwatch()
+    assert link.retrieving(load.records[0][0]).result(10).status == 200
+    assert seconds() < 1
+    connections = link.rows(
+        "SELECT COUNT(*) FROM information_schema.processlist WHERE user = %s", link.lab.database.user
+    )
+    assert connections[0][0] < 20
+    assert not any(one.done() for one in waiting)
+
+
+def test_stock_of_a_peer_that_is_handed_out_here_waits_here_no_more(link: PlayedLink) -> None:
+    load = replace(sealed_keys(link.carol, link.alice, link.lab.places[0], count=3), stock=True)
+    link.bring(load)
+    wait_for(lambda: link.status()["stock"]["held"] == 3, timeout_seconds=10)
+    assert link.retrieving(load.records[0][0]).result(10).status == 200
+    wait_for(lambda: link.status()["stock"]["held"] == 2, timeout_seconds=10)
+
+
+# --- who may ask
+
+
+def test_a_caller_without_a_proven_name_gets_nothing_with_a_peer_that_has_a_list(new_link: NewLink) -> None:
+    link = new_link(stock=4, allow=["router-*"])
+    for target in (f"/key?remoteSystemID={CAROL}", f"/key/{secrets.token_hex(16)}?remoteSystemID={CAROL}"):
+        answer = ask(link.alice, target)
+        assert answer.status == 400
+        assert "may ask for" in answer.error
+
+
+def test_status_shows_the_link_and_its_stock(new_link: NewLink) -> None:
+    link = new_link(stock=6)
+    link.wait_outbox("key.stocked")
+    wait_for(lambda: link.status()["stock"]["in_flight"] == 6, timeout_seconds=10)
+    shown = link.status()
+    assert shown["link"] == "bus"
+    assert shown["stock"] == {"configured": 6, "low": 3, "placed": 0, "in_flight": 6, "held": 0}
+    assert (shown["last_refusal"], shown["last_refusal_at"], shown["withdrawn"]) == ("", None, 0)
+    assert shown["clock_skew_seconds"] is None
