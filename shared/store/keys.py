@@ -94,7 +94,7 @@ def fetch_commit_token(token: bytes) -> Steps[bool]:
 
 def _commit(statements: Sequence[str]) -> Steps[None]:
     try:
-        yield Statement(";".join((*statements, "COMMIT")), count=len(statements) + 1)
+        yield Statement(";".join((*statements, "COMMIT")))
     except StoreUnavailable as error:
         # A connection that breaks here leaves unknown whether it was committed.
         raise CommitUnknown("the connection to the store broke during a commit") from error
