@@ -48,7 +48,8 @@ LABEL org.opencontainers.image.title="skipbus" \
 RUN groupadd --system --gid 10001 skipbus \
  && useradd --system --uid 10001 --gid skipbus --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin skipbus \
  && install -d -m 700 -o skipbus -g skipbus /var/lib/skipbus /var/lib/skipbus/keyring \
- && rm -rf /var/log/* /var/cache/apt/*.bin /var/cache/ldconfig/aux-cache
+ && apt-get clean \
+ && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache
 COPY --from=build /opt/skipbus /opt/skipbus
 
 # Metrics and probes stay inside of the container: 127.0.0.1 there.

@@ -32,6 +32,8 @@ SERVICE_USER = 10001
 _PLACES = ("alice", "bob")
 _FIRST_PORT = 8443
 _PORT_STEP = 1000
+# Beside the api's own TLS port, in the network that they share.
+_STUNNEL_PORT = 9443
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def _write_site(folder: Path, ids: list[str], hosts: list[str], owners: Owners) 
     _write(folder / "secrets" / "mysql_root_password", password, 0o444)
     _write(folder / "rabbitmq" / "rabbitmq.conf", CONFIGURATION, 0o444)
     _write(folder / "rabbitmq" / "definitions.json", definitions(syncers), 0o444)
+    stunnel = read_shipped("stunnel/stunnel.conf").replace("accept = 8443", f"accept = {_STUNNEL_PORT}")
+    _write(folder / "stunnel.conf", stunnel, 0o444)
     _write(folder / ".env", _environment(folder, ids))
     _write(folder / "compose.yaml", read_shipped("shared-store.yaml"))
     _give(folder, owners)
@@ -142,6 +146,8 @@ def _environment(folder: Path, ids: list[str]) -> str:
         "SKIPBUS_IMAGE=skipbus:latest",
         "# Where the ports below are published.",
         "ADDRESS=0.0.0.0",
+        "# 8443 leads to the api's own TLS; 9443, with COMPOSE_PROFILES=stunnel, to stunnel.",
+        "TLS_TARGET=8443",
     ]
     for number, (place, system_id) in enumerate(zip(_PLACES, ids, strict=True)):
         lines += [f"{place.upper()}_ID='{system_id}'", f"{place.upper()}_PORT={_FIRST_PORT + number * _PORT_STEP}"]

@@ -44,3 +44,11 @@ def shared_store(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield stack
     finally:
         stack.down()
+
+
+@pytest.fixture(scope="session")
+def stunnel_image(engine: None) -> str:
+    """stunnel, as the profile of that name runs it."""
+    tag = "skipbus-stunnel:test"
+    docker("build", "--quiet", "--tag", tag, str(REPOSITORY / "compose" / "stunnel"), timeout_seconds=300)
+    return tag

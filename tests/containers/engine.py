@@ -45,6 +45,11 @@ def crash(container: str, image: str) -> None:
     docker("run", "--rm", "--pid=host", "--user=0", image, "python", "-c", kill)
 
 
+def logs(container: str) -> str:
+    """Everything that a container wrote."""
+    return run("sh", "-c", 'docker logs "$1" 2>&1', "sh", container)
+
+
 def left_of(project: str) -> list[str]:
     """Containers, volumes and networks that a Compose project has left behind."""
     label = f"label=com.docker.compose.project={project}"

@@ -32,7 +32,10 @@ def test_the_image_runs_as_a_user_without_rights(image: str) -> None:
 
 def test_no_compiler_and_no_cache_is_left_in_the_image(image: str) -> None:
     tools = "for tool in gcc cc g++ make git; do command -v $tool; done; true"
-    kinds = "-path '*/.cache/*' -o -name '*.whl' -o -name '*.deb' -o -path '/var/lib/apt/lists/*'"
+    # Debian's own pip brings its wheels.
+    kinds = (
+        "-path '*/.cache/*' -o -name '*.whl' -not -path '/usr/share/*' -o -name '*.deb' -o -path '/var/lib/apt/lists/*'"
+    )
     caches = f"find / -xdev \\( {kinds} \\) -type f 2>/dev/null; true"
     assert in_image(image, "sh", "-c", tools) == ""
     assert in_image(image, "sh", "-c", caches) == ""
