@@ -113,6 +113,7 @@ def _write_site(folder: Path, ids: list[str], hosts: list[str], owners: Owners) 
     _write(folder / "stunnel.conf", stunnel, 0o444)
     _write(folder / ".env", _environment(folder, ids))
     _write(folder / "compose.yaml", read_shipped("shared-store.yaml"))
+    _write(folder / "two-apis.yaml", read_shipped("two-apis.yaml"))
     _give(folder, owners)
 
 
@@ -143,6 +144,8 @@ def _environment(folder: Path, ids: list[str]) -> str:
     lines = [
         "# Read by Compose from this folder. Every name here is used in compose.yaml.",
         f"COMPOSE_PROJECT_NAME={_project_name(folder)}",
+        "# With :two-apis.yaml behind it, two apis for each key provider, which an upgrade exchanges in turn.",
+        "COMPOSE_FILE=compose.yaml",
         "SKIPBUS_IMAGE=skipbus:latest",
         "# Where the ports below are published.",
         "ADDRESS=0.0.0.0",

@@ -64,6 +64,10 @@ class Stack:
         """What a script prints that runs in a service's container, with that service's account and files."""
         return self.compose("exec", "-T", service, "python", "-", stdin=script)
 
+    def image_of(self, service: str) -> str:
+        """The image that a service's container was made from."""
+        return str(inspect(self.container(service))["Config"]["Image"])
+
     def state(self, service: str) -> str:
         """`healthy`, `unhealthy`, `starting`, or what the container is instead of running."""
         found = inspect(self.container(service))["State"]
