@@ -1,8 +1,8 @@
 """``skipbus-conformance URL URL``: two SKIP key providers against draft-cisco-skip-02, one line a clause.
 
 It needs no pre-shared key and nothing of skipbus at the other side. It takes keys from the key providers, and leaves a
-few that nobody fetches. Exit code 0 where all MUSTs hold (with --strict: the SHOULDs too), 1 where one does not, 2 for a
-wrong argument or a key provider that is not reached.
+few that nobody fetches. Exit code 0 where all MUSTs hold (with --strict: the SHOULDs too), 1 where one does not, 2 for
+a wrong argument or a key provider that is not reached.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from testcontainers.core.container import DockerContainer
+from testcontainers.core.docker_client import DockerClient
 from testcontainers.core.network import Network
 
 from skipbus_testkit.key_provider import FILES, FOLDER
@@ -193,7 +194,14 @@ class SkipPair:
         container = DockerContainer(self._image).with_network(self._edge).with_network_aliases(name)
         container.with_envs(**environ).with_exposed_ports(TLS_PORT, CONTROL_PORT)
         container.with_command(["python", "-m", "skipbus_testkit.key_provider"])
-        return container.with_copy_into_container(_make_files(folder / name, name), FILES, 0o444)
+        return container.with_copy_into_container(_make_files(folder / name, name, self._hosts()), FILES, 0o444)
+
+    def _hosts(self) -> list[str]:
+        """Where a published port may be reached: which of them it is depends on where the tester's process runs."""
+        docker = DockerClient()
+        networks = [docker.client.networks.get(network.name) for network in (self._edge, self._link)]
+        gateways = {config["Gateway"] for network in networks for config in network.attrs["IPAM"]["Config"]}
+        return sorted({"localhost", "127.0.0.1", "::1", docker.host()} | gateways)
 
     def _provider(self, name: str, folder: Path) -> KeyProvider:
         files = folder / name
@@ -228,9 +236,9 @@ class SkipPair:
         return any(container.status == "exited" for container in wrapped)
 
 
-def _make_files(folder: Path, name: str) -> bytes:
+def _make_files(folder: Path, name: str, hosts: list[str]) -> bytes:
     """Certificates and a pre-shared key in ``folder``, and what the container needs of them as a tar."""
-    make_certificates(folder, f"skipbus testkit {name}", ["localhost", "127.0.0.1", "::1", name], ["client"])
+    make_certificates(folder, f"skipbus testkit {name}", [name, *hosts], ["client"])
     psk = folder / "psk.txt"
     psk.touch(0o600)
     psk.write_text(f"router-at-{name}:{secrets.token_hex(32)}\n")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -169,7 +170,8 @@ def _shake_hands(url: str) -> None:
     """A connection with a handshake, given up after 3 s. Raises OSError."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=3) as raw:
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=3) as raw:
         context.wrap_socket(raw)
 
 
