@@ -1,7 +1,7 @@
 """Two key providers, their database and their broker in containers, for the time of a ``with`` block.
 
-Everything is made at the start and gone at the end, secrets included. All containers start at the same time, because
-skipbus starts in any order. One container is one whole key provider: its three processes, and a proxy in front.
+Everything is made at the start and gone at the end, secrets included. Nothing waits for the servers, because skipbus
+starts in any order. One container is one whole key provider: its three processes, and a proxy in front.
 
 Two networks: ``edge`` is where encryptors come from, and ``link`` has the database and the broker. ``cut_link`` takes
 Bob out of ``link``.
@@ -14,7 +14,6 @@ import secrets
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -137,23 +136,23 @@ class SkipPair:
         self._link = self._at_end.enter_context(Network(docker_network_kw={"internal": True}))
         folder = Path(self._at_end.enter_context(tempfile.TemporaryDirectory(prefix="skipbus-testkit-")))
         self._database = self._make_database()
-        broker = self._make_broker()
-        self._kps = {name: self._make_kp(name, folder) for name in self._ids}
-        self._start_all([self._database, broker, *self._kps.values()])
+        with ThreadPoolExecutor(4) as pool:
+            servers = [pool.submit(self._run, made) for made in (self._database, self._make_broker())]
+            # Certificates are made while the servers prepare their data.
+            made = {name: pool.submit(self._make_kp, name, folder) for name in self._ids}
+            self._kps = {name: kp.result() for name, kp in made.items()}
+            kps = [pool.submit(self._run, kp) for kp in self._kps.values()]
+        for started in (*servers, *kps):
+            started.result()
         self.alice, self.bob = (self._provider(name, folder) for name in self._ids)
         for name in self._ids:
             self._link_network("connect", name)
         self._await_exchange()
 
-    def _start_all(self, containers: Sequence[DockerContainer]) -> None:
-        with ThreadPoolExecutor(len(containers)) as pool:
-            started = [pool.submit(container.start) for container in containers]
-        # Those that did start must end even where another did not.
-        for container, result in zip(containers, started, strict=True):
-            if result.exception() is None:
-                self._at_end.callback(container.stop)
-        for result in started:
-            result.result()
+    def _run(self, container: DockerContainer) -> None:
+        # Before the start: one that failed half-way has a container too.
+        self._at_end.callback(container.stop)
+        container.start()
 
     def _make_database(self) -> DockerContainer:
         environ = {
