@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 
 import pytest
 
-from tests.containers.engine import crash, docker, inspect
+from tests.containers.engine import crash, docker, inspect, logs
 from tests.containers.stack import Stack
 from tests.waiting import wait_for
 
@@ -198,6 +199,36 @@ def test_up_a_second_time_changes_neither_identity_nor_containers(shared_store: 
     shared_store.up()
     assert [inspect(shared_store.container(service))["Id"] for service in SERVICES] == before
     assert shared_store.compose("exec", "-T", "alice-janitor", "skipctl", "keyring", "show").splitlines()[:3] == shown
+
+
+def test_a_changed_password_is_taken_up_by_the_next_up(shared_store: Stack) -> None:
+    file = shared_store.folder / "secrets" / "alice_api_mysql_password"
+    file.write_text(secrets.token_hex(24))
+    shared_store.up("--force-recreate", "alice-api", "provision")
+    shared_store.smoke()
+
+
+def test_services_refuse_a_keyring_that_was_lost_and_made_anew_until_it_is_restored(shared_store: Stack) -> None:
+    keyring, saved = f"{shared_store.project}_alice-keyring", f"{shared_store.project}_saved"
+    command = (
+        "run",
+        "--rm",
+        "--user=0",
+        f"--volume={keyring}:/keyring",
+        f"--volume={saved}:/saved",
+        shared_store.image,
+    )
+    try:
+        docker(*command, "cp", "-a", "/keyring/.", "/saved/")
+        docker(*command, "find", "/keyring", "-mindepth", "1", "-delete")
+        shared_store.compose("run", "--rm", "alice-keyring")
+        shared_store.compose("restart", "alice-api")
+        wait_for(lambda: "the store knows KP_Alice by" in logs(shared_store.container("alice-api")), timeout_seconds=30)
+        docker(*command, "sh", "-c", "find /keyring -mindepth 1 -delete && cp -a /saved/. /keyring/")
+    finally:
+        docker("volume", "rm", "--force", saved)
+    shared_store.wait_healthy(*SERVICES)
+    shared_store.smoke()
 
 
 def _probe(stack: Stack, service: str, word: str) -> str:
