@@ -21,9 +21,10 @@ test:
 	@$(PYTHON) -m pytest $(TESTS)
 
 # A missing engine fails the run; it is not installed here, because it would be the whole machine's.
+# The tests end what they start, and say what is left, so they need no reaper beside them.
 test-containers:
 	@scripts/setup python
-	@$(PYTHON) -m pytest $(CONTAINER_TESTS)
+	@TESTCONTAINERS_RYUK_DISABLED=true $(PYTHON) -m pytest $(CONTAINER_TESTS)
 
 lint:
 	@scripts/setup python

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 
-HOLD_SECONDS = 20.0
+HOLD_SECONDS = 60.0
 _CONNECT_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
 # A connection that each api ends without a word is ended: the client is what they do not want.

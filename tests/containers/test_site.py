@@ -1,4 +1,4 @@
-"""compose/site.yaml: one site comes up whole, and its front leads to both apis. (Exchanges need the link to another.)"""
+"""compose/site.yaml: one site comes up whole, and its front leads to both apis. Exchanges need the link to another."""
 
 from __future__ import annotations
 
