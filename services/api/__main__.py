@@ -16,6 +16,7 @@ from services.api.access_log import AccessLine, AccessLogger
 from services.api.app import Application
 from services.api.batching import Lane
 from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
+from services.api.draining import drain
 from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
 from services.api.listening import listen
 from services.api.metrics import REGISTRY, batch_observer
@@ -67,7 +68,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     claim = _claim_lane(settings, opener)
     skip = SkipMethods(settings, directory, issue, claim)
     tls = Tls(settings)
-    server = _make_server(settings, Application(skip, StatusPages(settings, directory, view, tls.warnings)))
+    application = Application(skip, StatusPages(settings, directory, view, tls.warnings))
+    server = _make_server(settings, application)
     serve_metrics(settings.metrics_port, REGISTRY)
 
     runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
@@ -83,6 +85,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             tasks.create_task(stop_group(stop), name="stop")
     except* Stopped:
         _log.info("draining")
+        await drain(application, runner, server, tls)
     finally:
         tls.close()
         await runner.cleanup()
