@@ -1,12 +1,14 @@
 # Every target brings the machine to what it needs first (scripts/setup); that takes no time when nothing is missing.
 #
 #   make demo [TOPOLOGY=sites] [ONCE=1] [PORT_BASE=n]        make test [TESTS="tests/unit -k ids"]
+#   make test-containers [CONTAINER_TESTS="tests/containers/test_image.py"]        needs Docker with Compose
 #   make lint    make format    make bench [BENCH="..."]     make lock [UPGRADE=1]    make clean
 
 TESTS ?= tests/unit tests/integration tests/system
+CONTAINER_TESTS ?= tests/containers
 PYTHON := .venv/bin/python
 
-.PHONY: demo test lint format bench lock clean
+.PHONY: demo test test-containers lint format bench lock clean
 
 # make hands TOPOLOGY, ONCE and PORT_BASE on by itself. The line stays without shell syntax: a shell in between would
 # die of Ctrl-C before the demo has ended.
@@ -17,6 +19,12 @@ demo:
 test:
 	@scripts/setup python servers curl stunnel clients
 	@$(PYTHON) -m pytest $(TESTS)
+
+# A missing engine fails the run; it is not installed here, because it would be the whole machine's.
+# The tests end what they start, and say what is left, so they need no reaper beside them.
+test-containers:
+	@scripts/setup python
+	@TESTCONTAINERS_RYUK_DISABLED=true $(PYTHON) -m pytest $(CONTAINER_TESTS)
 
 lint:
 	@scripts/setup python

@@ -19,6 +19,7 @@ import uvloop
 
 from shared.errors import BackendError, OperatorError
 from shared.logs import get_logger
+from shared.metrics import TaskAge
 
 DRAIN_SECONDS = 10.0
 EXIT_OK = 0
@@ -79,8 +80,9 @@ async def every(stop: asyncio.Event, seconds: float, what: str, action: Callable
 
     A backend that is away is logged once, and once when it is back; any other error ends the task.
     """
-    away = False
+    away, age = False, TaskAge(what, seconds)
     while not stop.is_set():
+        age.tried()
         try:
             await action()
         except BackendError as error:
@@ -91,6 +93,7 @@ async def every(stop: asyncio.Event, seconds: float, what: str, action: Callable
             if away:
                 _log.info("backend back", what=what)
             away = False
+            age.done()
         await pause(stop, seconds)
 
 

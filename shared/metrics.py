@@ -1,18 +1,45 @@
-"""Serves a process's Prometheus metrics on loopback, where nobody but the host's own scraper asks.
+"""Serves a process's Prometheus metrics on loopback, where nobody but the host's own scraper and probes ask.
 
-Adds what every process has: how many log lines it had to give up, which its log cannot tell while nobody reads it.
+Adds what every process has: how many log lines it had to give up, which its log cannot tell while nobody reads it,
+and the ages of its regular tasks, by which a probe tells a process that works from one that only exists: the event
+loop sets them, and a thread of its own serves them.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Metric, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, Metric, start_http_server
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from shared.errors import OperatorError
 from shared.logs import line_writer
+
+_TASKS = CollectorRegistry()
+_INTERVAL = Gauge("skipbus_task_interval_seconds", "How often a regular task is done.", ["task"], registry=_TASKS)
+_TRIED = Gauge("skipbus_task_tried_age_seconds", "Time since it was last begun.", ["task"], registry=_TASKS)
+_DONE = Gauge("skipbus_task_done_age_seconds", "Time since it last succeeded.", ["task"], registry=_TASKS)
+
+
+class TaskAge:
+    """When one regular task was last begun and last done, by a clock that nobody sets."""
+
+    def __init__(self, name: str, interval_seconds: float) -> None:
+        self._tried = self._done = -math.inf
+        _INTERVAL.labels(name).set(interval_seconds)
+        _TRIED.labels(name).set_function(lambda: time.monotonic() - self._tried)
+        _DONE.labels(name).set_function(lambda: time.monotonic() - self._done)
+
+    def tried(self) -> None:
+        """It is begun."""
+        self._tried = time.monotonic()
+
+    def done(self) -> None:
+        """It has succeeded."""
+        self._done = time.monotonic()
 
 
 def serve_metrics(port: int, registry: CollectorRegistry) -> None:
@@ -20,6 +47,7 @@ def serve_metrics(port: int, registry: CollectorRegistry) -> None:
     if port == 0:
         return
     registry.register(_LogLines())
+    registry.register(_TASKS)
     try:
         start_http_server(port, addr="127.0.0.1", registry=registry)
     except OSError as error:

@@ -15,11 +15,11 @@ from typing import cast
 
 from shared.config import ConfigurationError, problems_text, project_version
 from shared.errors import SkipbusError
-from skipctl import cert, config, db, identity, keyring, peer, psk
+from skipctl import cert, config, db, identity, keyring, peer, psk, site
 from skipctl.command import Handler
 
 _PROGRAM = "skipctl"
-_MODULES = (config, db, keyring, identity, peer, psk, cert)
+_MODULES = (config, db, keyring, identity, peer, psk, cert, site)
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:

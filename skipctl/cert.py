@@ -62,9 +62,16 @@ def _init(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
     for client in clients:
         if not client.replace("-", "").replace("_", "").replace(".", "").isalnum() or client in ("ca", "rsa", "ecdsa"):
             raise OperatorError(f"--client {client!r} cannot name a file here; use letters, digits, - and _")
+    make_certificates(folder, arguments.name, hosts, clients, arguments.days)
+    _tell(folder, clients)
+    return 0
+
+
+def make_certificates(folder: Path, name: str, hosts: list[str], clients: list[str], days: int = _DEFAULT_DAYS) -> None:
+    """An authority and what it signs: `rsa` and `ecdsa` for ``hosts``, one for each client. Raises OperatorError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        authority = _make_authority(folder, arguments.name, arguments.days)
+        authority = _make_authority(folder, name, days)
         for kind in ("rsa", "ecdsa"):
             _issue(authority, folder / kind, hosts[0], hosts)
         for client in clients:
@@ -73,8 +80,6 @@ def _init(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
         raise OperatorError(f"{error.filename} is there already; nothing is overwritten") from error
     except OSError as error:
         raise OperatorError(f"{folder}: {error.strerror}") from error
-    _tell(folder, clients)
-    return 0
 
 
 def _tell(folder: Path, clients: list[str]) -> None:

@@ -1,4 +1,7 @@
-"""``skipctl db upgrade|status``: the store's schema. Processes upgrade it by themselves; this is for those who plan."""
+"""``skipctl db upgrade|status|provision``: the store's schema, and the services' accounts.
+
+Processes upgrade a store by themselves where their account may; this is for those who plan.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Mapping
 
 from shared.config import load_settings
 from shared.migrate import head_revision, is_known, store_revision, upgrade_store
+from skipctl.provision import add_provision
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,6 +21,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     commands.add_parser(
         "status", help="compare the store with this release; exit code 1 where they differ"
     ).set_defaults(handler=_status)
+    add_provision(commands.add_parser("provision", help="upgrade it, and give each service its account and grants"))
 
 
 def _upgrade(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:

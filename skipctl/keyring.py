@@ -16,12 +16,19 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Adds the subcommand."""
     parser = subparsers.add_parser("keyring", help="the key provider's own private keys")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("init", help="make a new identity in an empty folder").set_defaults(handler=_init)
+    init = commands.add_parser("init", help="make a new identity in an empty folder")
+    init.add_argument("--if-missing", action="store_true", help="leave a keyring of this key provider as it is")
+    init.set_defaults(handler=_init)
     commands.add_parser("show", help="show the identity and the live epochs").set_defaults(handler=_show)
 
 
-def _init(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def _init(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
+    # Any content counts as a keyring: one that is damaged is for an operator to restore, not to be replaced.
+    if arguments.if_missing and settings.keyring_dir.is_dir() and any(settings.keyring_dir.iterdir()):
+        keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
+        print(f"the keyring of {keyring.system_id} is there: identity {fingerprint(keyring.identity.public_key)}")
+        return 0
     keyring = Keyring.create(settings.keyring_dir, settings.local_system_id)
     print(f"made a keyring for {keyring.system_id} in {keyring.path}")
     print(f"identity {fingerprint(keyring.identity.public_key)}")

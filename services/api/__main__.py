@@ -16,6 +16,7 @@ from services.api.access_log import AccessLine, AccessLogger
 from services.api.app import Application
 from services.api.batching import Lane
 from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
+from services.api.draining import drain
 from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
 from services.api.links import BusLinks
 from services.api.listening import listen
@@ -72,8 +73,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     skip = SkipMethods(settings, directory, issue, claim, links)
     tls = Tls(settings)
     sync = _make_sync(settings, directory, links) if links is not None else None
-    status = StatusPages(settings, directory, view, tls.warnings, links)
-    server = _make_server(settings, Application(skip, status, sync))
+    application = Application(skip, StatusPages(settings, directory, view, tls.warnings, links), sync)
+    server = _make_server(settings, application)
     serve_metrics(settings.metrics_port, REGISTRY)
 
     runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
@@ -95,6 +96,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 tasks.create_task(stop_group(stop), name="stop")
         except* Stopped:
             _log.info("draining")
+            await drain(application, runner, server, tls)
         finally:
             tls.close()
             await runner.cleanup()

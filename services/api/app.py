@@ -38,6 +38,8 @@ class Application:
             "/health": status.get_health,
             "/status/sync": status.get_status_sync,
         }
+        # Each answer is its connection's last, because the process is about to end.
+        self.ends_connections = False
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer to one request; every error of skipbus is one, any other is a 500 and a traceback in the log."""
@@ -45,7 +47,7 @@ class Application:
         CORRELATION_ID.set(correlation_id)
         entry = request[ENTRY] = Entry(correlation_id, getattr(request.protocol, "caller", None))
         try:
-            return await self._dispatch(request, entry)
+            response = await self._dispatch(request, entry)
         except SkipbusError as error:
             entry.reason = reason_of(error)
             response = error_response(error, correlation_id)
@@ -53,7 +55,7 @@ class Application:
             _log.error("request failed", exc_info=error)
             entry.reason = f"{type(error).__name__} (see the traceback with this correlation id)"
             response = error_response(SkipbusError(), correlation_id)
-        if request.body_exists:
+        if request.body_exists or self.ends_connections:
             response.force_close()
         return response
 

@@ -37,13 +37,14 @@ _log = get_logger("server")
 class Connection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("busy_count", "busy_since", "caller", "lost", "partial_since", "when_gone")
+    __slots__ = ("busy_count", "busy_since", "caller", "lost", "made_at", "partial_since", "when_gone")
 
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 -- handed through
         super().__init__(*args, **options)
         self.partial_since = 0.0
         self.busy_since = 0.0
         self.busy_count = -1
+        self.made_at = self._loop.time()
         self.caller: Caller | None = None
         self.lost = False
         self.when_gone: Callable[[], None] | None = None
@@ -107,6 +108,10 @@ class Connection(RequestHandler):
     def idle(self) -> bool:
         """Whether the connection waits for a request."""
         return self._waiter is not None and not self._waiter.done()
+
+    def expectant(self, now: float, grace_seconds: float) -> bool:
+        """Whether its first request may still be on its way: the connection is new and has had none."""
+        return self._request_count == 0 and not self.lost and now - self.made_at < grace_seconds
 
     def overdue(self, now: float, header_timeout_seconds: float) -> str | None:
         """Why the connection should be ended now, if it should."""
@@ -173,6 +178,11 @@ class BoundedServer(web.Server):
         del self._connections[victim]
         _abort(victim)
         self.evicted += 1
+
+    def any_expectant(self, grace_seconds: float) -> bool:
+        """Whether some client has only just connected and is about to ask."""
+        now = self._loop.time()
+        return any(isinstance(c, Connection) and c.expectant(now, grace_seconds) for c in self.connections)
 
     async def sweep(self, stop: asyncio.Event) -> None:
         """Ends overdue connections, every second, until ``stop``."""

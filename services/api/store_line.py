@@ -26,8 +26,6 @@ from shared.store.steps import Rows, Statement
 Told = Callable[[Rows, BaseException | None], None]
 _CHUNK_BYTES = 2**16
 _MAX_PAYLOAD_BYTES = 2**24 - 1
-# An OK packet: a header, four numbers of at least an octet or two.
-_LEAST_RESULT_BYTES = 11
 _NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _QUIT = b"\x01\x00\x00\x00" + bytes([COMMAND.COM_QUIT])
 
@@ -41,12 +39,10 @@ class StoreLine:
         # PyMySQL's object is kept for its buffered reader, which is empty now, and would close the socket with it.
         self._connection = connection
         self._socket: socket.socket = connection._sock  # type: ignore[attr-defined]  # noqa: SLF001 -- see above
-        self._encrypted = isinstance(self._socket, ssl.SSLSocket)
         self._answer: Answer | None = None
         self._told: Told | None = None
         self._unsent = memoryview(b"")
         self._late_at = 0.0
-        self._expected_octets = 1
         self.open = True
         self._socket.setblocking(False)
         loop.add_reader(self._socket, self._readable)
@@ -60,20 +56,10 @@ class StoreLine:
             self._fail(_lost())
             return
         self._unsent = memoryview(b"".join(_packets(statement.sql.encode())))
-        try:
-            self._expect(1 if self._encrypted else statement.count * _LEAST_RESULT_BYTES)
-        except OSError as error:
-            self._fail(error)
-        else:
-            self._write()
+        self._write()
 
     def check(self, now: float) -> None:
-        """To be called a few times a second: sees to answers that are shorter or later than they should be.
-
-        Ends the line where the server has taken too long over a statement; ``now`` is the loop's time.
-        """
-        if self._told is not None:
-            self._readable()
+        """Ends the line where the server has taken too long over a statement; ``now`` is the loop's time."""
         if self._told is not None and now >= self._late_at:
             self._fail(TimeoutError())
 
@@ -89,14 +75,6 @@ class StoreLine:
                 self._socket.send(_QUIT)
         with contextlib.suppress(OSError):
             self._connection._force_close()  # type: ignore[attr-defined]  # noqa: SLF001 -- close() would wait
-
-    def _expect(self, octets: int) -> None:
-        # Each statement is answered by a packet of its own. To be woken for the first ones would cost the server as
-        # much as writing them; it would do so between two statements, while everybody waits for the commit. An error
-        # that is shorter than that is found by ``check``; the end of the connection always wakes.
-        if octets != self._expected_octets:
-            self._expected_octets = octets
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, octets)
 
     def _write(self) -> None:
         try:

@@ -25,15 +25,13 @@ class Statement:
     """SQL for one packet, several statements with ``;`` between them, of which at most one gives rows.
 
     ``columns`` reads each column of a row from the text that the server sends; none of them may be NULL.
-    ``count`` says how many statements there are.
     """
 
-    __slots__ = ("columns", "count", "sql")
+    __slots__ = ("columns", "sql")
 
-    def __init__(self, sql: str, columns: tuple[Reader, ...] = (), count: int = 1) -> None:
+    def __init__(self, sql: str, columns: tuple[Reader, ...] = ()) -> None:
         self.sql = sql
         self.columns = columns
-        self.count = count
 
 
 Step = Statement | Callable[[], None]

@@ -7,7 +7,9 @@ cuts the connection at that very moment, and by killing it from another one.
 from __future__ import annotations
 
 import asyncio
+import statistics
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -442,6 +444,28 @@ def lane_of(make_batch: Callable[[Any], Any], connect: Callable[[], Connection[A
         timeout_seconds=20,
         observe=unobserved,
     )
+
+
+async def test_a_batch_of_many_keys_is_answered_when_it_is_committed_and_waits_for_nothing_else(
+    kps: list[KeyProvider], database: Database
+) -> None:
+    # Its results are longer than those of one key, and come in parts: none may lie unread until the next sweep.
+    alice, bob, _ = kps
+    issue = lane_of(alice.issue_batch, through_port(alice.settings, database.port))
+    claim = lane_of(bob.claim_batch, through_port(bob.settings, database.port))
+    took_seconds: list[float] = []
+
+    async def work() -> list[object]:
+        for _ in range(15):
+            started = time.monotonic()
+            keys = await asyncio.gather(*[issue.submit(IssueRequest("KP_Bob", 256, "")) for _ in range(17)])
+            wanted = [ClaimRequest(bytes.fromhex(key.key_id), "KP_Alice", "") for key in keys]
+            await asyncio.gather(*[claim.submit(request) for request in wanted])
+            took_seconds.append(time.monotonic() - started)
+        return []
+
+    await run_lanes([issue, claim], work)
+    assert statistics.median(took_seconds) < 0.2
 
 
 async def test_lanes_that_want_the_same_keys_in_opposite_orders_give_each_key_out_once(

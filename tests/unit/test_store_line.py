@@ -20,7 +20,7 @@ from shared.errors import StoreRefused, StoreUnavailable
 from shared.store.steps import Rows, Statement, octets
 from tests.unit.test_mysql_results import MORE, end, error, ok, packets, row
 
-COMMIT = Statement("INSERT;INSERT;COMMIT", count=3)
+COMMIT = Statement("INSERT;INSERT;COMMIT")
 
 
 class Rig:
@@ -131,25 +131,6 @@ async def test_a_server_that_takes_nothing_is_given_up_in_time(rig: Rig) -> None
     rig.line.check(rig.loop.time() + STATEMENT_TIMEOUT_SECONDS + 1)
     with pytest.raises(StoreUnavailable):
         await told(answer)
-
-
-async def test_an_error_too_short_to_wake_is_found_by_the_next_check() -> None:
-    rig = Rig()
-    server = socket.create_server(("127.0.0.1", 0))
-    ours = socket.create_connection(server.getsockname())
-    theirs, _ = server.accept()
-    # Only TCP honours the mark that decides what wakes.
-    rig.line.close()
-    rig.line = StoreLine(cast("Any", SimpleNamespace(_sock=ours, _force_close=ours.close)), rig.loop)
-    answer = rig.ask()
-    theirs.sendall(packets(error(1205, b"late")))
-    await asyncio.sleep(0.2)
-    assert not answer.done()
-    rig.line.check(rig.loop.time())
-    with pytest.raises(StoreUnavailable):
-        await told(answer)
-    for one in (server, theirs, rig.server):
-        one.close()
 
 
 @pytest.mark.parametrize(("code", "kind"), [(1213, StoreUnavailable), (1062, StoreRefused)])

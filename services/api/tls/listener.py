@@ -74,13 +74,23 @@ class TlsListener:
             self._accept_from(bound)
         _log.info("listening", host=host, port=port, tls=True, psk_identities=self._material.psk_count)
 
-    def close(self) -> None:
-        """No new connections, and none that are still shaking hands; the others are the server's."""
+    @property
+    def handshaking(self) -> bool:
+        """Whether a connection has yet to end its handshake."""
+        return bool(self._handshakes)
+
+    def stop_accepting(self) -> None:
+        """No new connections; those that the kernel took already are served, and handshakes go on."""
         for bound in self._sockets:
+            self._accept(bound)
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().remove_reader(bound)
             bound.close()
         self._sockets.clear()
+
+    def close(self) -> None:
+        """No new connections, and none that are still shaking hands; the others are the server's."""
+        self.stop_accepting()
         for handshake in list(self._handshakes):
             handshake.cancel()
 

@@ -52,8 +52,18 @@ class Tls:
         if self._material is not None:
             await self._material.watch(stop, hangup)
 
+    @property
+    def handshaking(self) -> bool:
+        """Whether a connection has yet to end its handshake."""
+        return self._listener is not None and self._listener.handshaking
+
+    def stop_accepting(self) -> None:
+        """Accepts no more, and lets handshakes end."""
+        if self._listener is not None:
+            self._listener.stop_accepting()
+
     def close(self) -> None:
-        """Accepts no more."""
+        """Accepts no more, and ends handshakes."""
         if self._listener is not None:
             self._listener.close()
 

@@ -1,0 +1,10 @@
+-- What the api of one key provider may do in the store. `skipctl db provision` puts the account and the database in.
+-- It cannot read messages between key providers, and cannot change tables.
+GRANT SELECT ON :database.alembic_version TO :account;
+GRANT SELECT, INSERT, DELETE ON :database.key_records TO :account;
+GRANT SELECT, INSERT, UPDATE ON :database.wrapping_keys TO :account;
+GRANT SELECT, INSERT ON :database.outbox TO :account;
+GRANT SELECT ON :database.announcements TO :account;
+GRANT SELECT, INSERT, UPDATE ON :database.pinned_identities TO :account;
+GRANT SELECT ON :database.peers TO :account;
+GRANT SELECT ON :database.processes TO :account;

@@ -1,0 +1,57 @@
+"""The command ``skipbus``, which an image starts: the services, the front, and ``ready`` and ``alive`` for probes.
+
+Rules: the service runs in this very process, so that as PID 1 of a container it gets the signals itself; only the
+service that is asked for is imported, since a probe runs every few seconds.
+Leaves to others: everything that the services do (``services.*.__main__``), and what the probes ask
+(``services.probes``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+_SERVICES = ("api", "syncer", "janitor", "front")
+_PROBES = ("ready", "alive")
+_USAGE = """usage: skipbus api|syncer|janitor [--check-config | --version | --help]
+       skipbus front HOST:PORT [HOST:PORT ...]
+       skipbus ready|alive
+
+api, syncer and janitor run that service of a key provider until SIGTERM. front is one port before several apis.
+ready exits with 0 while the service of this container can do its work, alive while it runs at all; else with 1, and
+one line says why. Both ask the process itself, on 127.0.0.1 and SKIP_METRICS_PORT.
+"""
+
+
+def main() -> int:
+    """Console script ``skipbus``. Exit codes are the service's or the probe's; 2 for a wrong word."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in _SERVICES:
+        # The services read their arguments as their own console scripts do.
+        sys.argv = [f"skip-{word}", *sys.argv[2:]]
+        return _main_of(f"services.{word}.__main__")
+    if word in _PROBES and len(sys.argv) == 2:
+        return _probe(word)
+    helped = word in ("--help", "-h")
+    (sys.stdout if helped else sys.stderr).write(_USAGE)
+    return 0 if helped else 2
+
+
+def _main_of(module: str) -> int:
+    entry: Callable[[], int] = import_module(module).main
+    return entry()
+
+
+def _probe(word: str) -> int:
+    # Here, so that a service does not carry it.
+    from services import probes  # noqa: PLC0415
+
+    fault = probes.ready_fault(os.environ) if word == "ready" else probes.alive_fault(os.environ)
+    sys.stdout.write(f"{fault or word}\n")
+    return 1 if fault else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

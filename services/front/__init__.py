@@ -1,0 +1,1 @@
+"""The front: one port before several api processes in containers of their own."""

@@ -1,0 +1,36 @@
+"""A testkit for people who test encryptors: two real key providers in containers, and faults on demand.
+
+    with SkipPair() as pair:
+        print(pair.alice.https_url, pair.alice.psk_identity)
+
+Beside it: a pytest plugin (``skipbus_testkit.plugin``) and ``skipbus-conformance``, which checks any SKIP key provider.
+What tests a pair needs testcontainers (``pip install skipbus[testkit]``); the conformance check needs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skipbus_testkit.client import Answer
+    from skipbus_testkit.pair import Exchanged, SkipPair
+    from skipbus_testkit.provider import KeyProvider, RecordedRequest
+
+__all__ = ["Answer", "Exchanged", "KeyProvider", "RecordedRequest", "SkipPair"]
+
+_HOMES = {
+    "Answer": "client",
+    "Exchanged": "pair",
+    "SkipPair": "pair",
+    "KeyProvider": "provider",
+    "RecordedRequest": "provider",
+}
+
+
+def __getattr__(name: str) -> object:
+    # The container and the conformance check import this package without testcontainers.
+    from importlib import import_module  # noqa: PLC0415
+
+    if name not in _HOMES:
+        raise AttributeError(name)
+    return getattr(import_module(f"skipbus_testkit.{_HOMES[name]}"), name)

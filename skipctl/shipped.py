@@ -1,0 +1,21 @@
+"""Finds the Compose files and grants that come with this release: beside an installation, or in a clone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from shared.errors import OperatorError
+
+_PLACES = (
+    Path(sys.prefix) / "share" / "skipbus" / "compose",
+    Path(__file__).resolve().parent.parent / "compose",
+)
+
+
+def read_shipped(name: str) -> str:
+    """The text of ``compose/<name>``. Raises OperatorError where it did not come with this installation."""
+    for place in _PLACES:
+        if (place / name).is_file():
+            return (place / name).read_text()
+    raise OperatorError(f"compose/{name} is not part of this installation: use the image or a clone")

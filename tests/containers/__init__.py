@@ -1,0 +1,1 @@
+"""What operators and testers run: the image, the Compose files and the testkit, on a real engine."""

@@ -1,0 +1,147 @@
+"""`up -d` with a newer image, its migration included, while clients exchange keys."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from services.front.passing import HOLD_SECONDS
+from shared.migrate import head_revision
+from skipbus_testkit.client import Client, client_context
+from tests.containers.engine import docker
+from tests.containers.stack import Stack
+
+NEXT_IMAGE = "skipbus:test-next"
+NEXT_REVISION = "test_next"
+_MIGRATION = f'''
+from alembic import op
+
+revision = "{NEXT_REVISION}"
+down_revision = "{head_revision()}"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.execute("CREATE TABLE IF NOT EXISTS of_the_next_release (id INT PRIMARY KEY)")
+    op.execute("ALTER TABLE processes ADD COLUMN of_the_next_release INT NULL")
+'''
+
+
+@pytest.fixture(scope="module")
+def next_image(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A release after this one: one more migration."""
+    context = tmp_path_factory.mktemp("next")
+    (context / "9999_next.py").write_text(_MIGRATION)
+    versions = "/opt/skipbus/lib/python3.13/site-packages/shared/migrations/versions/"
+    (context / "Dockerfile").write_text(f"FROM {image}\nCOPY --chmod=644 9999_next.py {versions}\n")
+    docker("build", "--quiet", "--tag", NEXT_IMAGE, str(context))
+    yield NEXT_IMAGE
+    docker("image", "rm", "--force", NEXT_IMAGE)
+
+
+@dataclass
+class Exchanges:
+    """Encryptors at both ends that exchange keys all the time, a connection for each request, and never try again."""
+
+    alice: Client
+    bob: Client
+    faults: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            begun = time.monotonic()
+            try:
+                fault = self._exchange()
+            except (OSError, ValueError, KeyError, ssl.SSLError, http.client.HTTPException) as error:
+                fault = repr(error)
+            if fault:
+                self.faults.append(f"after {time.monotonic() - begun:.1f} s: {fault}")
+            self.seconds.append(time.monotonic() - begun)
+            time.sleep(0.02)
+
+    def figures(self) -> str:
+        """How many there were, how many failed, and how long the longest took."""
+        return f"{len(self.seconds)} exchanges, {len(self.faults)} failed, the longest {max(self.seconds):.1f} s"
+
+    def _exchange(self) -> str | None:
+        issued = self.alice.get("key", remoteSystemID="KP_Bob")
+        if issued.status != 200:
+            return f"GET /key {issued.status} {issued.error}"
+        retrieved = self.bob.get("key", issued.body["keyId"], remoteSystemID="KP_Alice")
+        return None if retrieved.body == issued.body else f"GET /key/keyId {retrieved.status} {retrieved.error}"
+
+
+# Not with `--no-deps`: Compose then takes the services for changed ones, and the last step would stop them again.
+STEPS = {
+    "at once": (("up", "--detach", "--wait"),),
+    "in turn": (("up", "--detach", "--wait", "alice-api", "bob-api"), ("up", "--detach", "--wait")),
+}
+# Of one exchange. At once, Compose stops both apis before it starts one; in turn, one of them always serves.
+LONGEST_SECONDS = {"at once": HOLD_SECONDS, "in turn": 5.0}
+
+
+@pytest.fixture
+def two_apis(image: str, tmp_path: Path) -> Iterator[Stack]:
+    """Both key providers with two apis and a front each, running."""
+    stack = Stack(tmp_path, image)
+    stack.init("--kp", "KP_Alice", "--kp", "KP_Bob")
+    shutil.copy(stack.folder / "two-apis.yaml", stack.folder / "compose.override.yaml")
+    stack.environ["FRONT_IMAGE"] = image
+    try:
+        stack.up()
+        stack.smoke()
+        yield stack
+    finally:
+        stack.down()
+
+
+@contextmanager
+def exchanging(stack: Stack) -> Iterator[Exchanges]:
+    """Encryptors exchange keys, two at a time, from two seconds before the block to two seconds after it."""
+    exchanges, stop = Exchanges(_client(stack, "alice"), _client(stack, "bob")), threading.Event()
+    clients = [threading.Thread(target=exchanges.run, args=(stop,)) for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        time.sleep(2)
+        yield exchanges
+        time.sleep(2)
+    finally:
+        stop.set()
+        for client in clients:
+            client.join(4 * HOLD_SECONDS)
+
+
+@pytest.mark.parametrize("way", STEPS)
+def test_no_exchange_fails_while_up_brings_a_newer_image_and_its_migration(
+    two_apis: Stack, image: str, next_image: str, way: str
+) -> None:
+    two_apis.environ["SKIPBUS_IMAGE"] = next_image
+    with exchanging(two_apis) as exchanges:
+        for step in STEPS[way]:
+            two_apis.compose(*step)
+    assert exchanges.faults == [], exchanges.figures()
+    assert max(exchanges.seconds) < LONGEST_SECONDS[way], exchanges.figures()
+    assert NEXT_REVISION in two_apis.compose("logs", "provision")
+    assert {two_apis.image_of(service) for service in ("alice-api", "alice-api-b", "bob-api-b")} == {next_image}
+    assert two_apis.image_of("alice-front") == image
+    two_apis.smoke()
+
+
+def _client(stack: Stack, name: str) -> Client:
+    files = stack.folder / "clients" / name
+    context = client_context(str(files / "ca.pem"), str(files / "client.pem"), str(files / "client.key"))
+    return Client(
+        f"https://127.0.0.1:{stack.environ[f'{name.upper()}_PORT']}", context, timeout_seconds=2 * HOLD_SECONDS
+    )

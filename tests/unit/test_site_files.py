@@ -1,0 +1,70 @@
+"""What `skipctl site init` and `skipctl db provision` write: definitions, grants, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from shared.bus_names import dead_queue_name, live_queue_name, queue_name
+from shared.errors import OperatorError
+from skipctl.__main__ import main
+from skipctl.broker_definitions import definitions, own_names, password_hash
+from skipctl.provision import ROLES, statements
+from skipctl.shipped import read_shipped
+
+
+def test_the_password_hash_is_the_one_of_rabbitmqs_documentation() -> None:
+    known = "kI3GCqW5JLMJa4iX1lo7X4D6XbYqlLgxIs30+P6tENUV2POR"
+    assert password_hash("test12", bytes.fromhex("908DC60A")) == known
+
+
+def test_definitions_hold_no_password() -> None:
+    text = definitions({"KP_A": ("a_syncer", "the-password")})
+    assert "the-password" not in text
+    assert [user["name"] for user in json.loads(text)["users"]] == ["a_syncer"]
+
+
+@pytest.mark.parametrize("system_id", ["KP_A", "KP B.1", "a+b", "x|y"])
+def test_a_syncers_pattern_matches_its_own_queues_and_nobody_elses(system_id: str) -> None:
+    pattern = re.compile(own_names(system_id))
+    for name in (queue_name(system_id), live_queue_name(system_id), dead_queue_name(system_id)):
+        assert pattern.search(name)
+        assert not pattern.search(name + "2")
+    assert pattern.search("skipbus.envelopes")
+    assert not pattern.search(queue_name("KP_Other"))
+    assert not pattern.search("own")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_grants_name_the_account_and_the_database_and_give_no_right_on_everything(role: str) -> None:
+    made = list(statements(read_shipped(f"grants/{role}.sql"), "'account'@'%'", "`store`"))
+    assert made
+    for statement in made:
+        assert re.fullmatch(r"GRANT [A-Z, ]+ ON `store`\.[a-z_]+ TO 'account'@'%'", statement)
+        assert not {"ALL", "GRANT OPTION", "CREATE", "ALTER", "DROP", "INDEX"} & set(re.findall(r"[A-Z]+", statement))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--kp", "KP_A"],
+        ["--kp", "KP_A", "--kp", "KP_A"],
+        ["--kp", "KP_A", "--kp", "KP_B", "--peer", "KP_C"],
+        ["--kp", "KP_*", "--kp", "KP_B"],
+        ["--kp", "KP$A", "--kp", "KP_B"],
+    ],
+)
+def test_a_site_that_cannot_be_is_refused_before_anything_is_written(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["site", "init", str(tmp_path / "site"), *arguments], {}) == 1
+    assert capsys.readouterr().err.startswith("skipctl: ")
+    assert not (tmp_path / "site").exists()
+
+
+def test_what_did_not_come_with_the_installation_is_said() -> None:
+    with pytest.raises(OperatorError, match="not part of this installation"):
+        read_shipped("no-such-file")
