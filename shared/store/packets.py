@@ -36,7 +36,7 @@ def commit(statements: Sequence[str]) -> Steps[None]:
     Raises CommitUnknown or StoreRefused; after any of them the connection must go.
     """
     try:
-        yield Statement(";".join((*statements, "COMMIT")), count=len(statements) + 1)
+        yield Statement(";".join((*statements, "COMMIT")))
     except StoreUnavailable as error:
         # A connection that breaks here leaves unknown whether it was committed.
         raise CommitUnknown("the connection to the store broke during a commit") from error
