@@ -129,15 +129,20 @@ class StockKeeper:
         self._taken: dict[str, int] = {}
         self._seen: dict[str, tuple[int, float]] = {}
         self._asked: set[str] = set()
+        self._empty: set[str] = set()
         self._filling: set[str] = set()
         self._unready: set[str] = set()
         self._counting_seconds = 0.0
         self.reading = StockReading({}, {})
 
     def has(self, peer_id: str) -> bool:
-        """Whether a claim is worth a try, by the last count and what was taken since."""
+        """Whether a claim is worth a try: the last count found some, and no claim has come back empty since.
+
+        What was taken is not subtracted: a count that runs meanwhile may know of it already, and to pass over the
+        last keys in stock fails a request when the peer is out of reach. A try in vain costs one look.
+        """
         level = self.reading.levels.get(peer_id)
-        return level is not None and level.placed > self._taken.get(peer_id, 0)
+        return level is not None and level.placed > 0 and peer_id not in self._empty
 
     def note_taken(self, peer_id: str) -> bool:
         """One key was given out; whether the stock has come down to its low mark since it was counted."""
@@ -150,8 +155,7 @@ class StockKeeper:
 
     def note_empty(self, peer_id: str) -> None:
         """A claim found nothing: none is worth a try until stock is counted again."""
-        level = self.reading.levels.get(peer_id)
-        self._taken[peer_id] = level.placed if level else 0
+        self._empty.add(peer_id)
 
     def wake(self) -> None:
         """Stock was used, or placed: count it now."""
@@ -221,6 +225,7 @@ class StockKeeper:
         # the next count puts it right.
         self._taken = {peer_id: n - counted_from.get(peer_id, 0) for peer_id, n in self._taken.items()}
         self._asked.clear()
+        self._empty.clear()
         self.reading = reading
         for peer_id, level in reading.levels.items():
             metrics.show_stock(peer_id, level.placed, level.in_flight)

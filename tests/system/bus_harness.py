@@ -199,10 +199,10 @@ class BrokerAdmin:
         self._do(send())
 
     def nudge(self, exchange: str, key: str, body: bytes) -> None:
-        """Publishes to another exchange of the key providers'."""
+        """Publishes to the key providers' transient exchange, which is there already where one of them runs."""
 
         async def publish() -> None:
-            to = await self._channel.get_exchange(exchange, ensure=False)
+            to = await self._channel.declare_exchange(exchange, aio_pika.ExchangeType.TOPIC, durable=False)
             await to.publish(aio_pika.Message(body), key)
 
         self._do(publish())
