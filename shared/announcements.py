@@ -66,8 +66,9 @@ def read_announcement(data: bytes) -> Announcement:
     try:
         body, signature = (_typed(part, bytes) for part in wire.unpack(data, max_items=2))
         fields = wire.unpack(body)
-        if fields["version"] != VERSION:
-            raise SealBroken(f"an announcement has version {fields['version']!r}; this release reads {VERSION}")
+        version = _typed(fields["version"], int)
+        if version != VERSION:
+            raise SealBroken(f"an announcement has version {version:d}; this release reads {VERSION}")
         announcement = _from_fields(fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SealBroken("an announcement is malformed") from error

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,16 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 from pamqp.common import FieldTable
 
-from shared.broker import CONNECT_SECONDS, FAILURES, SET_UP_SECONDS, Broker, Session, confirmation
+from shared.broker import (
+    CONFIRM_SECONDS,
+    CONNECT_SECONDS,
+    FAILURES,
+    SET_UP_SECONDS,
+    Broker,
+    Session,
+    cancelled_from_outside,
+    confirmation,
+)
 from shared.bus_names import (
     DEAD_LETTERS,
     ENVELOPES,
@@ -39,10 +48,12 @@ from shared.logs import get_logger
 from shared.nudges import FOR_SYNCER, NudgeKind, Nudges, OnNudge, pumping
 from shared.secret import Secret
 
-PREFETCH = 32
+# Of each queue. What is delivered is in memory before its size can be judged, and brokers let pass 16 MiB and more.
+PREFETCH = 8
 DELIVERY_LIMIT = 5
 DEAD_LETTERS_KEPT = 10_000
 DEAD_LETTERS_KEPT_MS = 7 * 86_400_000
+DEAD_LETTERS_KEPT_BYTES = 256 * 1024 * 1024
 LIVE_KEPT = 1_000
 LIVE_KEPT_BYTES = 32 * 1024 * 1024
 # A quorum queue has a leader again half a second after its broker is back; this is ample for a loaded one.
@@ -73,18 +84,28 @@ class Delivery:
 
     async def ack(self) -> None:
         """It is handled."""
-        with contextlib.suppress(*FAILURES):
-            await self._message.ack()
+        await _answered(self._message.ack())
 
     async def reject(self) -> None:
         """It is refused for good: the broker dead-letters it."""
-        with contextlib.suppress(*FAILURES):
-            await self._message.reject(requeue=False)
+        await _answered(self._message.reject(requeue=False))
 
     async def requeue(self) -> None:
         """It could not be handled now. The broker counts these and dead-letters it after DELIVERY_LIMIT."""
-        with contextlib.suppress(*FAILURES):
-            await self._message.reject(requeue=True)
+        await _answered(self._message.reject(requeue=True))
+
+
+async def _answered(answering: Awaitable[None]) -> None:
+    """Waits until the answer is on its way; one that cannot be given is no matter, the broker delivers anew."""
+    try:
+        async with asyncio.timeout(CONFIRM_SECONDS):
+            await answering
+    except FAILURES:
+        pass
+    except asyncio.CancelledError:
+        # The library ends whoever waits on a stuck connection by cancelling; that is no order to this task.
+        if cancelled_from_outside():
+            raise
 
 
 def _ignore(_kind: NudgeKind, _items: Sequence[bytes]) -> None:
@@ -235,6 +256,7 @@ async def _declare_queues(
         arguments={
             "x-queue-type": "quorum",
             "x-max-length": DEAD_LETTERS_KEPT,
+            "x-max-length-bytes": DEAD_LETTERS_KEPT_BYTES,
             "x-message-ttl": DEAD_LETTERS_KEPT_MS,
         },
     )

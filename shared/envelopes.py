@@ -87,8 +87,12 @@ def _read_header(protected: object) -> Header:
     fields = wire.unpack(protected, max_items=16)
     if not isinstance(fields, list) or not fields:
         raise TypeError("protected")
-    if fields[0] != VERSION:
-        raise EnvelopeRefused("unknown_version", f"an envelope has version {fields[0]!r}; this release reads {VERSION}")
+    version = fields[0]
+    # Only a number is ever repeated in a sentence: whatever else stands here may be deep, or as large as the envelope.
+    if type(version) is not int:
+        raise TypeError("version")
+    if version != VERSION:
+        raise EnvelopeRefused("unknown_version", f"an envelope has version {version}; this release reads {VERSION}")
     _, kind, sender, target, number, date_ms = fields
     if type(number) is not int or type(date_ms) is not int or not 0 <= number < _MAX_NUMBER:
         raise TypeError("number or date")

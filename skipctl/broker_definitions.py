@@ -18,6 +18,8 @@ from shared.bus_names import encode_id
 CONFIGURATION = """\
 # Accounts and rights. With them the broker makes no account of its own.
 load_definitions = /run/skipbus/definitions.json
+# An envelope has 4 MiB at most; a larger message would only fill the memory of whoever is sent it.
+max_message_size = 4259840
 # Below this much free disk the broker takes no more messages.
 disk_free_limit.absolute = 256MB
 # Quorum queues reserve their write-ahead log's full size on disk.

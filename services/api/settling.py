@@ -97,10 +97,11 @@ class Settler:
     async def tidy(self) -> None:
         """What need not be done at once: releases, and withdrawals that are owed. Raises SkipbusError."""
         self._tell_given_up()
-        released, self._released = self._released, {}
-        for source_id, key_ids in released.items():
-            for start in range(0, len(key_ids), _AT_ONCE):
-                await self._lane.submit(Release(source_id, tuple(key_ids[start : start + _AT_ONCE])))
+        for source_id, key_ids in list(self._released.items()):
+            while key_ids:
+                some = tuple(key_ids[:_AT_ONCE])
+                await self._lane.submit(Release(source_id, some))
+                del key_ids[: len(some)]
         while self._owed:
             placements = list(self._owed.values())[:_AT_ONCE]
             await asyncio.gather(*(self._lane.submit(Withdraw(one, certainly=True)) for one in placements))

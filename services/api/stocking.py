@@ -29,7 +29,7 @@ from shared.clock import now_ms
 from shared.config import MySqlSettings, PeerSettings, Settings
 from shared.database import connect, driver_errors
 from shared.election import Election
-from shared.errors import BackendError, SkipbusError
+from shared.errors import BackendError, NoEntropy, SkipbusError
 from shared.keys import DEFAULT_KEY_BITS, new_key_id
 from shared.logs import get_logger
 from shared.sealing import KeyRecord
@@ -83,7 +83,7 @@ class StockMaker:
         records: list[KeyRecord] = []
         copies: list[KeyRecord] = []
         for _ in range(count):
-            key_id, key = new_key_id(), os.urandom(DEFAULT_KEY_BITS // 8)
+            key_id, key = _fresh_key()
             records.append(theirs.key.seal(key_id, key, expires_ms, correlation_id))
             copies.append(ours.key.seal(key_id, key, expires_ms, "", peer_id.encode()))
         row = OutboxRow(
@@ -111,6 +111,13 @@ class StockMaker:
             # The transaction may be half done; the connection's end undoes it.
             self.close()
             raise
+
+
+def _fresh_key() -> tuple[bytes, bytes]:
+    try:
+        return new_key_id(), os.urandom(DEFAULT_KEY_BITS // 8)
+    except OSError as error:
+        raise NoEntropy("the random number generator of the operating system failed") from error
 
 
 class StockKeeper:

@@ -14,8 +14,9 @@ from services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
 from shared.announcements import Announcement, read_announcement
 from shared.clock import now_ms
 from shared.envelopes import Claim, EnvelopeType, Header, SignedEnvelope, check_envelope, read_claim, read_envelope
-from shared.errors import EnvelopeRefused, SealBroken, StoreRefused
+from shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused
 from shared.identity import fingerprint
+from shared.logs import get_logger
 from shared.peer_directory import PeerDirectory
 
 # How often an unknown sender may cause a look into the store.
@@ -36,6 +37,8 @@ _NOT_VERIFIED = frozenset(
 )
 # What a later release may have sent: its header is still readable, so the sender can be told.
 _UNREADABLE = frozenset({"unknown_version", "unknown_type"})
+
+_log = get_logger("examination")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,11 @@ class Examiner:
             return self._accept(envelope, redelivered)
         except EnvelopeRefused as error:
             return _refusal(error, header, body)
+        except SkipbusError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- no surprise in what somebody sent may end the loop that reads it
+            _log.error("envelope not understood", exc_info=error)
+            return Refusal("malformed", header.sender if header else None, "an envelope is malformed")
 
     def _accept(self, envelope: SignedEnvelope, redelivered: bool) -> Accepted:
         header = envelope.header

@@ -142,7 +142,8 @@ class HttpsLink:
             async with self._open().post(self._url, data=envelope, allow_redirects=False) as response:
                 text = await response.content.read(MAX_ANSWER_BYTES)
                 answer = _read_answer(response.status, text, response.headers.get("Retry-After", ""))
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            # ValueError: a host name that no encoding for names takes.
             raise _NotNow(_words(error)) from error
         self._note_success()
         return answer

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 from services.syncer.letters import told_of
 from services.syncer.outgoing import Letter, Outcome, Outgoing
@@ -29,6 +30,8 @@ CHUNK = 32
 IN_FLIGHT = 4
 # Envelopes of one peer whose content is kept in memory until it is sent; that of others is read again.
 MAX_HELD_LETTERS = 16
+# Envelopes of one peer that are sent again in one round: one that acknowledges nothing must not keep this KP signing.
+MAX_DUE = 256
 _NOT_SENT = frozenset({Outcome.LOST, Outcome.HELD_UP})
 
 _log = get_logger("outbox")
@@ -92,13 +95,14 @@ class Line:
             waiting.refused = True
 
     def due(self, status: PeerStatus, at_ms: int) -> list[Waiting]:
-        """What is to be sent, now or again, and is not on its way."""
-        return [
+        """What is to be sent, now or again, and is not on its way; of much of it the first MAX_DUE."""
+        due = (
             one
             for one in self.waiting.values()
             if not one.queued
             and is_due(one.attempts, one.sent_ms, status, at_ms, unrouted=one.unrouted, refused=one.refused)
-        ]
+        )
+        return list(islice(due, MAX_DUE))
 
     def take(self, limit: int) -> list[Waiting]:
         """The next ones to send."""

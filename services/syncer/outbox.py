@@ -29,7 +29,7 @@ from services.syncer.row_types import counter_when_numbered
 from services.syncer.watch import PeerWatch
 from shared.clock import now_ms
 from shared.database import driver_errors
-from shared.errors import StoreRefused, StoreUnavailable
+from shared.errors import BackendError, StoreRefused, StoreUnavailable
 from shared.logs import get_logger
 from shared.store import messages
 from shared.store.messages import OutboxEntry, OutboxEnvelope
@@ -138,7 +138,15 @@ class Relay:
         term, now = self._leader.term, time.monotonic()
         if self._term == term and now - self._read_at < READ_AGAIN_SECONDS:
             return
-        found = await asyncio.to_thread(self._read_waiting)
+        try:
+            found = await asyncio.to_thread(self._read_waiting)
+        except BackendError as error:
+            if self._term != term:
+                raise
+            # Only to be sure that nothing was missed: new rows must not wait for it.
+            _log.debug("waiting envelopes not read again", reason=str(error))
+            self._read_at = now
+            return
         if self._term != term:
             self._lines = {}
             self._malformed.clear()

@@ -93,7 +93,7 @@ def test_whatever_stands_in_the_signatures_place_is_refused(signature: object) -
         read_announcement(wire.pack([BODY, signature]))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 2, 2**40])
 def test_an_unknown_version_is_refused_by_its_number(version: object) -> None:
     with pytest.raises(SealBroken, match="version"):
         read_announcement(signed_with(version=version))

@@ -147,3 +147,19 @@ def test_a_peers_payload_is_read_or_refused_and_raises_nothing_else(kind: Envelo
     except EnvelopeRefused as error:
         reason = error.reason
     assert reason in (None, "malformed_payload")
+
+
+def nested(depth: int) -> bytes:
+    """So many lists within each other, in MessagePack."""
+    return b"\x91" * depth + b"\x01"
+
+
+@pytest.mark.parametrize(
+    "version", [nested(n) for n in (1, 980, 1000, 1023)] + [b"\xc6\x00\x10\x00\x00" + b"x" * 2**20]
+)
+def test_a_version_that_is_no_number_is_malformed_and_is_not_repeated(version: bytes) -> None:
+    protected = b"\x96" + version + wire.pack("heartbeat") + wire.pack("KP_Bob") + wire.pack("KP_Alice") + b"\x01\x01"
+    with pytest.raises(EnvelopeRefused) as refused:
+        read_envelope(wire.pack([protected, b"", b""]))
+    assert refused.value.reason == "malformed"
+    assert len(str(refused.value)) < 200
