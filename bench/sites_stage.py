@@ -7,28 +7,21 @@ turns. How much stock is kept is each item's own; everything is configured and e
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 from bench.waiting import key_url, wait_for_keys, wait_until
 from sandbox.cut_story import stock_of
-from sandbox.key_provider import KeyProvider
+from sandbox.key_provider import BusPeer, KeyProvider
+from sandbox.ports import LOOPBACK, free_port
 from sandbox.sites import Sites, introduce
 
 BUFFER_POOL_MIB = 512
 _READY_SECONDS = 60.0
 _FILL_SECONDS = 180.0
 _COUNTED_SECONDS = 1.2
+_STOCK_OF_BOB = 64
 _EMPTIED = ("key_records", "stock", "stock_held", "withdrawn_keys", "outbox")
-
-
-@dataclass(frozen=True)
-class Stock:
-    """What KP_Alice has at KP_Bob, by her own count."""
-
-    placed: int
-    in_flight: int
 
 
 class SitesStage:
@@ -53,30 +46,49 @@ class SitesStage:
     def bob(self) -> KeyProvider:
         return self.sites.key_providers[1]
 
-    def set_up(self, stock: int, environ: Mapping[str, str] | None = None) -> None:
-        """Start all processes anew, with no key anywhere, and so much stock, which is there when this returns."""
+    def set_up(self, stock: int, *, fill: bool = True) -> None:
+        """Start all processes anew, with no key anywhere, and so much stock; with `fill` it is there at the return."""
         for kp in (self.alice, self.bob):
             kp.terminate_all()
         for kp in (self.alice, self.bob):
             kp.stop_all()
         self._empty()
         introduce(self.alice, self.bob, stock=stock)
+        # Only one way is measured, so the other one must not take half of the machine.
+        self.bob.link_by_bus(BusPeer(self.alice.system_id, self.alice.identity, min(stock, _STOCK_OF_BOB)))
         for kp in (self.alice, self.bob):
-            kp.environ.update(environ or {})
+            kp.environ_of["api"] = {"SKIP_METRICS_PORT": str(free_port())}
             kp.start_all()
         for kp, remote in ((self.alice, self.bob), (self.bob, self.alice)):
             kp.wait_healthy(_READY_SECONDS)
-            wait_for_keys(kp, remote.system_id)
-        if stock:
+            if fill:
+                wait_for_keys(kp, remote.system_id)
+        if stock and fill:
             self.wait_full()
 
     def on_demand_url(self) -> str:
         """`GET /key` of a size that is never in stock."""
         return f"{key_url(self.alice, self.bob)}&size=512"
 
-    def stock(self) -> Stock:
-        shown = stock_of(self.alice, self.bob)
-        return Stock(shown["placed"], shown["in_flight"])
+    def count_stock(self) -> int:
+        """Keys that KP_Alice has made for stock, placed or not, counted in her store."""
+        return self._ask(0, "SELECT COUNT(*) FROM stock WHERE local_id = %s", self.alice)
+
+    def count_placed(self) -> int:
+        """Keys in stock at KP_Bob that he has acknowledged, counted in KP_Alice's store."""
+        return self._ask(0, "SELECT COUNT(*) FROM stock WHERE placed_ms IS NOT NULL AND local_id = %s", self.alice)
+
+    def count_at_bob(self) -> int:
+        """Keys of KP_Alice that KP_Bob could serve, counted in his store."""
+        return self._ask(1, "SELECT COUNT(*) FROM key_records WHERE source_id = %s", self.alice)
+
+    def issued(self, way: str) -> float:
+        """Keys that KP_Alice has answered since she was set up, out of `stock` or `on_demand`, by her own metrics."""
+        port = self.alice.environ_of["api"]["SKIP_METRICS_PORT"]
+        with urlopen(f"http://{LOOPBACK}:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        told = [line for line in lines if line.startswith("skipbus_bus_keys_issued_total{") and f'way="{way}"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in told)
 
     def wait_full(self) -> float:
         """Wait until both stocks are what is configured; how long that took, in seconds. Raises SandboxError."""
@@ -88,7 +100,7 @@ class SitesStage:
 
     def settle(self) -> None:
         """Wait until neither side owes the other any news."""
-        wait_until(lambda: self._count("outbox") == 0, "the sites to have told each other everything")
+        wait_until(lambda: self._owed() == 0, "the sites to have told each other everything")
 
     def processes(self) -> dict[str, int]:
         """Name -> pid of everything but the client."""
@@ -114,11 +126,16 @@ class SitesStage:
                 for table in _EMPTIED:
                     cursor.execute(f"TRUNCATE TABLE `{server.database}`.{table}")
 
-    def _count(self, table: str) -> int:
-        total = 0
-        for server in self.sites.mysql_servers:
-            with server.admin_connection() as connection, connection.cursor() as cursor:
-                cursor.execute(f"SELECT COUNT(*) FROM `{server.database}`.{table}")
-                row = cursor.fetchone()
-                total += int(row[0]) if row else 0
-        return total
+    def _ask(self, site: int, statement: str, kp: KeyProvider) -> int:
+        """A number from one site's store, about a key provider."""
+        server = self.sites.mysql_servers[site]
+        with server.admin_connection() as connection, connection.cursor() as cursor:
+            connection.select_db(server.database)
+            cursor.execute(statement, (kp.system_id,))
+            row = cursor.fetchone()
+        return int(row[0]) if row else 0
+
+    def _owed(self) -> int:
+        """Events that the two have yet to be told."""
+        statement = "SELECT COUNT(*) FROM outbox WHERE local_id = %s"
+        return self._ask(0, statement, self.alice) + self._ask(1, statement, self.bob)

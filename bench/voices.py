@@ -8,46 +8,63 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from dataclasses import dataclass
 from typing import Self
 
 import aio_pika
 
 from sandbox.key_provider import BusPeer
 from sandbox.processes import SandboxError
-from services.syncer.payloads import pack_heartbeat
+from services.syncer.payloads import pack_capabilities, pack_heartbeat
+from shared.announcements import Announcement, digest, sign_announcement
 from shared.bus_names import ENVELOPES, live_routing_key, routing_key
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType, Header, sign_envelope
+from shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from shared.hybrid import HybridPrivateKey
 from shared.identity import Identity
 from shared.peers_config import identity_line
 
 _QUEUE = "bench.voices"
 _START_SECONDS = 30.0
+_EPOCHS = 8
+_EPOCH_MS = 600_000
+_DAY_MS = 86_400_000
 
 
-@dataclass(frozen=True)
 class Voice:
-    """One simulated peer."""
+    """One simulated peer, with an announcement of the usual size."""
 
-    id: str
-    identity: Identity
+    def __init__(self, system_id: str) -> None:
+        self.id = system_id
+        self._identity = Identity.generate()
+        public_key, at_ms = HybridPrivateKey.generate().public_bytes(), now_ms()
+        spans = [EpochSpan(at_ms + n * _EPOCH_MS, at_ms + (n + 1) * _EPOCH_MS, at_ms + _DAY_MS) for n in range(_EPOCHS)]
+        epochs = tuple(PublicEpoch(new_epoch_id(), span, public_key) for span in spans)
+        announcement = Announcement(system_id, self._identity.public_key, at_ms, "bench", epochs)
+        self._announcement = sign_announcement(announcement, self._identity)
 
     def peer(self) -> BusPeer:
         """How it stands in a configuration."""
-        return BusPeer(self.id, identity_line(self.identity.public_key), stock=0)
+        return BusPeer(self.id, identity_line(self._identity.public_key), stock=0)
 
-    def heartbeat(self, target_id: str, interval_seconds: float) -> bytes:
+    def announces(self, target_id: str) -> bytes:
+        payload = pack_capabilities(self._announcement, request=False)
+        return self._sign(EnvelopeType.CAPABILITIES, target_id, payload)
+
+    def beats(self, target_id: str, interval_seconds: float) -> bytes:
+        payload = pack_heartbeat(int(interval_seconds * 1000), digest(self._announcement), "bench")
+        return self._sign(EnvelopeType.HEARTBEAT, target_id, payload)
+
+    def _sign(self, kind: EnvelopeType, target_id: str, payload: bytes) -> bytes:
         at_ms = now_ms()
-        header = Header(EnvelopeType.HEARTBEAT, self.id, target_id, at_ms * 1000, at_ms)
-        return sign_envelope(header, pack_heartbeat(int(interval_seconds * 1000), None, "bench"), self.identity)
+        return sign_envelope(Header(kind, self.id, target_id, at_ms * 1000, at_ms), payload, self._identity)
 
 
 class Voices:
     """Heartbeats of many, for as long as the block runs."""
 
     def __init__(self, rabbitmq_url: str, target_id: str, count: int, interval_seconds: float) -> None:
-        self.all = [Voice(f"KP_V{number}", Identity.generate()) for number in range(count)]
+        self.all = [Voice(f"KP_V{number}") for number in range(count)]
         self.sent = 0
         self.heard = 0
         self._url = rabbitmq_url
@@ -84,9 +101,12 @@ class Voices:
     async def _beat(self, exchange: aio_pika.abc.AbstractExchange) -> None:
         pause_seconds = self._interval_seconds / len(self.all)
         due = time.monotonic()
+        for voice in self.all:
+            message = aio_pika.Message(voice.announces(self._target_id))
+            await exchange.publish(message, routing_key(self._target_id), mandatory=False)
         while not self._stop.is_set():
             for voice in self.all:
-                body = voice.heartbeat(self._target_id, self._interval_seconds)
+                body = voice.beats(self._target_id, self._interval_seconds)
                 message = aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.NOT_PERSISTENT)
                 await exchange.publish(message, live_routing_key(self._target_id), mandatory=False)
                 self.sent += 1

@@ -18,7 +18,7 @@ from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
-from bench.waiting import tell
+from bench.waiting import tell, wait_until
 from sandbox.client import target
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK
@@ -53,15 +53,19 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     with ThreadPoolExecutor(_CALLERS) as pool:
         callers = [pool.submit(_call, sites, load, stop) for _ in range(_CALLERS)]
         time.sleep(_SETTLED_SECONDS)
-        tell(f"  the line is cut for {plan.cut_seconds} s, at {sites.stock().placed:,} of {stock:,} keys in stock")
+        tell(f"  the line is cut for {plan.cut_seconds} s, at {sites.count_placed():,} of {stock:,} keys in stock")
+        cut = time.monotonic()
         sites.sites.cable.cut("hang")
-        time.sleep(plan.cut_seconds)
-        left = sites.stock().placed
+        _check_cut(sites)
+        time.sleep(cut + plan.cut_seconds - time.monotonic())
+        left = sites.count_placed()
         stop.set()
         for caller in callers:
             caller.result()
         sites.sites.cable.heal()
-    full_seconds = sites.wait_full()
+    healed = time.monotonic()
+    wait_until(lambda: sites.count_placed() >= stock, "the stock to be full")
+    full_seconds = time.monotonic() - healed
     tell(f"  {len(load.keys):,} keys were answered; stock full again after {full_seconds:.1f} s")
     _fetch_the_rest(sites, load)
     load.doubled += _fetched_again(sites, list(load.keys)[:: max(1, len(load.keys) // _TWICE)])
@@ -80,6 +84,13 @@ def measure(stage: Stage, plan: Plan) -> Finding:
         f"{left:,} of {stock:,} keys were left in stock"
     )
     return Finding(lines, [note, *load.failed[:3]])
+
+
+def _check_cut(sites: SitesStage) -> None:
+    """Raises SandboxError when a key that is not in stock is answered: then the line was not cut."""
+    status, _ = _Connection(sites.alice).get("key", remoteSystemID=sites.bob.system_id, size="512")
+    if status == 200:
+        raise SandboxError("a key was placed over the line that is cut")
 
 
 def _none(name: str, count: int) -> Line:
