@@ -48,8 +48,9 @@ from shared.logs import get_logger
 from shared.nudges import FOR_SYNCER, NudgeKind, Nudges, OnNudge, pumping
 from shared.secret import Secret
 
-# Of each queue. What is delivered is in memory before its size can be judged, and brokers let pass 16 MiB and more.
-PREFETCH = 8
+# Of each queue. What is delivered is in memory before its size is judged: the broker should let pass no more than an
+# envelope has (max_message_size).
+PREFETCH = 32
 DELIVERY_LIMIT = 5
 DEAD_LETTERS_KEPT = 10_000
 DEAD_LETTERS_KEPT_MS = 7 * 86_400_000
