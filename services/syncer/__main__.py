@@ -96,7 +96,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             if await _either(watch.ready, stop):
                 tasks.create_task(_quietly(stop, _TICK_SECONDS, "election", leader.tick), name="election")
                 tasks.create_task(relay.run(stop), name="outbox")
-                tasks.create_task(_quietly(stop, _TICK_SECONDS, "stock", stock.tick), name="stock")
+                if settings.bus_peers:
+                    # Where there are none the account has no right to the table of stock either.
+                    tasks.create_task(_quietly(stop, _TICK_SECONDS, "stock", stock.tick), name="stock")
                 tasks.create_task(heartbeats.run(stop), name="heartbeats")
                 tasks.create_task(inbox.run(stop), name="inbox")
                 tasks.create_task(replies.run(), name="replies")
