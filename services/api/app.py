@@ -55,7 +55,8 @@ class Application:
             _log.error("request failed", exc_info=error)
             entry.reason = f"{type(error).__name__} (see the traceback with this correlation id)"
             response = error_response(SkipbusError(), correlation_id)
-        if request.body_exists or self.ends_connections:
+        # What is left of a body that was not asked for must not be taken for the next request.
+        if self.ends_connections or (request.body_exists and not request.content.at_eof()):
             response.force_close()
         return response
 
