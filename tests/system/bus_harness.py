@@ -461,6 +461,14 @@ class Scene:
         found = rows(self.bobs.database, "SELECT LOWER(HEX(key_id)) FROM key_records WHERE target_id = %s", self.bob_id)
         return {key_id for (key_id,) in found}
 
+    def issued(self, kp: KeyProvider, peer_id: str, *, inbound: bool = False) -> int:
+        """A counter as it is committed: `/status/sync` shows what was read up to a second ago."""
+        place = self.alices if kp is self.alice else self.bobs
+        column = "inbound_issued" if inbound else "issued"
+        statement = f"SELECT {column} FROM peers WHERE local_id = %s AND peer_id = %s"
+        found = rows(place.database, statement, kp.system_id, peer_id)
+        return int(found[0][0]) if found else 0
+
     def assert_goes_on(self) -> None:
         """The next envelope of KP_Carol is handled, and a key goes from KP_Alice to KP_Bob."""
         before = peer_status(self.bob, self.carol.id)["retrieved"]

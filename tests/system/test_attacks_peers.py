@@ -23,7 +23,6 @@ from tests.system.bus_harness import (
     Load,
     Scene,
     attack_scene,
-    peer_status,
     refused,
     sealed_keys,
     stock_of,
@@ -225,24 +224,24 @@ def test_a_peer_that_acknowledges_another_peers_keys_moves_nothing(scene: Scene)
         )
         caller.start()
         number = read_envelope(tap.wait(EnvelopeType.KEY_ISSUED, scene.alice_id)).header.number
-        issued = peer_status(scene.alice, scene.bob_id)["issued"]
+        issued = scene.issued(scene.alice, scene.bob_id)
         scene.admin.send(scene.alice_id, scene.carol.acknowledges(scene.alice_id, number))
         caller.join(20)
         # The envelope was never delivered, so nobody may be told that the key is there.
         assert [answer.status for answer in answers] == [500]
-        assert peer_status(scene.alice, scene.bob_id)["issued"] == issued
+        assert scene.issued(scene.alice, scene.bob_id) == issued
     scene.assert_goes_on()
 
 
 def test_a_peer_that_acknowledges_numbers_that_nobody_sent_moves_nothing(scene: Scene) -> None:
     before = outbox_numbers(scene)
-    issued = peer_status(scene.alice, scene.carol.id)["issued"]
+    issued = scene.issued(scene.alice, scene.carol.id)
     made_up = [now_ms() * 1000 + offset for offset in range(1000)]
     scene.admin.send(scene.alice_id, scene.carol.acknowledges(scene.alice_id, *made_up))
     scene.admin.send(scene.alice_id, scene.carol.retrieved(scene.alice_id))
     scene.assert_goes_on()
     assert before <= outbox_numbers(scene)
-    assert peer_status(scene.alice, scene.carol.id)["issued"] == issued
+    assert scene.issued(scene.alice, scene.carol.id) == issued
 
 
 def outbox_numbers(scene: Scene) -> set[int]:
