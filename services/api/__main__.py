@@ -18,9 +18,10 @@ from services.api.batching import Lane
 from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
 from services.api.draining import drain
 from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from services.api.lanes import make_lane
 from services.api.links import BusLinks
 from services.api.listening import listen
-from services.api.metrics import REGISTRY, batch_observer
+from services.api.metrics import REGISTRY
 from services.api.server import BoundedServer
 from services.api.skip import SkipMethods
 from services.api.status import StatusPages
@@ -29,7 +30,7 @@ from services.api.sync import SyncEndpoint
 from services.api.tls.plaintext import plain_host
 from services.api.tls.serving import Tls
 from shared.config import Settings, config_from_argv
-from shared.database import connect, make_engine
+from shared.database import make_engine
 from shared.errors import BackendError
 from shared.keyring import Keyring
 from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
@@ -67,8 +68,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     sealer = Sealer(settings.local_system_id, keyring.identity, directory)
     opener = Opener(keyring, directory)
     view = StoreView(settings, engine, keyring, directory, sealer, opener)
-    issue = _issue_lane(settings, sealer)
-    claim = _claim_lane(settings, opener)
+    issue: Lane[IssueRequest, IssuedKey] = make_lane(
+        settings, "issue", functools.partial(IssueBatch, sealer, settings.key_ttl_seconds)
+    )
+    claim: Lane[ClaimRequest, ClaimedKey] = make_lane(settings, "claim", functools.partial(ClaimBatch, opener))
     links = BusLinks(settings, engine, keyring, directory) if settings.bus_peers else None
     skip = SkipMethods(settings, directory, issue, claim, links)
     tls = Tls(settings)
@@ -110,30 +113,6 @@ async def _first_reading(view: StoreView) -> None:
     with suppress(BackendError, TimeoutError):
         async with asyncio.timeout(_FIRST_READING_SECONDS):
             await view.refresh()
-
-
-def _issue_lane(settings: Settings, sealer: Sealer) -> Lane[IssueRequest, IssuedKey]:
-    return Lane(
-        "issue",
-        functools.partial(IssueBatch, sealer, settings.key_ttl_seconds),
-        functools.partial(connect, settings.mysql, several_statements=True),
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        timeout_seconds=settings.request_timeout_seconds,
-        observe=batch_observer("issue"),
-    )
-
-
-def _claim_lane(settings: Settings, opener: Opener) -> Lane[ClaimRequest, ClaimedKey]:
-    return Lane(
-        "claim",
-        functools.partial(ClaimBatch, opener),
-        functools.partial(connect, settings.mysql, several_statements=True),
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        timeout_seconds=settings.request_timeout_seconds,
-        observe=batch_observer("claim"),
-    )
 
 
 def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLinks) -> SyncEndpoint:

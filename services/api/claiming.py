@@ -8,11 +8,11 @@ these but the last; the log says which.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from services.api.commit_tokens import CommitTokens
 from shared import wire
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType
@@ -21,13 +21,12 @@ from shared.keyring import Keyring
 from shared.peer_directory import PeerDirectory
 from shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey, open_wrapping_key
 from shared.store.keys import (
-    OutboxEvent,
     commit_claimed,
     end_without_change,
-    fetch_commit_token,
     fetch_for_claim,
     fetch_wrapping_keys,
 )
+from shared.store.packets import OutboxRow
 from shared.store.steps import Steps
 
 
@@ -119,8 +118,7 @@ class ClaimBatch:
         self._opener = opener
         self._requests = requests
         self._answers: list[ClaimedKey | SkipbusError] = []
-        # Each run's token and answers: an interrupted commit may land late, when the next run is on its way.
-        self._runs: list[tuple[bytes, list[ClaimedKey | SkipbusError]]] = []
+        self._tokens = CommitTokens[list[ClaimedKey | SkipbusError]]()
         self._seen: set[bytes] = set()
 
     def run(self) -> Steps[Sequence[ClaimedKey | SkipbusError]]:
@@ -134,22 +132,14 @@ class ClaimBatch:
         if claimed:
             self._seen.update(record.key_id for record in claimed)
             key_ids = [record.key_id for record in claimed]
-            yield from commit_claimed(key_ids, self._events(claimed, at_ms), self._new_token())
+            yield from commit_claimed(key_ids, self._events(claimed, at_ms), self._tokens.new(self._answers))
         else:
             yield from end_without_change()
         return self._answers
 
     def committed(self) -> Steps[Sequence[ClaimedKey | SkipbusError] | None]:
         """The answers of an interrupted commit that happened: its token then stands in the outbox."""
-        for token, answers in self._runs:
-            if (yield from fetch_commit_token(token)):
-                return answers
-        return None
-
-    def _new_token(self) -> bytes:
-        token = secrets.token_bytes(16)
-        self._runs.append((token, self._answers))
-        return token
+        return self._tokens.committed()
 
     def _wrapping_key_ids(self, mine: dict[bytes, KeyRecord]) -> set[bytes]:
         wanted = ((mine.get(request.key_id), request.source_id) for request in self._requests)
@@ -189,11 +179,11 @@ class ClaimBatch:
             return not_available(f"the key is from key provider {record.source_id}")
         return not_available("given out just now" if record.expires_ms > now_ms() else "expired")
 
-    def _events(self, claimed: Sequence[KeyRecord], at_ms: int) -> list[OutboxEvent]:
+    def _events(self, claimed: Sequence[KeyRecord], at_ms: int) -> list[OutboxRow]:
         by_source: dict[str, list[list[object]]] = {}
         for record in claimed:
             by_source.setdefault(record.source_id, []).append([record.key_id, at_ms, record.correlation_id])
         return [
-            OutboxEvent(self._opener.local_id, source, EnvelopeType.KEY_RETRIEVED, wire.pack(items), len(items), at_ms)
+            OutboxRow(self._opener.local_id, source, EnvelopeType.KEY_RETRIEVED, wire.pack(items), len(items), at_ms)
             for source, items in by_source.items()
         ]

@@ -7,11 +7,11 @@ that the sealed record is committed in the shared store. One lane, one set of wr
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from services.api.commit_tokens import CommitTokens
 from shared import wire
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType
@@ -21,7 +21,8 @@ from shared.identity import Identity
 from shared.keys import new_key_id
 from shared.peer_directory import PeerDirectory
 from shared.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
-from shared.store.keys import OutboxEvent, commit_issued, fetch_commit_token
+from shared.store.keys import commit_issued
+from shared.store.packets import OutboxRow
 from shared.store.steps import Steps
 
 
@@ -136,8 +137,7 @@ class IssueBatch:
         self._ttl_ms = key_ttl_seconds * 1000
         self._requests = requests
         self._answers: list[IssuedKey | SkipbusError] = []
-        # Each run's token and answers: an interrupted commit may land late, when the next run is on its way.
-        self._runs: list[tuple[bytes, list[IssuedKey | SkipbusError]]] = []
+        self._tokens = CommitTokens[list[IssuedKey | SkipbusError]]()
 
     def run(self) -> Steps[Sequence[IssuedKey | SkipbusError]]:
         """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot."""
@@ -153,22 +153,14 @@ class IssueBatch:
         if not records:
             return self._answers
         unstored = [current.unstored for current in used.values() if current.unstored]
-        yield from commit_issued(records, unstored, self._events(records, at_ms), self._new_token())
+        yield from commit_issued(records, unstored, self._events(records, at_ms), self._tokens.new(self._answers))
         for current in used.values():
             current.unstored = None
         return self._answers
 
     def committed(self) -> Steps[Sequence[IssuedKey | SkipbusError] | None]:
         """The answers of an interrupted commit that happened: its token then stands in the outbox."""
-        for token, answers in self._runs:
-            if (yield from fetch_commit_token(token)):
-                return answers
-        return None
-
-    def _new_token(self) -> bytes:
-        token = secrets.token_bytes(16)
-        self._runs.append((token, self._answers))
-        return token
+        return self._tokens.committed()
 
     def _seal_one(self, request: IssueRequest, at_ms: int, used: dict[str, _Current]) -> KeyRecord:
         current = used.get(request.target_id)
@@ -186,11 +178,11 @@ class IssueBatch:
         self._answers.append(IssuedKey(key_id.hex(), key.hex()))
         return record
 
-    def _events(self, records: Sequence[KeyRecord], at_ms: int) -> list[OutboxEvent]:
+    def _events(self, records: Sequence[KeyRecord], at_ms: int) -> list[OutboxRow]:
         by_target: dict[str, list[list[object]]] = {}
         for r in records:
             by_target.setdefault(r.target_id, []).append([r.key_id, r.size_bits, r.expires_ms, r.correlation_id])
         return [
-            OutboxEvent(self._sealer.local_id, target, EnvelopeType.KEY_ISSUED, wire.pack(items), len(items), at_ms)
+            OutboxRow(self._sealer.local_id, target, EnvelopeType.KEY_ISSUED, wire.pack(items), len(items), at_ms)
             for target, items in by_target.items()
         ]

@@ -20,13 +20,12 @@ from services.api.arrivals import Arrivals
 from services.api.batching import Lane
 from services.api.claiming import ClaimedKey
 from services.api.issuing import IssuedKey, IssueRequest, Sealer
-from services.api.metrics import batch_observer
+from services.api.lanes import make_lane
 from services.api.placing import MAX_BATCH, Outcome, PlaceBatch, PlacedKey, SettleBatch, Settlement
 from services.api.settling import Settler
 from services.api.stock_claiming import StockClaimBatch, StockOpener, StockRequest
 from services.api.stocking import StockKeeper, StockMaker, low_mark
 from shared.config import Settings
-from shared.database import connect
 from shared.errors import Overloaded, PeerNotReady
 from shared.keyring import Keyring
 from shared.keys import DEFAULT_KEY_BITS
@@ -195,36 +194,18 @@ def not_usable_over_bus(target_id: str, *, identity_changed: bool) -> PeerNotRea
 
 def _make_lanes(settings: Settings, sealer: Sealer, opener: StockOpener) -> _Lanes:
     local_id, ttl_seconds = settings.local_system_id, settings.key_ttl_seconds
-    new_connection = functools.partial(connect, settings.mysql, several_statements=True)
-    max_batch, max_queue = min(settings.max_batch, MAX_BATCH), settings.max_queue
-    timeout_seconds = settings.request_timeout_seconds
+    max_batch = min(settings.max_batch, MAX_BATCH)
     return _Lanes(
-        place=Lane(
-            "place",
-            functools.partial(PlaceBatch, sealer, ttl_seconds),
-            new_connection,
-            max_batch=max_batch,
-            max_queue=max_queue,
-            timeout_seconds=timeout_seconds,
-            observe=batch_observer("place"),
+        place=make_lane(settings, "place", functools.partial(PlaceBatch, sealer, ttl_seconds), max_batch=max_batch),
+        stock=make_lane(
+            settings, "stock", functools.partial(StockClaimBatch, opener, ttl_seconds), max_batch=max_batch
         ),
-        stock=Lane(
-            "stock",
-            functools.partial(StockClaimBatch, opener, ttl_seconds),
-            new_connection,
-            max_batch=max_batch,
-            max_queue=max_queue,
-            timeout_seconds=timeout_seconds,
-            observe=batch_observer("stock"),
-        ),
-        settle=Lane(
+        settle=make_lane(
+            settings,
             "settle",
             functools.partial(SettleBatch, local_id, settings.sync_timeout_seconds),
-            new_connection,
             max_batch=max_batch,
             # Every caller of the other lanes may end up here, and those that are owed.
-            max_queue=4 * max_queue,
-            timeout_seconds=timeout_seconds,
-            observe=batch_observer("settle"),
+            max_queue=4 * settings.max_queue,
         ),
     )

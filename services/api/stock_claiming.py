@@ -6,12 +6,12 @@ does not open is dropped and withdrawn at the peer, and its caller is served by 
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.api.claiming import Opener
+from services.api.commit_tokens import CommitTokens
 from services.api.issuing import IssuedKey
 from services.api.placing import withdrawn_row
 from shared import wire
@@ -20,7 +20,7 @@ from shared.envelopes import EnvelopeType
 from shared.errors import SealBroken, SkipbusError
 from shared.logs import get_logger
 from shared.sealing import KeyRecord
-from shared.store.keys import end_without_change, fetch_commit_token
+from shared.store.keys import end_without_change
 from shared.store.packets import OutboxRow
 from shared.store.steps import Steps
 from shared.store.stock import claim_stock, commit_given_out
@@ -68,8 +68,7 @@ class StockClaimBatch:
         self._opener = opener
         self._key_ttl_seconds = key_ttl_seconds
         self._requests = requests
-        # Each run's token and answers: an interrupted commit may land late, when the next run is on its way.
-        self._runs: list[tuple[bytes, list[IssuedKey | None]]] = []
+        self._tokens = CommitTokens[list[IssuedKey | None]]()
 
     def run(self) -> Steps[Sequence[IssuedKey | SkipbusError | None]]:
         """Claims, opens, deletes and commits."""
@@ -78,20 +77,16 @@ class StockClaimBatch:
         broken = yield from self._opener.load({copy.wrapping_key_id for of_peer in stock.values() for copy in of_peer})
         taken = {peer_id: _Taken() for peer_id in stock}
         answers = [self._take_one(r, stock[r.target_id], broken, taken[r.target_id]) for r in self._requests]
-        rows = self._rows(taken, at_ms, token := secrets.token_bytes(16))
-        if rows:
-            self._runs.append((token, answers))
-            yield from commit_given_out([copy for of_peer in taken.values() for copy in of_peer.copies], rows)
+        copies = [copy for of_peer in taken.values() for copy in of_peer.copies]
+        if copies:
+            yield from commit_given_out(copies, self._rows(taken, at_ms, self._tokens.new(answers)))
         else:
             yield from end_without_change()
         return answers
 
     def committed(self) -> Steps[Sequence[IssuedKey | SkipbusError | None] | None]:
         """The answers of an interrupted commit that happened: its token then stands in the outbox."""
-        for token, answers in self._runs:
-            if (yield from fetch_commit_token(token)):
-                return answers
-        return None
+        return self._tokens.committed()
 
     def _claim(self, at_ms: int) -> Steps[dict[str, list[KeyRecord]]]:
         usable_ms = usable_until_ms(at_ms, self._key_ttl_seconds)

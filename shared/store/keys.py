@@ -12,46 +12,37 @@ others locked), wrapping keys by primary key, commit tokens by ``outbox_token``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.packets import commit, delete_listed, hex_list, hexes, insert_wrapping_keys, name
-from shared.store.packets import text as text_literal
+from shared.store.packets import (
+    OutboxRow,
+    commit,
+    delete_listed,
+    hex_list,
+    hexes,
+    insert_outbox_rows,
+    insert_records,
+    insert_wrapping_keys,
+)
 from shared.store.steps import Statement, Steps, octets, text
 
 _RECORD = (octets, text, text, int, int, octets, octets, octets, text)
 _WRAPPING_KEY = (octets, text, text, octets, int, octets, octets)
-_INSERT_RECORDS = (
-    "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, "
-    "nonce, sealed, correlation_id) VALUES "
-)
-_INSERT_EVENTS = "INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES "
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxEvent:
-    """An event for a peer, committed with what it tells of; ``payload`` is MessagePack, ``items`` its length."""
-
-    local_id: str
-    peer_id: str
-    type: str
-    payload: bytes
-    items: int
-    created_ms: int
 
 
 def commit_issued(
     records: Sequence[KeyRecord],
     wrapping_keys: Sequence[SealedWrappingKey],
-    events: Sequence[OutboxEvent],
+    events: Sequence[OutboxRow],
     token: bytes,
 ) -> Steps[None]:
-    """Inserts sealed keys, the wrapping keys that are new, and the events, and commits.
+    """Inserts sealed keys, the wrapping keys that are new, and the events, of which the first bears the token; commits.
 
     Raises CommitUnknown or StoreRefused; after any of them the connection must go.
     """
     first = [insert_wrapping_keys(wrapping_keys)] if wrapping_keys else []
-    return commit([*first, _insert_records(records), _insert_events(events, token)])
+    return commit([*first, insert_records(records), _insert_events(events, token)])
 
 
 def fetch_for_claim(key_ids: Iterable[bytes]) -> Steps[dict[bytes, KeyRecord]]:
@@ -75,7 +66,7 @@ def fetch_wrapping_keys(wrapping_key_ids: Iterable[bytes]) -> Steps[list[SealedW
     return [SealedWrappingKey(*row) for row in rows]
 
 
-def commit_claimed(key_ids: Sequence[bytes], events: Sequence[OutboxEvent], token: bytes) -> Steps[None]:
+def commit_claimed(key_ids: Sequence[bytes], events: Sequence[OutboxRow], token: bytes) -> Steps[None]:
     """Deletes the records that ``fetch_for_claim`` locked, inserts the events, and commits. Errors as above."""
     deletion = delete_listed("key_records", "key_records_key_id", "key_id", hexes(key_ids))
     return commit([deletion, _insert_events(events, token)])
@@ -93,19 +84,5 @@ def fetch_commit_token(token: bytes) -> Steps[bool]:
     return bool(rows)
 
 
-def _insert_records(records: Sequence[KeyRecord]) -> str:
-    rows = ",".join(
-        f"({name(r.target_id)},{r.expires_ms},0x{r.key_id.hex()},{name(r.source_id)},{r.size_bits},"
-        f"0x{r.wrapping_key_id.hex()},0x{r.nonce.hex()},0x{r.sealed.hex()},{text_literal(r.correlation_id)})"
-        for r in records
-    )
-    return _INSERT_RECORDS + rows
-
-
-def _insert_events(events: Sequence[OutboxEvent], token: bytes) -> str:
-    rows = ",".join(
-        f"({name(e.local_id)},{name(e.peer_id)},{name(e.type)},0x{e.payload.hex()},{e.items},"
-        f"{f'0x{token.hex()}' if first else 'NULL'},{e.created_ms})"
-        for first, e in zip([True] + [False] * len(events), events, strict=False)
-    )
-    return _INSERT_EVENTS + rows
+def _insert_events(events: Sequence[OutboxRow], token: bytes) -> str:
+    return insert_outbox_rows([replace(events[0], token=token), *events[1:]])

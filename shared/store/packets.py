@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shared.errors import CommitUnknown, StoreUnavailable
-from shared.sealing import SealedWrappingKey
+from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store.steps import Statement, Steps
 
 
@@ -40,6 +40,19 @@ def commit(statements: Sequence[str]) -> Steps[None]:
     except StoreUnavailable as error:
         # A connection that breaks here leaves unknown whether it was committed.
         raise CommitUnknown("the connection to the store broke during a commit") from error
+
+
+def insert_records(records: Sequence[KeyRecord]) -> str:
+    """A statement: sealed keys. Fails as a whole where a keyId exists: nothing is ever overwritten."""
+    values = ",".join(
+        f"({name(r.target_id)},{r.expires_ms},0x{r.key_id.hex()},{name(r.source_id)},{r.size_bits},"
+        f"0x{r.wrapping_key_id.hex()},0x{r.nonce.hex()},0x{r.sealed.hex()},{text(r.correlation_id)})"
+        for r in records
+    )
+    return (
+        "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, sealed, "
+        f"correlation_id) VALUES {values}"
+    )
 
 
 def insert_outbox_rows(rows: Sequence[OutboxRow]) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from sqlalchemy import Connection
 
 from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.packets import hex_list, insert_wrapping_keys, text
+from shared.store.packets import hex_list, insert_records, insert_wrapping_keys, text
 
 # Keys in one statement: of the order of 100 kB.
 _CHUNK = 2_000
@@ -46,15 +46,7 @@ def fetch_known_keys(connection: Connection, local_id: str, source_id: str, key_
 
 def insert_received_keys(connection: Connection, records: Sequence[KeyRecord]) -> None:
     """Stores sealed keys. Fails as a whole where a keyId exists: nothing is ever overwritten."""
-    rows = ",".join(
-        f"({text(r.target_id)},{r.expires_ms},0x{r.key_id.hex()},{text(r.source_id)},{r.size_bits},"
-        f"0x{r.wrapping_key_id.hex()},0x{r.nonce.hex()},0x{r.sealed.hex()},{text(r.correlation_id)})"
-        for r in records
-    )
-    connection.exec_driver_sql(
-        "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, sealed, "
-        f"correlation_id) VALUES {rows}"
-    )
+    connection.exec_driver_sql(insert_records(records))
 
 
 def insert_received_wrapping_keys(connection: Connection, wrapping_keys: Sequence[SealedWrappingKey]) -> bool:

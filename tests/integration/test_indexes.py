@@ -54,7 +54,7 @@ WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests"}
 
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
 WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_MS, b"s", b"s")
-EVENT = keys.OutboxEvent(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
+EVENT = packets.OutboxRow(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
 FEW = [replace(RECORD, key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
 MOST = [record.key_id for record in FEW[:-1]]
 ROW = packets.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
