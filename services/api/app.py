@@ -55,8 +55,7 @@ class Application:
             _log.error("request failed", exc_info=error)
             entry.reason = f"{type(error).__name__} (see the traceback with this correlation id)"
             response = error_response(SkipbusError(), correlation_id)
-        # What is left of a body that was not asked for must not be taken for the next request.
-        if self.ends_connections or (request.body_exists and not request.content.at_eof()):
+        if self.ends_connections or _may_hold_another_request(request, entry):
             response.force_close()
         return response
 
@@ -79,6 +78,14 @@ class Application:
         if handler is not None:
             return handler(entry, query)
         return self._get_key_by_id(entry, query, path[len(_KEY_PREFIX) :])
+
+
+def _may_hold_another_request(request: web.BaseRequest, entry: Entry) -> bool:
+    """Whether something between here and the client may see the request's end elsewhere, and so another request in it.
+
+    So ends each connection on which a body came that was not asked for, however it came; a peer's goes on.
+    """
+    return request.body_exists and not (entry.route == SYNC_PATH and request.content.at_eof())
 
 
 def _plain_path(request: web.BaseRequest, path: str) -> str:

@@ -171,9 +171,11 @@ def test_a_killed_process_heals_and_no_answered_key_is_lost(sites: SitesLab, num
 @pytest.mark.parametrize("number", [0, 1], ids=[ALICE, BOB])
 def test_a_killed_server_heals_and_no_answered_key_is_lost(sites: SitesLab, number: int, server: str) -> None:
     killed = sites.sites[number].server(server)
-    load = Encryptors(sites.lab, *sites.both_ways)
+    # A broker takes ten seconds and more to come back on a busy machine: at this pace stock lasts for three times that.
+    load = Encryptors(sites.lab, *sites.both_ways, pause_seconds=0.05 if server == "database" else 0.3)
     with in_background(load.run):
         load.wait_for_more()
+        sites.wait_full(STOCK * 3 // 4)
         killed.kill()
         time.sleep(1)
         killed.start()
