@@ -2,7 +2,8 @@
 
 Any number of processes may start at once: one migrates, the others wait and find nothing left to do. A
 store that is at the current revision is only read, so accounts without the right to change tables can start.
-A store that is *newer* is left alone and used: within a major release migrations only add.
+A store that is *newer* is left alone and used: within a major release migrations only add. What a process does
+at its start, mostly without this module, is in shared.store_start.
 """
 
 from __future__ import annotations
@@ -20,12 +21,9 @@ from sqlalchemy import Connection, text
 from shared.config import MySqlSettings
 from shared.database import driver_errors, make_engine
 from shared.errors import OperatorError, StoreUnavailable
-from shared.logs import get_logger
 
 _SCRIPTS = Path(__file__).parent / "migrations"
 _LOCK_WAIT_SECONDS = 60
-
-_log = get_logger("migrate")
 
 
 class StoreNewer(OperatorError):
@@ -79,32 +77,6 @@ def upgrade_store(mysql: MySqlSettings) -> bool:
             return before != head_revision()
     finally:
         engine.dispose()
-
-
-def bring_up_to_date(mysql: MySqlSettings) -> None:
-    """What a process does at its start: migrates where that is needed, and uses a newer store as it is."""
-    try:
-        if upgrade_store(mysql):
-            _log.info("store migrated", revision=head_revision())
-    except StoreNewer as error:
-        _log.warning("store is newer", reason=str(error))
-    _check_durability(mysql)
-
-
-def _check_durability(mysql: MySqlSettings) -> None:
-    """ "Answered means retrievable" and "given out once" rest on commits that survive a crash of the server."""
-    engine = make_engine(mysql, pool_size=1)
-    try:
-        with driver_errors(), engine.connect() as connection:
-            value = connection.execute(text("SELECT @@GLOBAL.innodb_flush_log_at_trx_commit")).scalar()
-    finally:
-        engine.dispose()
-    if value != 1:
-        _log.warning(
-            "store is not durable",
-            reason=f"innodb_flush_log_at_trx_commit is {value}: a crash of the server can lose or give out keys twice; "
-            "set it to 1",
-        )
 
 
 @contextlib.contextmanager

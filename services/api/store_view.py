@@ -19,10 +19,10 @@ from shared.config import Settings
 from shared.database import driver_errors
 from shared.epochs import current_epoch
 from shared.keyring import Keyring, check_pinned_identity
-from shared.migrate import bring_up_to_date
 from shared.peer_directory import PeerDirectory
 from shared.store.messages import PeerRow, fetch_peer_rows
 from shared.store.processes import ProcessSeen, fetch_processes
+from shared.store_start import bring_up_to_date
 
 # A reading every second: three missed ones, or one that hangs, and the store counts as away.
 STORE_AWAY_AFTER_MS = 3000

@@ -26,8 +26,8 @@ from shared.keyring import Keyring
 from shared.lifecycle import Stopped, every, run_service, stop_group
 from shared.logs import configure_logging, get_logger
 from shared.metrics import serve_metrics
-from shared.migrate import bring_up_to_date
 from shared.store.processes import upsert_process
+from shared.store_start import bring_up_to_date
 
 _TICK_SECONDS = 1.0
 _SWEEP_EVERY_TICKS = 15

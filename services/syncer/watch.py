@@ -18,9 +18,9 @@ from shared.database import driver_errors
 from shared.keyring import Keyring, check_pinned_identity
 from shared.liveness import PeerStatus, peer_status
 from shared.logs import get_logger
-from shared.migrate import bring_up_to_date
 from shared.peer_directory import PeerDirectory
 from shared.store.messages import PeerRow, fetch_peer_rows
+from shared.store_start import bring_up_to_date
 
 _log = get_logger("watch")
 

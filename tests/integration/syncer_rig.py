@@ -38,11 +38,11 @@ from shared.envelopes import EnvelopeType, Header, sign_envelope
 from shared.identity import Identity
 from shared.keyring import Keyring
 from shared.liveness import peer_status
-from shared.migrate import bring_up_to_date
 from shared.schema import INBOX, OUTBOX, PROCESSES
 from shared.secret import Secret
 from shared.store.messages import PeerRow, fetch_peer_rows, insert_outbox
 from shared.store.peers import fetch_announcement, upsert_announcement
+from shared.store_start import bring_up_to_date
 from tests.waiting import wait_for
 
 HEARTBEAT_SECONDS = 0.5

@@ -14,9 +14,10 @@ from sandbox.servers import Database, MariaDbServer
 from shared.config import MySqlSettings
 from shared.database import connect, make_engine
 from shared.errors import StoreRefused
-from shared.migrate import StoreNewer, bring_up_to_date, head_revision, is_known, store_revision, upgrade_store
+from shared.migrate import StoreNewer, head_revision, is_known, store_revision, upgrade_store
 from shared.schema import METADATA
 from shared.secret import Secret
+from shared.store_start import HEAD_REVISION, bring_up_to_date
 
 ROOT = Path(__file__).parents[2]
 UPGRADE = """
@@ -191,3 +192,20 @@ def test_every_revision_of_this_release_is_known() -> None:
     assert is_known(None)
     assert is_known(head_revision())
     assert not is_known("0000")
+
+
+def test_the_revision_that_processes_look_for_is_the_last_migration() -> None:
+    assert head_revision() == HEAD_REVISION
+
+
+def test_an_empty_store_is_migrated_by_whoever_starts(mysql: MySqlSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    bring_up_to_date(mysql)
+    assert store_revision(mysql) == HEAD_REVISION
+    bring_up_to_date(mysql)
+    assert capsys.readouterr().out.count("store migrated") == 1
+
+
+@pytest.mark.parametrize("process", ["api", "syncer", "janitor"])
+def test_a_process_starts_without_what_only_migrations_need(process: str) -> None:
+    command = f"import sys, services.{process}.__main__; sys.exit('alembic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], timeout=60, check=False).returncode == 0
