@@ -6,6 +6,8 @@
 
 TESTS ?= tests/unit tests/integration tests/system
 CONTAINER_TESTS ?= tests/containers
+# Most system tests wait for timeouts and for servers to start: more processes than cores share the waiting. 0: none beside pytest.
+TEST_PROCESSES ?= 3
 PYTHON := .venv/bin/python
 
 .PHONY: demo test test-containers lint format bench lock clean
@@ -18,7 +20,7 @@ demo:
 
 test:
 	@scripts/setup python servers curl stunnel clients
-	@$(PYTHON) -m pytest $(TESTS)
+	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TESTS)
 
 # A missing engine fails the run; it is not installed here, because it would be the whole machine's.
 # The tests end what they start, and say what is left, so they need no reaper beside them.

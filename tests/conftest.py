@@ -2,6 +2,8 @@
 
 SKIPBUS_TEST_MYSQL and SKIPBUS_TEST_RABBITMQ, read here and nowhere else, name servers to test on instead
 (``tests.given_servers``). A server that cannot be started or reached fails the tests that need it; nothing is skipped.
+
+Tests run in several processes at once (pytest-xdist), a file of tests in one of them. Each has servers of its own.
 """
 
 from __future__ import annotations
@@ -12,8 +14,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from sandbox.ports import PORT_SHARE
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
 from tests.given_servers import GivenMySql, GivenRabbitMq
+
+
+def pytest_configure() -> None:
+    """Each process that runs tests takes ports of its own share, and so do the programs that its tests start."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if worker is not None and count is not None:
+        os.environ[PORT_SHARE] = f"{worker.removeprefix('gw')}/{count}"
 
 
 @pytest.fixture(scope="session")

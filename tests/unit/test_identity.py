@@ -83,7 +83,11 @@ def test_an_identity_comes_back_from_its_pem() -> None:
     verify(IDENTITY.public_key, again.sign(b"x", CONTEXT_ENVELOPE), b"x", CONTEXT_ENVELOPE)
 
 
-@pytest.mark.parametrize("pem", [b"", b"rubbish", IDENTITY.to_pem()[:-40], IDENTITY.to_pem().replace(b"A", b"B", 3)])
+@pytest.mark.parametrize(
+    "pem",
+    [b"", b"rubbish", IDENTITY.to_pem()[:-40], IDENTITY.to_pem().replace(b"A", b"B", 3)],
+    ids=["empty", "rubbish", "cut", "changed"],
+)
 def test_a_damaged_pem_is_a_value_error_that_shows_nothing_of_it(pem: bytes) -> None:
     with pytest.raises(ValueError, match=r"^not (a readable private key|an ML-DSA-87 private key)$"):
         Identity.from_pem(pem)

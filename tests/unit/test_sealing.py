@@ -111,7 +111,11 @@ def test_the_ciphertext_of_one_record_does_not_open_in_another() -> None:
         WRAPPING_KEY.open(replace(second, sealed=RECORD.sealed, nonce=RECORD.nonce))
 
 
-@pytest.mark.parametrize("sealed", [b"", b"x", RECORD.sealed[:-1], RECORD.sealed + b"\0", RECORD.sealed[:16]])
+@pytest.mark.parametrize(
+    "sealed",
+    [b"", b"x", RECORD.sealed[:-1], RECORD.sealed + b"\0", RECORD.sealed[:16]],
+    ids=["empty", "one byte", "one byte less", "one byte more", "only a tag's length"],
+)
 def test_a_ciphertext_that_was_cut_or_prolonged_does_not_open(sealed: bytes) -> None:
     with pytest.raises(SealBroken):
         WRAPPING_KEY.open(replace(RECORD, sealed=sealed))
