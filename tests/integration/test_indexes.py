@@ -80,6 +80,9 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_expired_inbox": lambda c: messages.delete_expired_inbox(c, KP, NOW_MS, 100),
     "add_to_counters": lambda c: messages.add_to_counters(c, KP, PEER, {"issued": 1}),
     "fetch_heartbeat_numbers": lambda c: messages.fetch_heartbeat_numbers(c, KP, [PEER]),
+    "fetch_last_number": lambda c: messages.fetch_last_number(c, KP),
+    "upsert_last_number": lambda c: messages.upsert_last_number(c, KP, 1),
+    "update_last_number": lambda c: messages.update_last_number(c, KP, 2, 1),
     "upsert_heartbeat": lambda c: messages.upsert_heartbeat(c, KP, PEER, 1, 5000, NOW_MS),
     "upsert_clock_skew": lambda c: messages.upsert_clock_skew(c, KP, PEER, 1, 5000),
     "fetch_peer_rows": lambda c: messages.fetch_peer_rows(c, KP),
@@ -107,6 +110,8 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
 SQLALCHEMY_CALLS |= {
     "fetch_envelope_rows": lambda c: messages.fetch_envelope_rows(c, KP, PEER, [7, 8]),
     "fetch_row_payloads": lambda c: messages.fetch_row_payloads(c, [5, 6]),
+    "delete_stocked_rows": lambda c: messages.delete_stocked_rows(c, KP, PEER),
+    "delete_stock_of": lambda c: stock_kept.delete_stock_of(c, KP, PEER),
     "delete_rows": lambda c: messages.delete_rows(c, [5, 6]),
     "fetch_rows_of_tokens": lambda c: messages.fetch_rows_of_tokens(c, KEY_IDS),
     "delete_inbox": lambda c: messages.delete_inbox(c, KP, PEER, 7),
