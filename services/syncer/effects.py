@@ -125,14 +125,17 @@ class Effects:
         events = accepted.payload
         if not isinstance(events, Events) or keys_touched(accepted) <= MAX_KEYS:
             return accepted
+        header = accepted.header
+        with driver_errors(), self._engine.begin() as connection:
+            if messages.is_in_inbox(connection, self._local_id, header.sender, header.number):
+                return accepted
         ahead, last = events.entries[:-MAX_KEYS], events.entries[-MAX_KEYS:]
         for start in range(0, len(ahead), MAX_KEYS):
             part = replace(events, count=0, entries=ahead[start : start + MAX_KEYS])
             with driver_errors(), self._engine.begin() as connection:
                 keys = KeyEffects(connection, self._local_id, now_ms, self._known)
-                _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again=True).apply_part(
-                    accepted.header, part
-                )
+                transaction = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again=True)
+                transaction.apply_part(header, part)
         return replace(accepted, payload=replace(events, entries=last))
 
     def _acknowledge(self, sender: str, numbers: Sequence[int], now_ms: int, aftermath: Aftermath) -> None:

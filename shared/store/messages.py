@@ -247,6 +247,14 @@ def insert_inbox(connection: Connection, local_id: str, sender_id: str, number: 
     return connection.execute(statement.values(values)).rowcount == 1
 
 
+def is_in_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> bool:
+    """Whether an envelope was handled before. Primary key."""
+    statement = select(I.c.envelope_no).where(
+        I.c.local_id == local_id, I.c.sender_id == sender_id, I.c.envelope_no == number
+    )
+    return connection.execute(statement).first() is not None
+
+
 def delete_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> None:
     """Forgets an envelope that is refused after all, in the transaction that had remembered it. Primary key."""
     connection.execute(delete(I).where(I.c.local_id == local_id, I.c.sender_id == sender_id, I.c.envelope_no == number))

@@ -77,6 +77,7 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_acknowledged": lambda c: messages.delete_acknowledged(c, KP, PEER, [7, 8]),
     "delete_expired_outbox": lambda c: messages.delete_expired_outbox(c, KP, NOW_MS, 100),
     "insert_inbox": lambda c: messages.insert_inbox(c, KP, PEER, 10**9, NOW_MS),
+    "is_in_inbox": lambda c: messages.is_in_inbox(c, KP, PEER, 7),
     "delete_expired_inbox": lambda c: messages.delete_expired_inbox(c, KP, NOW_MS, 100),
     "add_to_counters": lambda c: messages.add_to_counters(c, KP, PEER, {"issued": 1}),
     "fetch_heartbeat_numbers": lambda c: messages.fetch_heartbeat_numbers(c, KP, [PEER]),
