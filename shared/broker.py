@@ -20,6 +20,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.connection import make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 
+from shared.bus_bodies import bound_bodies
 from shared.errors import BusUnavailable
 from shared.logs import get_logger
 from shared.secret import Secret
@@ -52,6 +53,7 @@ class Session:
         channel = await self.connection.channel(publisher_confirms=confirmed, on_return_raises=confirmed)
         channel.close_callbacks.add(self._on_loss)
         underlay = await channel.get_underlay_channel()
+        bound_bodies(underlay)
         # The broker takes a consumer away when its queue is deleted or moves.
         underlay.on_consumer_cancel_callbacks.add(self._on_loss)
         return channel

@@ -48,8 +48,7 @@ from shared.logs import get_logger
 from shared.nudges import FOR_SYNCER, NudgeKind, Nudges, OnNudge, pumping
 from shared.secret import Secret
 
-# Of each queue. What is delivered is in memory before its size is judged: the broker should let pass no more than an
-# envelope has (max_message_size).
+# Of each queue. Of a message that is larger than any envelope only its length is in memory (``shared.bus_bodies``).
 PREFETCH = 32
 DELIVERY_LIMIT = 5
 DEAD_LETTERS_KEPT = 10_000

@@ -78,6 +78,16 @@ def longest_life_ms(epoch_seconds: int, key_ttl_seconds: int) -> int:
     return ahead_ms + epoch_seconds * 1000 + retention_ms(key_ttl_seconds)
 
 
+def has_lost_epochs(before: Iterable[PublicEpoch], after: Iterable[PublicEpoch], now_ms: int) -> bool:
+    """Whether a KP that announced ``before`` and then ``after`` has lost epochs before their end.
+
+    By itself it announces an epoch for as long as that lasts, by its clock. So what is sealed to a lost one, or to
+    those that ended before it, cannot be opened any more: the folder of epochs was lost or is another one.
+    """
+    still = {epoch.epoch_id for epoch in after}
+    return any(e.epoch_id not in still and e.span.ends_ms > now_ms + MAX_CLOCK_SKEW_MS for e in before)
+
+
 def current_epoch(epochs: Iterable[PublicEpoch], now_ms: int) -> PublicEpoch | None:
     """The announced epoch to seal to now, if there is one."""
     return next((e for e in epochs if e.span.starts_ms <= now_ms < e.span.ends_ms), None)

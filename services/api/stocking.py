@@ -29,7 +29,7 @@ from shared.clock import now_ms
 from shared.config import MySqlSettings, PeerSettings, Settings
 from shared.database import connect, driver_errors
 from shared.election import Election
-from shared.errors import BackendError, NoEntropy, SkipbusError
+from shared.errors import BackendError, NoEntropy, PeerNotReady, SkipbusError
 from shared.keys import DEFAULT_KEY_BITS, new_key_id
 from shared.logs import get_logger
 from shared.sealing import KeyRecord
@@ -47,6 +47,11 @@ _COUNTING_SHARE = 0.05
 _SHORTEST_PAUSE_SECONDS = 0.05
 
 _log = get_logger("stock")
+
+
+def counted_until_ms(at_ms: int, key_ttl_seconds: int) -> int:
+    """How long (UTC ms) a key must live to count as stock: a little longer than to be given out."""
+    return usable_until_ms(at_ms, key_ttl_seconds) + min(10_000, key_ttl_seconds * 1000 // 16)
 
 
 def low_mark(peer: PeerSettings) -> int:
@@ -79,6 +84,12 @@ class StockMaker:
         ours = self._sealer.wrapping_key_for(self._local_id, at_ms)
         # Neither record must outlive the private half that opens it.
         expires_ms = min(at_ms + self._ttl_ms, theirs.key.expires_ms, ours.key.expires_ms)
+        if expires_ms < counted_until_ms(at_ms, self._ttl_ms // 1000):
+            # It would be dropped as too old at once, and made again, for ever.
+            raise PeerNotReady(
+                f"a key for {peer_id} would live for {(expires_ms - at_ms) // 1000} s, and stock must have half of "
+                f"{self._ttl_ms // 1000} s left: SKIP_KEY_TTL_SECONDS differs too much between the two, or was changed"
+            )
         correlation_id = f"stock-{secrets.token_hex(8)}"
         records: list[KeyRecord] = []
         copies: list[KeyRecord] = []
@@ -238,8 +249,7 @@ class StockKeeper:
             metrics.show_stock(peer_id, level.placed, level.in_flight)
 
     def _count(self) -> StockReading:
-        ttl_ms = self._key_ttl_seconds * 1000
-        until_ms = usable_until_ms(now_ms(), self._key_ttl_seconds) + min(10_000, ttl_ms // 16)
+        until_ms = counted_until_ms(now_ms(), self._key_ttl_seconds)
         with driver_errors(), self._engine.connect() as connection:
             levels = {i: fetch_stock_levels(connection, self._local_id, i, until_ms) for i in self._peers}
             return StockReading(levels, fetch_held(connection, self._local_id))

@@ -23,7 +23,7 @@ from services.syncer.https_link import HttpsLink
 from services.syncer.inbox import Inbox
 from services.syncer.key_effects import Aftermath
 from services.syncer.leader import Leader
-from services.syncer.numbers import Numbers
+from services.syncer.numbers import Numbers, Reservation
 from services.syncer.outbox import Relay
 from services.syncer.outgoing import Outgoing
 from services.syncer.refusals import Refusals
@@ -73,7 +73,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     links = {peer.system_id: HttpsLink(peer, stop.is_set) for peer in settings.peers.values() if peer.endpoint}
     outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
     watch = PeerWatch(settings, engine, keyring, directory)
-    leader = Leader(settings.mysql, local_id)
+    leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers))
     relay = Relay(engine, local_id, leader, watch, outgoing, stop.is_set, settings.sync_timeout_seconds, new_rows)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
@@ -109,7 +109,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     finally:
         for link in links.values():
             await link.close()
-        leader.close()
+        await asyncio.to_thread(leader.close)
         engine.dispose()
 
 

@@ -4,14 +4,19 @@ Envelopes with events are remembered in the inbox in the transaction of their ef
 has none. A heartbeat must bear a greater number than the last one, so a recorded heartbeat cannot make a dead peer
 look alive; one that the broker itself hands out twice is nobody's attack. The other types do the same however
 often they come.
+
+No transaction is about many more than MAX_KEYS keys, whatever a peer sends at a time. What an envelope of more events
+than that does to keys can be done twice without harm, so all but the last of it is done ahead, in transactions of its
+own; and of many acknowledgements the rest is done afterwards.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
@@ -22,7 +27,7 @@ from services.syncer.placed_keys import PlacedKeys
 from shared.announcements import Announcement, read_announcement
 from shared.database import driver_errors
 from shared.envelopes import EnvelopeType, Header
-from shared.epochs import MAX_CLOCK_SKEW_MS
+from shared.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
 from shared.errors import SealBroken
 from shared.liveness import OFFLINE_AFTER_INTERVALS
 from shared.store import messages
@@ -39,6 +44,14 @@ _COUNTERS = {
     EnvelopeType.KEY_RETRIEVED: "retrieved",
     EnvelopeType.KEY_EXPIRED: "expired",
 }
+
+
+# About as many keys are stored, deleted or noted in one transaction: locks for some tens of milliseconds.
+MAX_KEYS = 2_000
+# Envelopes whose acknowledgement is taken to the store in one transaction.
+MAX_NUMBERS = 32
+T = TypeVar("T")
+_TOUCHING = frozenset({EnvelopeType.KEY_WITHDRAWN, EnvelopeType.KEY_ISSUED})
 
 
 class Verdict(Enum):
@@ -59,6 +72,30 @@ class Applied:
     aftermath: Aftermath
 
 
+def keys_touched(accepted: Accepted) -> int:
+    """How many rows of keys an envelope is about."""
+    match accepted.payload:
+        case PlacedKeys(records):
+            return len(records)
+        case Events() as events if accepted.header.type in _TOUCHING:
+            return len(events.entries)
+        case _:
+            return 1
+
+
+def portions(batch: Sequence[T], touched: Callable[[T], int]) -> Iterator[list[T]]:
+    """What goes into a transaction each: in their order, as many as are about MAX_KEYS keys together, one at least."""
+    portion, keys = list[T](), 0
+    for one in batch:
+        if portion and keys + touched(one) > MAX_KEYS:
+            yield portion
+            portion, keys = [], 0
+        portion.append(one)
+        keys += touched(one)
+    if portion:
+        yield portion
+
+
 class Effects:
     """Writes to one KP's part of the store. ``bus_ids`` are the peers that have a store of their own."""
 
@@ -73,11 +110,43 @@ class Effects:
 
         ``again`` says that an earlier try may have been committed: then a number that is known is no attack.
         """
+        rest = [self._apply_ahead(accepted, now_ms) for accepted in batch]
         with driver_errors(), self._engine.begin() as connection:
             keys = KeyEffects(connection, self._local_id, now_ms, self._known)
-            verdicts = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again).apply(batch)
+            transaction = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again)
+            verdicts = transaction.apply(rest)
         self._known.note(keys.stored_wrapping_keys)
+        for sender, numbers in transaction.left:
+            self._acknowledge(sender, numbers, now_ms, keys.aftermath)
         return Applied(verdicts, keys.aftermath)
+
+    def _apply_ahead(self, accepted: Accepted, now_ms: int) -> Accepted:
+        """Commits what so many events do to keys, but for the last MAX_KEYS of them, which are still to be done."""
+        events = accepted.payload
+        if not isinstance(events, Events) or keys_touched(accepted) <= MAX_KEYS:
+            return accepted
+        header = accepted.header
+        with driver_errors(), self._engine.begin() as connection:
+            if messages.is_in_inbox(connection, self._local_id, header.sender, header.number):
+                return accepted
+        ahead, last = events.entries[:-MAX_KEYS], events.entries[-MAX_KEYS:]
+        for start in range(0, len(ahead), MAX_KEYS):
+            part = replace(events, count=0, entries=ahead[start : start + MAX_KEYS])
+            with driver_errors(), self._engine.begin() as connection:
+                keys = KeyEffects(connection, self._local_id, now_ms, self._known)
+                transaction = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again=True)
+                transaction.apply_part(header, part)
+        return replace(accepted, payload=replace(events, entries=last))
+
+    def _acknowledge(self, sender: str, numbers: Sequence[int], now_ms: int, aftermath: Aftermath) -> None:
+        """What of an acknowledgement was too much for the transaction that it came in."""
+        left: list[tuple[str, Sequence[int]]] = [(sender, numbers)]
+        while left:
+            with driver_errors(), self._engine.begin() as connection:
+                keys = KeyEffects(connection, self._local_id, now_ms, self._known, aftermath)
+                transaction = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again=True)
+                transaction.apply_acknowledgement(*left.pop())
+            left += transaction.left
 
     def hear_refusal(self, peer_id: str, complaint: Complaint, now_ms: int) -> Aftermath:
         """Commits what follows from a refusal that did not come as an envelope. Raises as ``apply``."""
@@ -108,6 +177,8 @@ class _Transaction:
         self._beats: dict[str, tuple[Accepted, Heartbeat]] = {}
         self._skews: dict[str, Accepted] = {}
         self._last_numbers: dict[str, int] = {}
+        # Acknowledgements that are still to be taken to the store: sender, numbers.
+        self.left: list[tuple[str, Sequence[int]]] = []
 
     def apply(self, batch: Sequence[Accepted]) -> list[Verdict]:
         beating = {one.header.sender for one in batch if isinstance(one.payload, Heartbeat)}
@@ -116,6 +187,16 @@ class _Transaction:
         verdicts = [self._one(accepted) for accepted in batch]
         self._write()
         return verdicts
+
+    def apply_part(self, header: Header, events: Events) -> None:
+        """What some events of an envelope do to keys, without the envelope's being handled by that."""
+        self._touch_keys(header, events)
+        self._write()
+
+    def apply_acknowledgement(self, sender: str, numbers: Sequence[int]) -> None:
+        """These envelopes are acknowledged; what is too much is ``left``."""
+        self._acknowledged[sender].update(numbers)
+        self._write()
 
     def _one(self, accepted: Accepted) -> Verdict:
         match accepted.payload:
@@ -138,32 +219,46 @@ class _Transaction:
     def _write_announcement(self, announcement: Announcement, body: bytes) -> None:
         # Other KPs of this store would take what stands in the common table for that of a KP which reads this store.
         if announcement.system_id in self._bus_ids:
-            self._forget_other_identity(announcement)
+            self._compare_with_stored(announcement)
             upsert_bus_announcement(self._connection, self._local_id, announcement, body)
         else:
             upsert_announcement(self._connection, announcement, body)
 
-    def _forget_other_identity(self, announcement: Announcement) -> None:
-        """What was stored under an identity that is configured no more gives way, however new it says it is."""
-        stored = fetch_bus_announcement(self._connection, self._local_id, announcement.system_id)
+    def _compare_with_stored(self, announcement: Announcement) -> None:
+        """What was stored under an identity that is configured no more gives way, however new it says it is.
+
+        And stock that the peer cannot open any more is dropped before anybody is answered with a key of it.
+        """
+        peer_id = announcement.system_id
+        stored = fetch_bus_announcement(self._connection, self._local_id, peer_id)
+        if stored is None:
+            return
         try:
-            same = stored is None or read_announcement(stored).public_key == announcement.public_key
+            known = read_announcement(stored)
         except SealBroken:
-            same = False
-        if not same:
-            delete_bus_announcement(self._connection, self._local_id, announcement.system_id)
+            known = None
+        if known is None or known.public_key != announcement.public_key:
+            delete_bus_announcement(self._connection, self._local_id, peer_id)
+            self._keys.drop_stock(peer_id, "it has another identity now")
+        elif announcement.issued_ms > known.issued_ms and has_lost_epochs(
+            known.epochs, announcement.epochs, self._now_ms
+        ):
+            self._keys.drop_stock(peer_id, "it has lost epochs before their end")
 
     def _count(self, accepted: Accepted, events: Events) -> Verdict:
         header = accepted.header
         if not self._is_new(header):
             return Verdict.DUPLICATE
+        self._touch_keys(header, events)
+        if header.type in _COUNTERS:
+            self._counts[header.sender][_COUNTERS[header.type]] += events.count
+        return Verdict.HANDLED
+
+    def _touch_keys(self, header: Header, events: Events) -> None:
         if header.type is EnvelopeType.KEY_WITHDRAWN:
             self._counts[header.sender]["inbound_withdrawn"] += self._keys.withdraw(header, events)
-            return Verdict.HANDLED
-        if header.type is EnvelopeType.KEY_ISSUED and header.sender in self._bus_ids:
+        elif header.type is EnvelopeType.KEY_ISSUED and header.sender in self._bus_ids:
             self._keys.release_stock(header, events)
-        self._counts[header.sender][_COUNTERS[header.type]] += events.count
-        return Verdict.HANDLED
 
     def _store(self, accepted: Accepted, placed: PlacedKeys) -> Verdict:
         header = accepted.header
@@ -196,10 +291,7 @@ class _Transaction:
 
     def _write(self) -> None:
         for sender, numbers in self._acknowledged.items():
-            if sender in self._bus_ids:
-                self._counts[sender]["issued"] += self._keys.acknowledge(sender, numbers)
-            else:
-                messages.delete_acknowledged(self._connection, self._local_id, sender, numbers)
+            self._write_acknowledged(sender, sorted(numbers))
         # Peers in one order in every transaction, so that two of them wait for each other less often.
         for sender in sorted(self._counts.keys() | self._beats.keys() | self._skews.keys()):
             counts = {name: count for name, count in self._counts[sender].items() if count}
@@ -212,6 +304,18 @@ class _Transaction:
                 messages.upsert_clock_skew(
                     self._connection, self._local_id, sender, late.header.number, late.clock_skew_ms
                 )
+
+    def _write_acknowledged(self, sender: str, numbers: Sequence[int]) -> None:
+        now, later = numbers[:MAX_NUMBERS], numbers[MAX_NUMBERS:]
+        if later:
+            self.left.append((sender, later))
+        if sender not in self._bus_ids:
+            messages.delete_acknowledged(self._connection, self._local_id, sender, now)
+            return
+        issued, more = self._keys.acknowledge(sender, now, MAX_KEYS)
+        self._counts[sender]["issued"] += issued
+        if more:
+            self.left.append((sender, now))
 
     def _write_beat(self, accepted: Accepted, heartbeat: Heartbeat) -> None:
         messages.upsert_heartbeat(

@@ -12,8 +12,18 @@ from dataclasses import dataclass
 from services.syncer.payloads import Capabilities, Payload, read_payload
 from services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
 from shared.announcements import Announcement, read_announcement
+from shared.bus_bodies import LeftOut
 from shared.clock import now_ms
-from shared.envelopes import Claim, EnvelopeType, Header, SignedEnvelope, check_envelope, read_claim, read_envelope
+from shared.envelopes import (
+    MAX_ENVELOPE_BYTES,
+    Claim,
+    EnvelopeType,
+    Header,
+    SignedEnvelope,
+    check_envelope,
+    read_claim,
+    read_envelope,
+)
 from shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused
 from shared.identity import fingerprint
 from shared.logs import get_logger
@@ -88,6 +98,8 @@ class Examiner:
     def examine(self, body: bytes, redelivered: bool) -> Accepted | Refusal:
         """The verdict. Raises StoreUnavailable, only where a sender had to be looked up."""
         header = None
+        if isinstance(body, LeftOut):
+            return Refusal("too_large", None, f"a message has {body.octets} bytes, more than {MAX_ENVELOPE_BYTES}")
         try:
             envelope = read_envelope(body)
             header = envelope.header

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from services.syncer import metrics
 from services.syncer.complaints import Complaints
-from services.syncer.effects import Effects, Verdict
+from services.syncer.effects import Effects, Verdict, keys_touched, portions
 from services.syncer.examination import Accepted, Examiner, Refusal
 from services.syncer.letters import told_of
 from services.syncer.outbox import Relay
@@ -93,7 +93,8 @@ class Inbox:
             return
         try:
             opened = [one for one in await self._examine(batch, stop) if one is not None]
-            await self._commit(opened, stop)
+            for portion in portions(opened, lambda one: keys_touched(one.accepted)):
+                await self._commit(portion, stop)
         except _GivenUp:
             _log.debug("deliveries left to the broker", count=len(batch))
 

@@ -7,7 +7,7 @@ two arrive. Stock counts as issued when its source says that it was given out, n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
@@ -17,10 +17,13 @@ from services.syncer.placed_keys import MAX_LIFETIME_MS, PlacedKeys
 from services.syncer.stock import drop_refused_stock
 from shared.envelopes import Header
 from shared.epochs import MAX_CLOCK_SKEW_MS
+from shared.logs import get_logger
 from shared.sealing import SealedWrappingKey
 from shared.store import messages, received, stock_kept
+from shared.store.messages import EnvelopeRow
 from shared.store.placing import KEY_PLACED, KEY_STOCKED
 
+_log = get_logger("stock")
 _TRUSTED_SECONDS = 30.0
 _MAX_TRUSTED = 4_096
 
@@ -59,12 +62,20 @@ class KnownWrappingKeys:
 class KeyEffects:
     """One transaction's part that deals with keys of bus peers."""
 
-    def __init__(self, connection: Connection, local_id: str, now_ms: int, known: KnownWrappingKeys) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        local_id: str,
+        now_ms: int,
+        known: KnownWrappingKeys,
+        aftermath: Aftermath | None = None,
+    ) -> None:
+        """An ``aftermath`` that is given is that of transactions before this one, and is added to."""
         self._connection = connection
         self._local_id = local_id
         self._now_ms = now_ms
         self._known = known
-        self.aftermath = Aftermath()
+        self.aftermath = aftermath or Aftermath()
         self.stored_wrapping_keys: list[SealedWrappingKey] = []
 
     def store(self, header: Header, placed: PlacedKeys) -> int | None:
@@ -103,11 +114,25 @@ class KeyEffects:
         deleted = received.delete_withdrawn_records(self._connection, self._local_id, header.sender, key_ids)
         return max(0, deleted - held)
 
-    def acknowledge(self, peer_id: str, numbers: set[int]) -> int:
-        """A bus peer has the keys of these envelopes; how many on demand are issued by that."""
-        rows = messages.fetch_envelope_rows(self._connection, self._local_id, peer_id, numbers)
+    def drop_stock(self, peer_id: str, reason: str) -> None:
+        """The peer can open nothing of what is placed there: all of it, and what is on its way.
+
+        In one transaction, however much it is: an operator's mishap, and not something that a peer gains by.
+        """
+        messages.delete_stocked_rows(self._connection, self._local_id, peer_id)
+        count = stock_kept.delete_stock_of(self._connection, self._local_id, peer_id)
+        if count:
+            self.aftermath.stock_changed = True
+            _log.warning("stock dropped, the peer cannot open it", peer=peer_id, count=count, reason=reason)
+
+    def acknowledge(self, peer_id: str, numbers: Collection[int], max_keys: int) -> tuple[int, bool]:
+        """A bus peer has the keys of these envelopes; how many on demand are issued by that, and whether there are
+        rows left, which have more than ``max_keys`` keys together with those that were dealt with.
+        """
+        found = messages.fetch_envelope_rows(self._connection, self._local_id, peer_id, numbers)
+        rows = _first_rows(found, max_keys)
         if not rows:
-            return 0
+            return 0, False
         messages.delete_rows(self._connection, [row.id for row in rows])
         stocked = [row.token for row in rows if row.type == KEY_STOCKED and row.token]
         if stocked:
@@ -115,7 +140,7 @@ class KeyEffects:
             self.aftermath.stock_changed = True
         placed = [row for row in rows if row.type == KEY_PLACED]
         self.aftermath.stored += [row.token for row in placed if row.token]
-        return sum(row.items for row in placed)
+        return sum(row.items for row in placed), len(rows) < len(found)
 
     def hear_refusal(self, peer_id: str, complaint: Complaint) -> None:
         """A peer has refused an envelope: kept for the operator, and told to whoever waits for its keys."""
@@ -128,3 +153,14 @@ class KeyEffects:
         if complaint.reason == "key_exists" and stocked:
             drop_refused_stock(self._connection, self._local_id, peer_id, stocked, self._now_ms)
             self.aftermath.stock_changed = True
+
+
+def _first_rows(rows: Sequence[EnvelopeRow], max_keys: int) -> list[EnvelopeRow]:
+    """As many as have ``max_keys`` keys, one at least."""
+    taken, keys = list[EnvelopeRow](), 0
+    for row in rows:
+        if taken and keys + row.items > max_keys:
+            break
+        taken.append(row)
+        keys += row.items
+    return taken

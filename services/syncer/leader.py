@@ -8,10 +8,13 @@ something in memory knows to read it again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from services.syncer import metrics
+from services.syncer.numbers import Reservation
 from shared.config import MySqlSettings
 from shared.election import Election
+from shared.errors import BackendError
 from shared.logs import get_logger
 
 _log = get_logger("leader")
@@ -20,7 +23,8 @@ _log = get_logger("leader")
 class Leader:
     """Asks once a second whether this syncer is the elected one."""
 
-    def __init__(self, mysql: MySqlSettings, local_id: str) -> None:
+    def __init__(self, mysql: MySqlSettings, local_id: str, reservation: Reservation) -> None:
+        self._reservation = reservation
         self._election = Election(mysql, f"syncer {local_id}")
         self.elected = False
         self.term = 0
@@ -34,11 +38,22 @@ class Leader:
             self._settle(elected)
 
     def close(self) -> None:
-        """Gives the lock up for another syncer."""
+        """Gives the lock up for another syncer. Blocks."""
+        if self.elected:
+            with contextlib.suppress(BackendError):
+                self._reservation.give_back()
         self._election.release()
 
     def _try(self) -> bool:
-        return self._election.held() or self._election.acquire()
+        held = self._election.held()
+        if not held and not self._election.acquire():
+            return False
+        # Before anything is sent in this term: a peer would take numbers that were used before for a recording.
+        if held and self.elected:
+            self._reservation.renew()
+        else:
+            self._reservation.take_over()
+        return True
 
     def _settle(self, elected: bool) -> None:
         if elected != self.elected:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from services.syncer.outgoing import Letter
 from services.syncer.payloads import Events, Payload, pack_events, read_payload
 from services.syncer.placed_keys import MAX_RECORDS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
-from services.syncer.row_types import SEALED_TYPES, envelope_type
+from services.syncer.row_types import SEALED_TYPES, envelope_type, keys_expire_ms
 from shared import wire
 from shared.errors import EnvelopeRefused
 from shared.logs import get_logger
@@ -76,8 +76,8 @@ class LetterMaker:
         try:
             kind = envelope_type(envelope.type)
             payload = self._payload(connection, envelope.type, payloads)
-            read_payload(kind, payload)
-            return Letter(kind, envelope.peer_id, payload, envelope.number)
+            entries = entries_of(read_payload(kind, payload))
+            return Letter(kind, envelope.peer_id, payload, envelope.number, keys_expire_ms(envelope.type, entries))
         except (ValueError, TypeError, IndexError, EnvelopeRefused) as error:
             _log.debug("malformed outbox row", reason=str(error))
         _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)
@@ -101,6 +101,17 @@ class LetterMaker:
             self._known.update((wrapping_key.wrapping_key_id, wrapping_key) for wrapping_key in found)
         # One that is gone has expired, and so have the keys under it: such rows are malformed by now.
         return [self._known[wrapping_key_id] for wrapping_key_id in wanted if wrapping_key_id in self._known]
+
+
+def entries_of(payload: Payload) -> Sequence[list[Any]]:
+    """What an envelope says of each of its keys."""
+    match payload:
+        case Events():
+            return payload.entries
+        case PlacedKeys():
+            return payload.records
+        case _:
+            return ()
 
 
 def told_of(payload: Payload) -> tuple[int, tuple[str, ...]]:

@@ -39,7 +39,10 @@ _log = get_logger("outbox")
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """An envelope that is not acknowledged. ``letter`` is there when it was just made, ``seen_at`` is monotonic."""
+    """An envelope that is not acknowledged. ``letter`` is there when it was just made, ``seen_at`` is monotonic.
+
+    ``read`` says that its content was read once, and ``keys_expire_ms`` is the letter's, known since then.
+    """
 
     envelope: OutboxEnvelope
     letter: Letter | None = None
@@ -50,9 +53,15 @@ class Waiting:
     refused: bool = False
     queued: bool = False
     malformed: bool = False
+    read: bool = False
+    keys_expire_ms: int | None = None
 
     def __post_init__(self) -> None:
         self.attempts, self.sent_ms = self.envelope.attempts, self.envelope.sent_ms
+
+    def note_read(self, letter: Letter) -> None:
+        """This is its content."""
+        self.read, self.keys_expire_ms = True, letter.keys_expire_ms
 
     @property
     def peer_id(self) -> str:
@@ -103,6 +112,18 @@ class Line:
             and is_due(one.attempts, one.sent_ms, status, at_ms, unrouted=one.unrouted, refused=one.refused)
         )
         return list(islice(due, MAX_DUE))
+
+    def unread(self, limit: int) -> list[Waiting]:
+        """Of which it is not known when they become pointless: a syncer that is gone has numbered them."""
+        return list(islice((one for one in self.waiting.values() if not one.read and not one.queued), limit))
+
+    def pointless(self, before_ms: int) -> list[int]:
+        """Numbers of what speaks only of keys that had expired at ``before_ms`` and is not on its way."""
+        return [
+            one.number
+            for one in self.waiting.values()
+            if one.keys_expire_ms is not None and one.keys_expire_ms < before_ms and not one.queued
+        ]
 
     def take(self, limit: int) -> list[Waiting]:
         """The next ones to send."""

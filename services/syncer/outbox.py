@@ -29,6 +29,7 @@ from services.syncer.row_types import counter_when_numbered
 from services.syncer.watch import PeerWatch
 from shared.clock import now_ms
 from shared.database import driver_errors
+from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.errors import BackendError, StoreRefused, StoreUnavailable
 from shared.logs import get_logger
 from shared.store import messages
@@ -42,6 +43,12 @@ TICK_SECONDS = 1.0
 READ_AGAIN_SECONDS = 60.0
 # After this many timeouts whoever waited for keys on demand has given up, or is dead.
 ABANDONED_AFTER_TIMEOUTS = 3
+# After the expiry of the last key that an envelope speaks of; by then it has passed by whatever clock.
+POINTLESS_AFTER_MS = 2 * MAX_CLOCK_SKEW_MS
+# Envelopes of one peer that are read in one round only to learn when they become pointless.
+MAX_UNREAD = 16
+# Envelopes whose rows are deleted in one transaction.
+MAX_DROPPED = 32
 
 _log = get_logger("outbox")
 
@@ -181,6 +188,7 @@ class Relay:
         metrics.OUTBOX.set(sum(len(line.waiting) for line in self._lines.values()))
         await asyncio.to_thread(self._store_attempts, [line.take_attempts() for line in self._lines.values()])
         await self._withdraw_abandoned()
+        await self._drop_pointless(at_ms - POINTLESS_AFTER_MS)
         self._lines = {peer_id: line for peer_id, line in self._lines.items() if line.waiting or line.busy}
 
     def _line(self, peer_id: str) -> Line:
@@ -212,6 +220,8 @@ class Relay:
             payloads = messages.fetch_row_payloads(connection, row_ids)
         waiting.letter = self._letters.make(connection, waiting.envelope, payloads)
         waiting.malformed = waiting.letter is None
+        if waiting.letter is not None:
+            waiting.note_read(waiting.letter)
         return waiting
 
     def _note_malformed(self, numbered: Iterable[Waiting]) -> None:
@@ -236,6 +246,7 @@ class Relay:
                 payloads = messages.fetch_payloads(connection, self._local_id, one.peer_id, one.number)
                 letter = maker.make(connection, one.envelope, payloads) if payloads else None
                 if letter is not None:
+                    one.note_read(letter)
                     letters[one.number] = letter
                 elif payloads:
                     one.malformed = True
@@ -262,3 +273,20 @@ class Relay:
             if count:
                 _log.warning("keys withdrawn that nobody waits for any more", peer=line.peer_id, count=count)
                 self.wake()
+
+    async def _drop_pointless(self, before_ms: int) -> None:
+        """What speaks only of keys that had expired then: a peer that acknowledges nothing must not gather it."""
+        for line in self._lines.values():
+            if unread := line.unread(MAX_UNREAD):
+                letters = await self._open_letters(unread)
+                line.forget({one.number for one in unread} - letters.keys())
+            numbers = line.pointless(before_ms)
+            for start in range(0, len(numbers), MAX_DROPPED):
+                await asyncio.to_thread(self._delete, line.peer_id, numbers[start : start + MAX_DROPPED])
+            line.forget(numbers)
+            if numbers:
+                _log.info("not acknowledged while the keys lived, given up", peer=line.peer_id, envelopes=len(numbers))
+
+    def _delete(self, peer_id: str, numbers: Collection[int]) -> None:
+        with driver_errors(), self._engine.begin() as connection:
+            messages.delete_acknowledged(connection, self._local_id, peer_id, numbers)

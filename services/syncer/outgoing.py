@@ -43,12 +43,16 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """An envelope to be; ``number`` is None where a new one will do."""
+    """An envelope to be; ``number`` is None where a new one will do.
+
+    ``keys_expire_ms`` is when the last key expires that it speaks of (UTC ms), where it is pointless after that.
+    """
 
     type: EnvelopeType
     target: str
     payload: bytes
     number: int | None = None
+    keys_expire_ms: int | None = None
 
 
 OnRefusal = Callable[[Letter, Answer], None]

@@ -6,6 +6,9 @@ when they are acknowledged, withdrawn or refused, not in what the peer is sent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from shared.envelopes import EnvelopeType
 from shared.store.placing import KEY_PLACED, KEY_STOCKED
 
@@ -35,6 +38,23 @@ def envelope_type(row_type: str) -> EnvelopeType:
 def counter_when_numbered(row_type: str) -> str | None:
     """The counter of the peer's row that such rows are added to when they are put into an envelope."""
     return _COUNTERS.get(row_type)
+
+
+# Where an entry of such rows has the expiry (UTC ms) of its key. Once it has passed there is nothing left to store, to
+# delete or to take back at the peer. What a peer's keys came to, retrieved or expired, is still news after that; keys
+# on demand are not here because whoever waits for one takes a row that is gone for placed.
+_EXPIRY_AT = {
+    EnvelopeType.KEY_ISSUED.value: 2,
+    EnvelopeType.KEY_WITHDRAWN.value: 1,
+    KEY_STOCKED: 2,
+    STOCK_DROPPED: 1,
+}
+
+
+def keys_expire_ms(row_type: str, entries: Sequence[Sequence[Any]]) -> int | None:
+    """When (UTC ms) the last of the keys expires that such rows speak of; None where that makes no difference."""
+    place = _EXPIRY_AT.get(row_type)
+    return None if place is None or not entries else max(entry[place] for entry in entries)
 
 
 def urgency(row_type: str) -> int:

@@ -212,6 +212,11 @@ def delete_rows(connection: Connection, row_ids: Sequence[int]) -> None:
         connection.exec_driver_sql(delete_listed("outbox", "PRIMARY", "id", [f"{row_id:d}" for row_id in row_ids]))
 
 
+def delete_stocked_rows(connection: Connection, local_id: str, peer_id: str) -> None:
+    """Takes back what carries stock to a peer. Prefix of index outbox_envelope."""
+    connection.execute(delete(O).where(O.c.local_id == local_id, O.c.peer_id == peer_id, O.c.type == "key.stocked"))
+
+
 def fetch_rows_of_tokens(connection: Connection, tokens: Collection[bytes]) -> list[tuple[int, bytes, int | None]]:
     """Row id, token and number (None while it is in no envelope) of rows with these tokens, locked. outbox_token."""
     statement = (
@@ -242,6 +247,14 @@ def insert_inbox(connection: Connection, local_id: str, sender_id: str, number: 
     return connection.execute(statement.values(values)).rowcount == 1
 
 
+def is_in_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> bool:
+    """Whether an envelope was handled before. Primary key."""
+    statement = select(I.c.envelope_no).where(
+        I.c.local_id == local_id, I.c.sender_id == sender_id, I.c.envelope_no == number
+    )
+    return connection.execute(statement).first() is not None
+
+
 def delete_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> None:
     """Forgets an envelope that is refused after all, in the transaction that had remembered it. Primary key."""
     connection.execute(delete(I).where(I.c.local_id == local_id, I.c.sender_id == sender_id, I.c.envelope_no == number))
@@ -260,6 +273,24 @@ def add_to_counters(connection: Connection, local_id: str, peer_id: str, counts:
     """Adds to the named counters of ``PeerRow``. Primary key."""
     statement = insert(P).values(local_id=local_id, peer_id=peer_id, **counts)
     connection.execute(statement.on_duplicate_key_update({name: P.c[name] + count for name, count in counts.items()}))
+
+
+def fetch_last_number(connection: Connection, local_id: str) -> int:
+    """Up to which number envelopes of ``local_id`` may have been numbered; locked for this transaction. Primary key."""
+    statement = select(P.c.last_heartbeat_no).where(P.c.local_id == local_id, P.c.peer_id == local_id)
+    return connection.execute(statement.with_for_update()).scalar() or 0
+
+
+def upsert_last_number(connection: Connection, local_id: str, number: int) -> None:
+    """Envelopes of ``local_id`` may be numbered up to ``number`` from now on. Primary key."""
+    statement = insert(P).values(local_id=local_id, peer_id=local_id, last_heartbeat_no=number)
+    connection.execute(statement.on_duplicate_key_update(last_heartbeat_no=number))
+
+
+def update_last_number(connection: Connection, local_id: str, noted: int, used: int) -> None:
+    """No more than ``used`` of what was ``noted`` is used; nothing where another has noted since. Primary key."""
+    own = and_(P.c.local_id == local_id, P.c.peer_id == local_id, P.c.last_heartbeat_no == noted)
+    connection.execute(update(P).where(own).values(last_heartbeat_no=used))
 
 
 def fetch_heartbeat_numbers(connection: Connection, local_id: str, peer_ids: Iterable[str]) -> dict[str, int]:
@@ -316,7 +347,8 @@ def _within_int(milliseconds: int) -> int:
 def fetch_peer_rows(connection: Connection, local_id: str) -> list[PeerRow]:
     """All that is known of the peers of ``local_id``. Prefix of the primary key."""
     columns = [P.c[name] for name in PeerRow.__dataclass_fields__]
-    return [PeerRow(*row) for row in connection.execute(select(*columns).where(P.c.local_id == local_id))]
+    statement = select(*columns).where(P.c.local_id == local_id, P.c.peer_id != local_id)
+    return [PeerRow(*row) for row in connection.execute(statement)]
 
 
 def _is_envelope(local_id: str, peer_id: str, number: int) -> ColumnElement[bool]:

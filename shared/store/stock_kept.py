@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from shared.schema import STOCK as S
 from shared.store.packets import delete_listed, hexes, name
@@ -58,6 +58,11 @@ def fetch_stock_of_tokens(connection: Connection, local_id: str, tokens: Collect
         .with_for_update()
     )
     return [StockRow(r.key_id, r.expires_ms, r.token, False) for r in connection.execute(statement)]
+
+
+def delete_stock_of(connection: Connection, local_id: str, peer_id: str) -> int:
+    """Drops all own copies for a peer. Returns how many. Prefix of the primary key."""
+    return connection.execute(delete(S).where(S.c.local_id == local_id, S.c.peer_id == peer_id)).rowcount
 
 
 def delete_stock(connection: Connection, local_id: str, peer_id: str, rows: Sequence[StockRow]) -> None:

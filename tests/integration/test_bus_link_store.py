@@ -69,9 +69,11 @@ class Ends:
     def acknowledge(self, placement: Placement) -> None:
         self.store.rows("DELETE FROM outbox WHERE token = %s", placement.token)
 
-    def make_stock(self, count: int, peer_id: str = BOB, *, placed: bool = True) -> None:
+    def make_stock(
+        self, count: int, peer_id: str = BOB, *, placed: bool = True, ttl_seconds: int = TTL_SECONDS
+    ) -> None:
         sealer = Sealer(ALICE, self.alice.keyring.identity, self.alice.directory)
-        maker = StockMaker(self.store.settings.mysql, ALICE, TTL_SECONDS, sealer)
+        maker = StockMaker(self.store.settings.mysql, ALICE, ttl_seconds, sealer)
         maker.make(peer_id, count)
         maker.close()
         if placed:
@@ -378,6 +380,15 @@ def test_stock_is_not_made_for_a_peer_without_an_announcement(ends: Ends) -> Non
     with pytest.raises(PeerNotReady):
         ends.make_stock(1, peer_id="KP_Nobody")
     assert ends.store.count("stock") == 0
+
+
+def test_stock_that_would_be_too_old_at_once_is_not_made(ends: Ends) -> None:
+    # The target keeps its epochs for the lifetime that is configured there.
+    with pytest.raises(PeerNotReady, match="SKIP_KEY_TTL_SECONDS differs"):
+        ends.make_stock(1, ttl_seconds=4 * TTL_SECONDS)
+    assert ends.store.count("stock") == 0
+    ends.make_stock(1, ttl_seconds=TTL_SECONDS * 3 // 2)
+    assert ends.store.count("stock") == 1
 
 
 def test_the_keys_of_a_refill_share_one_wrapping_key_for_each_side(ends: Ends) -> None:

@@ -211,6 +211,20 @@ def test_an_older_announcement_does_not_replace_a_newer_one_and_one_of_another_i
     assert directory.get(BOB) is not None
 
 
+def test_stock_that_was_sealed_to_another_identity_is_dropped_when_the_new_one_announces_itself(
+    store: Store, bob: Identity, thief: Identity
+) -> None:
+    for peer_id, key_id in ((BOB, b"bobs"), ("KP_Carol", b"carols")):
+        values = (ALICE, peer_id, now_ms() + 60_000, key_id, 256, b"w", b"n", b"s", key_id, 1)
+        store.rows(f"INSERT INTO stock VALUES ({', '.join(['%s'] * 10)})", *values)
+        with store.engine.begin() as connection:
+            messages.insert_outbox(connection, ALICE, peer_id, "key.stocked", b"\x90", 0, 1)
+    announce_over_bus(store, BOB, thief)
+    apply(store, announcing(bob, now_ms()), BOB)
+    assert store.rows("SELECT key_id FROM stock") == [(b"carols",)]
+    assert store.rows("SELECT peer_id FROM outbox") == [("KP_Carol",)]
+
+
 # Another identity
 
 

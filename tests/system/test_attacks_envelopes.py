@@ -19,14 +19,16 @@ import pytest
 from sandbox.ports import LOOPBACK
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from shared import wire
-from shared.bus_names import dead_queue_name, queue_name
+from shared.bus_names import NUDGES, dead_queue_name, nudge_routing_key, queue_name
 from shared.clock import now_ms
 from shared.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType, SignedEnvelope
 from shared.identity import CONTEXT_ENVELOPE, Identity
+from shared.nudges import NudgeKind
 from tests.system.bus_harness import Load, Scene, attack_scene, metric, peer_status, post_sync, refused, wait_told
 from tests.waiting import wait_for
 
 HUGE_BYTES = 100 * 1024 * 1024
+HUGE_ONES = 4
 MILLION = 1_000_000
 
 
@@ -243,12 +245,41 @@ def numbers_refused(envelope: SignedEnvelope) -> list[int]:
 # --- far too large
 
 
-def test_an_envelope_of_100_mb_is_refused_by_the_bus(scene: Scene) -> None:
-    counted = refused(scene.bob, "too_large")
-    scene.admin.send(scene.bob_id, bytes(HUGE_BYTES))
-    wait_for(lambda: refused(scene.bob, "too_large") == counted + 1, timeout_seconds=60)
+def peak_mib(pid: int) -> float:
+    """The most that the process had in memory since ``forget_peak``."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no such process")
+
+
+def forget_peak(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def test_envelopes_of_100_mb_are_refused_by_the_bus_and_are_never_in_memory(scene: Scene) -> None:
+    syncer = scene.bob.processes["syncer"].pid
+    counted, before_mib = refused(scene.bob, "too_large"), resident_mib(syncer)
+    forget_peak(syncer)
+    for _ in range(HUGE_ONES):
+        scene.admin.send(scene.bob_id, bytes(HUGE_BYTES))
+    wait_for(lambda: refused(scene.bob, "too_large") == counted + HUGE_ONES, timeout_seconds=120)
+    assert peak_mib(syncer) < before_mib + 48
+    assert scene.bob.processes["syncer"].pid == syncer
     scene.assert_goes_on()
     scene.admin.purge(dead_queue_name(scene.bob_id))
+
+
+def test_a_nudge_of_100_mb_is_never_in_memory(scene: Scene) -> None:
+    listeners = [scene.bob.processes[role].pid for role in ("api", "syncer")]
+    before_mib = [resident_mib(pid) for pid in listeners]
+    for pid in listeners:
+        forget_peak(pid)
+    scene.admin.nudge(NUDGES, nudge_routing_key(scene.bob_id, NudgeKind.STOCK.value), bytes(HUGE_BYTES))
+    scene.admin.nudge(NUDGES, nudge_routing_key(scene.bob_id, NudgeKind.OUTBOX.value), bytes(HUGE_BYTES))
+    scene.assert_goes_on()
+    for pid, before in zip(listeners, before_mib, strict=True):
+        assert peak_mib(pid) < before + 48
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["with-its-length", "chunked"])

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.epochs import (
+    MAX_CLOCK_SKEW_MS,
     MAX_EPOCHS_AHEAD,
     EpochSpan,
     PublicEpoch,
     current_epoch,
+    has_lost_epochs,
     missing_spans,
     new_epoch_id,
     retention_ms,
@@ -147,3 +149,24 @@ def test_there_is_no_current_epoch_before_the_first_and_after_the_last() -> None
     assert current_epoch(epochs, epochs[0].span.starts_ms - 1) is None
     assert current_epoch(epochs, epochs[-1].span.ends_ms) is None
     assert current_epoch([], NOW_MS) is None
+
+
+# --- lost ones
+
+
+def epoch_until(ends_ms: int) -> PublicEpoch:
+    return PublicEpoch(new_epoch_id(), EpochSpan(NOW_MS - 600_000, ends_ms, ends_ms + 3_600_000), b"public")
+
+
+def test_epochs_that_end_are_not_lost_and_new_ones_are_no_loss() -> None:
+    ended, ending, lasting = (epoch_until(NOW_MS + ms) for ms in (-1, MAX_CLOCK_SKEW_MS, 600_000))
+    before = [ended, ending, lasting]
+    assert not has_lost_epochs(before, [lasting, epoch_until(NOW_MS + 1_200_000)], NOW_MS)
+    assert not has_lost_epochs(before, before, NOW_MS)
+    assert not has_lost_epochs([], [lasting], NOW_MS)
+
+
+def test_an_epoch_that_is_announced_no_more_before_its_end_is_lost() -> None:
+    lasting, kept = epoch_until(NOW_MS + MAX_CLOCK_SKEW_MS + 1), epoch_until(NOW_MS + 600_000)
+    assert has_lost_epochs([lasting, kept], [kept], NOW_MS)
+    assert has_lost_epochs([kept], [], NOW_MS)

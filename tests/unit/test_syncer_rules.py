@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.syncer.effects import MAX_KEYS, portions
 from services.syncer.letters import MAX_PAYLOAD_BYTES, MAX_SEALED_ROWS, gather
 from services.syncer.numbers import Numbers
 from services.syncer.payloads import Events, pack_events, read_payload
 from services.syncer.placed_keys import OwnEpochs
-from services.syncer.row_types import counter_when_numbered, envelope_type, urgency
+from services.syncer.row_types import counter_when_numbered, envelope_type, keys_expire_ms, urgency
 from services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
 from shared import wire
 from shared.bus_names import encode_id, live_routing_key, queue_name, routing_key
@@ -95,6 +96,12 @@ def test_a_number_is_greater_than_those_still_in_the_outbox_after_the_clock_was_
     assert Numbers().next(ahead) == ahead + 1
 
 
+def test_a_clock_that_steps_back_does_not_make_numbers_go_back() -> None:
+    clock_us = iter([5_000, 5_001, 1, 2])
+    numbers = Numbers(lambda: next(clock_us))
+    assert [numbers.next() for _ in range(4)] == [5_000, 5_001, 5_002, 5_003]
+
+
 def test_numbers_are_unique_between_threads() -> None:
     numbers, taken = Numbers(), list[int]()
     threads = [threading.Thread(target=lambda: taken.extend(numbers.next() for _ in range(2_000))) for _ in range(4)]
@@ -103,6 +110,36 @@ def test_numbers_are_unique_between_threads() -> None:
     for thread in threads:
         thread.join()
     assert len(set(taken)) == 8_000
+
+
+# --- transactions
+
+
+def test_a_transaction_takes_as_many_envelopes_as_have_its_keys_together_and_one_at_least() -> None:
+    sizes = [1, MAX_KEYS - 1, 1, MAX_KEYS, MAX_KEYS + 1, 1, 1]
+    assert list(portions(sizes, lambda size: size)) == [
+        [1, MAX_KEYS - 1],
+        [1],
+        [MAX_KEYS],
+        [MAX_KEYS + 1],
+        [1, 1],
+    ]
+
+
+# --- what becomes pointless
+
+
+def test_news_of_keys_is_pointless_when_the_last_of_them_has_expired() -> None:
+    assert keys_expire_ms("key.withdrawn", [[b"a", 7, ""], [b"b", 9, ""], [b"c", 8, ""]]) == 9
+    assert keys_expire_ms("stock.dropped", [[b"a", 7, ""]]) == 7
+    assert keys_expire_ms("key.issued", [[b"a", 256, 7, ""]]) == 7
+    assert keys_expire_ms("key.stocked", [[b"a", 256, 7, "", b"w", b"n", b"s"]]) == 7
+
+
+def test_what_keys_came_to_and_keys_that_somebody_waits_for_are_never_pointless() -> None:
+    assert keys_expire_ms("key.retrieved", [[b"a", 7, ""]]) is None
+    assert keys_expire_ms("key.expired", [[b"a", 7, ""]]) is None
+    assert keys_expire_ms("key.placed", [[b"a", 256, 7, "", b"w", b"n", b"s"]]) is None
 
 
 # --- sending again
