@@ -134,9 +134,12 @@ def _shorten(made: TlsObject) -> None:
     growing and shrinking it took ten times as long as the reading: 11 instead of 0.7 microseconds.
     """
     inner = vars(made)["_sslobj"]
+    inner_read = inner.read
 
-    def read(size: int = 1024, buffer: Any = None) -> Any:  # noqa: ANN401 -- as the class has it
-        size = min(size, _RECORD_BYTES)
-        return inner.read(size) if buffer is None else inner.read(size, buffer)
+    def read(size: int = _RECORD_BYTES, buffer: Any = None) -> Any:  # noqa: ANN401 -- as the class has it
+        if buffer is None:
+            # This runs for each request, and calling min() took as long as the rest of this function.
+            return inner_read(size if size < _RECORD_BYTES else _RECORD_BYTES)  # noqa: FURB136 -- see above
+        return inner_read(size, buffer)
 
     vars(made).update(read=read, write=inner.write, pending=inner.pending)
