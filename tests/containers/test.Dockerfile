@@ -6,6 +6,10 @@
 # way to a package index are the image's own (see Dockerfile).
 ARG BASE_IMAGE=python:3.13-slim-trixie
 FROM ${BASE_IMAGE}
+# Debian's own clients, and stunnel.
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends curl stunnel4 >/dev/null \
+ && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONDONTWRITEBYTECODE=1
 COPY dev.txt /requirements/dev.txt
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
