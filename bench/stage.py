@@ -101,15 +101,16 @@ class Stage:
         wait_for_keys(other, BOB)
         return other
 
-    def tls_api(self) -> KeyProvider:
-        """Another api of KP_Alice with TLS, whose clients need no certificate."""
+    def tls_api(self, workers: int) -> KeyProvider:
+        """Another api of KP_Alice with TLS and as many workers, whose clients need no certificate."""
         other = KeyProvider(
             ALICE,
             [BOB],
             self.mysql.dsn,
             self._rabbitmq.url,
             root=self.alice.root,
-            log_dir=self._logs / "tls",
+            log_dir=self._logs / f"tls-{workers}",
+            env_overrides={"SKIP_API_WORKERS": str(workers)},
         )
         self._others.append(other)
         other.serve_tls(free_port())

@@ -19,6 +19,7 @@ from aiohttp.web_protocol import RequestHandler
 from services.api.access_log import ENTRY, Entry
 from services.api.responses import RouteError, error_response
 from services.api.tls.callers import Caller
+from services.api.tls.reading import TooMuchBesideData
 from shared.logs import get_logger, new_correlation_id
 
 MAX_LINE_BYTES = 2048
@@ -58,6 +59,8 @@ class Connection(RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Tells whoever counts connections."""
+        if isinstance(exc, TooMuchBesideData):
+            _log.warning("connection ended", client=_client(self), identity=_shown(self.caller), reason=exc.args[0])
         super().connection_lost(exc)
         self.lost = True
         if self.when_gone is not None:
@@ -201,6 +204,10 @@ class BoundedServer(web.Server):
 def _client(connection: RequestHandler) -> str:
     peername = connection.peername
     return str(peername[0]) if isinstance(peername, tuple) else "-"
+
+
+def _shown(caller: Caller | None) -> str:
+    return "-" if caller is None else caller.shown
 
 
 def _abort(connection: RequestHandler) -> None:

@@ -215,6 +215,14 @@ def test_what_is_not_tls_at_all_is_refused(api: TlsApi) -> None:
     assert api.refusal(before)["reason"]
 
 
+def test_a_record_that_is_too_long_is_refused_in_the_same_words_by_every_openssl(api: TlsApi) -> None:
+    before = api.refusals()
+    with socket.create_connection((LOOPBACK, api.port), timeout=10) as client:
+        client.sendall(b"\x16\x03\x01\xff\xff" + bytes(100))
+        client.recv(100)
+    assert api.refusal(before)["reason"] == "a record is damaged or too long"
+
+
 def test_a_handshake_that_stops_half_way_is_ended_in_time(api: TlsApi) -> None:
     context = ssl.create_default_context(cafile=str(api.tls.ca_file))
     outgoing = ssl.MemoryBIO()

@@ -14,8 +14,15 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.x509.oid import NameOID
 
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
@@ -132,10 +139,24 @@ def openssl(*arguments: str, folder: Path) -> None:
 
 
 def expired_certificate(api: TlsApi, folder: Path) -> list[str]:
-    """Arguments of s_client: a certificate of the right authority that ended yesterday."""
-    ca = ["-CA", str(api.tls.ca_file), "-CAkey", str(api.tls.folder / "ca.key"), "-CAcreateserial"]
-    openssl("req", "-newkey", "rsa:3072", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=late", folder=folder)
-    openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-days", "-1", "-out", "c", folder=folder)
+    """Arguments of s_client: a certificate of the right authority that ended yesterday.
+
+    No one command makes it with OpenSSL 3.0 and with 3.5.
+    """
+    now = datetime.now(UTC)
+    key = ec.generate_private_key(ec.SECP384R1())
+    authority = load_pem_private_key((api.tls.folder / "ca.key").read_bytes(), password=None)
+    assert isinstance(authority, rsa.RSAPrivateKey)
+    made = x509.CertificateBuilder(
+        issuer_name=x509.load_pem_x509_certificate(api.tls.ca_file.read_bytes()).subject,
+        subject_name=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "late")]),
+        public_key=key.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - timedelta(days=2),
+        not_valid_after=now - timedelta(days=1),
+    ).sign(authority, SHA384())
+    (folder / "c").write_bytes(made.public_bytes(Encoding.PEM))
+    (folder / "k").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     return ["-cert", f"{folder}/c", "-key", f"{folder}/k"]
 
 

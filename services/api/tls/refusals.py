@@ -24,6 +24,8 @@ _WRONG_KEY = frozenset(
         "BLOCK_CIPHER_PAD_IS_WRONG",
         "TLSV1_ALERT_DECRYPT_ERROR",
         "SSLV3_ALERT_BAD_RECORD_MAC",
+        # OpenSSL 3.2 and later say this on top of the record's own reason, and Python tells only what is on top.
+        "RECORD_LAYER_FAILURE",
     }
 )
 _NO_CIPHER = frozenset({"NO_SHARED_CIPHER", "NO_SUITABLE_SIGNATURE_ALGORITHM", "NO_CIPHERS_SPECIFIED"})
@@ -33,6 +35,8 @@ _SENTENCES = {
     "VERSION_TOO_LOW": "no shared version: only TLS 1.2 and 1.3 are spoken here",
     "WRONG_VERSION_NUMBER": "this is not TLS",
     "WRONG_SSL_VERSION": "this is not TLS",
+    "RECORD_LAYER_FAILURE": "a record is damaged or too long",
+    "PACKET_LENGTH_TOO_LONG": "a record is damaged or too long",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "no client certificate, and no pre-shared key",
     "NO_SUITABLE_KEY_SHARE": "no shared key exchange group",
     "NO_SHARED_GROUP": "no shared key exchange group",
