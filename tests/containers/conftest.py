@@ -11,6 +11,7 @@ from tests.containers.engine import docker
 from tests.containers.stack import REPOSITORY, Stack
 
 IMAGE = "skipbus:test"
+TEST_IMAGE = "skipbus-suites:test"
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,15 @@ def image(engine: None) -> str:
     """The image of this working copy."""
     docker("build", "--quiet", "--tag", IMAGE, str(REPOSITORY), timeout_seconds=600)
     return IMAGE
+
+
+@pytest.fixture(scope="session")
+def test_image(engine: None) -> str:
+    """The image's Python with what tests need; they run in it with the working copy mounted at /skipbus."""
+    dockerfile = str(REPOSITORY / "tests" / "containers" / "test.Dockerfile")
+    context = str(REPOSITORY / "requirements")
+    docker("build", "--quiet", "--file", dockerfile, "--tag", TEST_IMAGE, context, timeout_seconds=600)
+    return TEST_IMAGE
 
 
 @pytest.fixture(scope="module")
