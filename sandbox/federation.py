@@ -56,6 +56,8 @@ def definitions(user: Account, federation_password: str, upstreams: Mapping[str,
         # Any number of key providers, and the tests, use this one account.
         "USER_RIGHTS": ".*",
         "FEDERATION_USER": FEDERATION_USER,
+        # One account for all of them.
+        "DOWNSTREAM": ".*",
         "FEDERATION_PASSWORD_HASH": password_hash(federation_password),
     }
     template: dict[str, list[Any]] = json.loads(_TEMPLATE.read_text())

@@ -95,6 +95,25 @@ class Keyring:
             )
         return cls(path, system_id, _read_identity(path, str(about.get("identity_fingerprint"))))
 
+    @classmethod
+    def take(cls, source: Path, path: Path, system_id: str) -> Keyring:
+        """Moves a keyring from ``source`` into an empty folder, and destroys what it leaves behind.
+
+        It may be called again at any time: what was cut short goes on, and a keyring that is in its place stays as it
+        is. Raises KeyringError where neither folder has one, or both have one and they differ.
+        """
+        if not (path / "keyring.json").exists():
+            cls.open(source, system_id)
+            for folder in (path, path / "epochs"):
+                _make_folder(folder)
+            for name in _names(source):
+                _make_folder((path / name).parent)
+                _write_file(path / name, _read_file(source / name))
+        kept = cls.open(path, system_id)
+        if (source / "keyring.json").exists():
+            _destroy_copy(source, kept)
+        return kept
+
     def epoch_ids(self) -> list[bytes]:
         """The ids of all epochs whose private half is still here, in no order."""
         names = (path.stem for path in self._epochs.glob("*.json"))
@@ -132,19 +151,34 @@ class Keyring:
 
     def destroy_epoch(self, epoch_id: bytes) -> None:
         """Overwrites and removes an epoch's private half; gone from the disk when this returns."""
-        path = self._file(epoch_id)
-        with path.open("r+b") as file:
-            size = os.fstat(file.fileno()).st_size
-            for filler in (os.urandom(size), bytes(size)):
-                file.seek(0)
-                file.write(filler)
-                file.flush()
-                os.fsync(file.fileno())
-        path.unlink()
-        _sync_folder(self._epochs)
+        _destroy_file(self._file(epoch_id))
 
     def _file(self, epoch_id: bytes) -> Path:
         return self._epochs / f"{epoch_id.hex()}.json"
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a keyring. keyring.json is the last: while it is there, the others are known to be a keyring's."""
+    found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return sorted(found, key=lambda name: (name == "keyring.json", name))
+
+
+def _destroy_copy(source: Path, kept: Keyring) -> None:
+    """What ``Keyring.take`` left behind. It may be half destroyed already."""
+    left, own = (
+        str(_read_json(source / "keyring.json").get("identity_fingerprint")),
+        fingerprint(kept.identity.public_key),
+    )
+    if left != own:
+        raise KeyringError(
+            f"{kept.path} holds the identity {own}, and {source} another one, {left}: "
+            "take away the one that is not meant"
+        )
+    *secret, public = _names(source)
+    for name in secret:
+        _destroy_file(source / name)
+    (source / public).unlink()
+    _sync_folder(source)
 
 
 def check_pinned_identity(keyring: Keyring, pinned_key: bytes | None) -> None:
@@ -208,6 +242,24 @@ def _write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def _destroy_file(path: Path) -> None:
+    """Overwritten and removed; gone from the disk when this returns."""
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        for filler in (os.urandom(size), bytes(size)):
+            file.seek(0)
+            file.write(filler)
+            file.flush()
+            os.fsync(file.fileno())
+    path.unlink()
+    _sync_folder(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
 
 
 def _sync_folder(path: Path) -> None:

@@ -1,7 +1,9 @@
-"""What a broker is given at its start: one account for each syncer, with the rights of docs/wire.md and no others.
+"""What a broker is given at its start: one account for each syncer, with the rights of docs/wire.md and no others; and
+for a site, an account and an upstream for each other one.
 
 RabbitMQ reads the file at every start, so that an account that is changed here is changed there. It holds salted
-hashes of the passwords, as RabbitMQ itself stores them. Pure, but for the salt.
+hashes of the passwords, as RabbitMQ itself stores them; an upstream's password stands in its URI, because the broker
+has to say it. Pure, but for the salt.
 """
 
 from __future__ import annotations
@@ -12,8 +14,15 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
+from string import Template
+from typing import Any
+from urllib.parse import quote, urlencode
 
 from shared.bus_names import encode_id
+from skipctl.shipped import read_shipped
+
+# Where a site's broker finds its files; Compose mounts them there.
+BROKER_FILES = "/run/skipbus"
 
 CONFIGURATION = """\
 # Accounts and rights. With them the broker makes no account of its own.
@@ -24,6 +33,18 @@ max_message_size = 4259840
 disk_free_limit.absolute = 256MB
 # Quorum queues reserve their write-ahead log's full size on disk.
 raft.wal_max_size_bytes = 67108864
+"""
+_SITE_CONFIGURATION = f"""\
+# Sites tell each other's brokers apart by this name: with one name for two, messages would count as sent back.
+cluster_name = ${{CLUSTER}}
+# Where other sites' brokers fetch. Both ends show a certificate.
+listeners.ssl.default = 5671
+ssl_options.cacertfile = {BROKER_FILES}/authorities.pem
+ssl_options.certfile = {BROKER_FILES}/broker.pem
+ssl_options.keyfile = {BROKER_FILES}/broker.key
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = true
+ssl_options.versions.1 = tlsv1.3
 """
 
 
@@ -58,3 +79,74 @@ def password_hash(password: str, salt: bytes) -> str:
 def _permission(account: str, system_id: str) -> dict[str, str]:
     names = own_names(system_id)
     return {"user": account, "vhost": "/", "configure": names, "write": names, "read": names}
+
+
+class SiteDefinitions:
+    """The definitions of one site's broker, which grow by an account and an upstream for each other site.
+
+    What is federated, and what another site's account may do, stands in ``compose/rabbitmq/definitions.json``.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._parts: dict[str, list[dict[str, Any]]] = json.loads(text)
+        self._template: dict[str, list[dict[str, Any]]] = json.loads(read_shipped("rabbitmq/definitions.json"))
+
+    @classmethod
+    def make(cls, system_id: str, account: str, password: str) -> SiteDefinitions:
+        """Those of a site that knows no other one yet."""
+        made = cls(definitions({system_id: (account, password)}))
+        for part in ("exchanges", "policies"):
+            made._parts[part] = [_fill(entry, VHOST="/") for entry in made._template[part]]
+        made._parts["parameters"] = []
+        return made
+
+    def admit(self, peer_id: str, account: str, password: str) -> None:
+        """The account by which the broker of ``peer_id`` fetches here, with a new password where it was there."""
+        names = _fill(
+            self._template["permissions"][1],
+            FEDERATION_USER=account,
+            VHOST="/",
+            # Its own queue and exchange, which RabbitMQ names after its cluster, and no other site's.
+            DOWNSTREAM=rf"{re.escape(encode_id(peer_id))}( [AB])?",
+        )
+        self._put("users", "name", _user(account, password))
+        self._put("permissions", "user", names)
+
+    def fetch_from(self, peer_id: str, uri: str) -> None:
+        """The upstream by which this broker fetches from the one of ``peer_id``."""
+        (upstream,) = self._template["parameters"]
+        self._put("parameters", "name", _fill(upstream, VHOST="/", UPSTREAM=encode_id(peer_id), UPSTREAM_URI=uri))
+
+    def text(self) -> str:
+        """The file."""
+        return json.dumps(self._parts, indent=2) + "\n"
+
+    def _put(self, part: str, key: str, entry: dict[str, Any]) -> None:
+        self._parts[part] = [other for other in self._parts[part] if other[key] != entry[key]] + [entry]
+
+
+def site_configuration(system_id: str) -> str:
+    """The configuration of a broker that others fetch from, by TLS alone, each with a certificate of its own."""
+    return CONFIGURATION + Template(_SITE_CONFIGURATION).substitute(CLUSTER=encode_id(system_id))
+
+
+def upstream_uri(account: str, password: str, host: str, port: int, authority: str) -> str:
+    """The URI by which a broker fetches from another site's; ``authority`` is the file that vouches for that one."""
+    query = {
+        "cacertfile": authority,
+        "certfile": f"{BROKER_FILES}/broker.pem",
+        "keyfile": f"{BROKER_FILES}/broker.key",
+        "verify": "verify_peer",
+        "server_name_indication": host,
+        # How soon a line that went silent is noticed, and how long a broker waits for one that does not answer.
+        "heartbeat": "5",
+        "connection_timeout": "5000",
+    }
+    return f"amqps://{quote(account, safe='')}:{password}@{host}:{port}/%2f?{urlencode(query)}"
+
+
+def _fill(value: Any, **places: str) -> Any:  # noqa: ANN401 -- any JSON
+    if isinstance(value, dict):
+        return {name: _fill(inner, **places) for name, inner in value.items()}
+    # Other dollar signs (the ends of patterns) stay as they are.
+    return Template(value).safe_substitute(places) if isinstance(value, str) else value

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -82,6 +83,18 @@ def make_certificates(folder: Path, name: str, hosts: list[str], clients: list[s
         raise OperatorError(f"{folder}: {error.strerror}") from error
 
 
+def make_broker_certificate(authority_folder: Path, folder: Path, host: str) -> None:
+    """An authority of its own for a site's broker, and what the broker both serves and calls other brokers with.
+
+    It is not the authority of encryptors: whoever may ask for keys must not be able to pass for a broker, or the other
+    way round. Its name is like no other's, because brokers know several sites' authorities at once.
+    """
+    authority_folder.mkdir(mode=0o700, parents=True)
+    authority = _make_authority(authority_folder, f"skipbus broker {secrets.token_hex(8)}", _DEFAULT_DAYS)
+    both = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+    _issue(authority, folder / "broker", "skipbus broker", [host], both)
+
+
 def _tell(folder: Path, clients: list[str]) -> None:
     path = folder.absolute()
     print(f"made an authority, server certificates and {len(clients)} client certificates in {path}\n")
@@ -104,13 +117,15 @@ def _make_authority(folder: Path, common_name: str, days: int) -> Authority:
     return Authority(key, name, days)
 
 
-def _issue(authority: Authority, path: Path, common_name: str, hosts: list[str]) -> None:
-    """A certificate for a server at ``hosts`` or, without any, for a client."""
+def _issue(
+    authority: Authority, path: Path, common_name: str, hosts: list[str], purposes: Sequence[x509.ObjectIdentifier] = ()
+) -> None:
+    """A certificate for a server at ``hosts`` or, without any, for a client; or for these purposes."""
     key: PrivateKey
     key = rsa.generate_private_key(65537, _RSA_BITS) if path.name == "rsa" else ec.generate_private_key(ec.SECP384R1())
     _write_private(path.with_name(path.name + ".key"), key)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-    purpose = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+    purposes = purposes or [ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = _builder(subject, authority.name, key, authority.days)
     # The draft's TLS_RSA_WITH_AES_256_CBC_SHA256 has the client encrypt to the RSA key.
     usage = _key_usage(digital_signature=True, key_encipherment=isinstance(key, rsa.RSAPrivateKey))
@@ -119,7 +134,7 @@ def _issue(authority: Authority, path: Path, common_name: str, hosts: list[str])
     certificate = (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=True)
-        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(issuer, critical=False)
         .sign(authority.key, hashes.SHA384())

@@ -1,10 +1,13 @@
-"""``skipctl keyring init|show``: makes a KP's keyring once, and shows what is in it without its secrets."""
+"""``skipctl keyring init|take|show``: makes a KP's keyring once, or moves one that was made elsewhere into its place,
+and shows what is in it without its secrets.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 from shared.clock import now_ms
 from shared.config import load_settings
@@ -19,6 +22,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     init = commands.add_parser("init", help="make a new identity in an empty folder")
     init.add_argument("--if-missing", action="store_true", help="leave a keyring of this key provider as it is")
     init.set_defaults(handler=_init)
+    take = commands.add_parser("take", help="move a keyring here that was made elsewhere, and destroy it there")
+    take.add_argument("source", type=Path, help="the folder that it was made in")
+    take.set_defaults(handler=_take)
     commands.add_parser("show", help="show the identity and the live epochs").set_defaults(handler=_show)
 
 
@@ -31,6 +37,14 @@ def _init(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return 0
     keyring = Keyring.create(settings.keyring_dir, settings.local_system_id)
     print(f"made a keyring for {keyring.system_id} in {keyring.path}")
+    print(f"identity {fingerprint(keyring.identity.public_key)}")
+    return 0
+
+
+def _take(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    settings = load_settings(environ)
+    keyring = Keyring.take(arguments.source, settings.keyring_dir, settings.local_system_id)
+    print(f"the keyring of {keyring.system_id} is in {keyring.path}, and nowhere else")
     print(f"identity {fingerprint(keyring.identity.public_key)}")
     return 0
 

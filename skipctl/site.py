@@ -1,11 +1,9 @@
-"""``skipctl site init``: a ready folder for Compose: `.env`, secrets, certificates, pre-shared keys, definitions.
+"""``skipctl site init|invite|join|pair``: ready folders for Compose: `.env`, secrets, certificates, definitions.
 
-Owns which files a site has and who may read them. It never overwrites: the folder must be new or empty.
-
-Rules: every password is random and in a file of its own. What the services read belongs to the image's user and to
-nobody else; what the images of the database and the broker read must be open to their users, whose numbers nobody
-here knows, and is guarded by the folder `secrets` and `rabbitmq` above them (a container sees the files alone). The
-authority's private key and what clients need stay with the operator, outside of what any container mounts.
+Owns which files a folder has, and the commands. ``init`` never overwrites: the folder must be new or empty. Every
+password is random and in a file of its own. The authorities' private keys and what clients need stay with the operator,
+outside of what any container mounts. Leaves who may read what to ``skipctl.site_folder``, and what joins two sites to
+``skipctl.site_link``.
 """
 
 from __future__ import annotations
@@ -14,23 +12,33 @@ import argparse
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import OperatorError
+from shared.identity import fingerprint
+from shared.keyring import Keyring
+from shared.peers_config import identity_line
 from shared.system_ids import validate_system_id
-from skipctl.broker_definitions import CONFIGURATION, definitions
-from skipctl.cert import make_certificates
+from skipctl.broker_definitions import CONFIGURATION, SiteDefinitions, definitions, site_configuration
+from skipctl.cert import make_broker_certificate, make_certificates
 from skipctl.command import Commands, add_command, add_group
-from skipctl.provision import ROLES
+from skipctl.handover import parse_broker, read_handover
 from skipctl.shipped import read_shipped
+from skipctl.site_folder import (
+    NEW_KEYRING,
+    SHARED_PLACES,
+    SITE_PLACE,
+    check_new,
+    give,
+    owners_of,
+    write_new,
+)
+from skipctl.site_link import SiteFolder
 
-# The image's user.
-SERVICE_USER = 10001
-# What the Compose files call the key providers: those that share a store, or the only one.
-_SHARED_PLACES = ("alice", "bob")
-_SITE_PLACE = "site"
+_SERVICES = ("api", "syncer", "janitor")
+_HOSTS = ["localhost", "127.0.0.1", "::1"]
 _FIRST_PORT = 8443
 _PORT_STEP = 1000
 # Beside the api's own TLS port, in the network that they share.
@@ -38,68 +46,188 @@ _STUNNEL_PORT = 9443
 _LIFETIMES = ("# Seconds; alike at all key providers.", "KEY_TTL_SECONDS=3600", "EPOCH_SECONDS=600")
 
 
-@dataclass(frozen=True)
-class Owners:
-    """Who owns what: the services' user, and the operator, to whom the folder above belongs."""
-
-    service: tuple[int, int]
-    operator: tuple[int, int]
-
-
 def register(commands: Commands) -> None:
-    """Add `site` and its subcommand."""
+    """Add `site` and its subcommands."""
     group = add_group(commands, "site", "folders for Compose")
     init = add_command(group, "init", "make a ready folder: .env, secrets, certificates, definitions", _init)
     init.add_argument("folder", type=Path, help="a new or empty folder")
     init.add_argument("--kp", action="append", required=True, help="a key provider's id; two of them share the store")
     init.add_argument("--peer", action="append", default=[], help="an id at another site, where this site has one --kp")
     init.add_argument(
-        "--host", action="append", help="a name or address of the api (default localhost, 127.0.0.1, ::1)"
+        "--broker", metavar="HOST[:PORT]", help="with --peer: where other sites reach this site's broker (port 5671)"
     )
+    init.add_argument("--host", action="append", help=f"a name or address of the api (default {', '.join(_HOSTS)})")
+    invite = add_command(group, "invite", "make a hand-over for one more site, or a new one for the same", _invite)
+    invite.add_argument("folder", type=Path, help="this site's folder")
+    invite.add_argument("peer", help="the other key provider's id")
+    join = add_command(group, "join", "take in another site's hand-over", _join)
+    join.add_argument("folder", type=Path, help="this site's folder")
+    join.add_argument("handover", type=Path, nargs="+", help="the file that the other site made for this one")
+    pair = add_command(group, "pair", "make two sites on one host that are joined already, for trying out", _pair)
+    pair.add_argument("sites", nargs=2, metavar="FOLDER=ID", help="a new or empty folder, and its key provider's id")
 
 
 def _init(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
-    folder, ids = arguments.folder, arguments.kp
-    _check(folder, ids, arguments.peer)
-    os.umask(0o077)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        owners = _owners(folder)
-        _write_site(folder, ids, arguments.peer, arguments.host or ["localhost", "127.0.0.1", "::1"], owners)
-    except OSError as error:
-        raise OperatorError(f"{error.filename or folder}: {error.strerror}") from error
+    folder, ids, peers = arguments.folder, arguments.kp, arguments.peer
+    _check(ids, peers, arguments.broker)
+    hosts = arguments.host or _HOSTS
+    with _new(folder):
+        if peers:
+            _make_site(folder, ids[0], peers, hosts, parse_broker(arguments.broker))
+        else:
+            _make_shared(folder, ids, hosts)
     print(f"made {folder} for {' and '.join(ids)}\n")
+    if peers:
+        _tell_handovers(folder)
+        print(f"skipctl site join {folder} FILE      for each file that another site made for this one, then")
     print(f"docker compose --project-directory {folder} up -d --wait")
     return 0
 
 
-def _check(folder: Path, ids: list[str], peers: list[str]) -> None:
-    if len(set(ids)) != len(ids) or len(ids) != (1 if peers else len(_SHARED_PLACES)):
-        raise OperatorError("give --kp twice, for two that share a store, or once with --peer, for a site of its own")
-    for system_id in (*ids, *peers):
-        try:
-            validate_system_id(system_id)
-        except ValueError as error:
-            raise OperatorError(f"{system_id!r}: {error}") from error
-        # Compose reads `$` and quotes in .env for itself.
-        if set(system_id) & set("$'\"\\"):
-            raise OperatorError(f"{system_id!r} has a character that .env and TOML files cannot hold as it is")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OperatorError(f"{folder} is not an empty folder; nothing is overwritten")
+def _invite(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
+    _check_id(arguments.peer)
+    with _refused_writes(arguments.folder):
+        made = SiteFolder(arguments.folder).invite(arguments.peer)
+    print(f"{made}: secret; give it to the operator of {arguments.peer}. Where the site runs already:\n")
+    print(f"docker compose --project-directory {arguments.folder} restart rabbitmq")
+    return 0
 
 
-def _owners(folder: Path) -> Owners:
-    if os.geteuid() not in (0, SERVICE_USER):
-        raise OperatorError(
-            f"secrets must be given to user {SERVICE_USER}, which the services run as: run this as root, for example "
-            "in the image with `docker run --rm --user 0`"
+def _join(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
+    folder: Path = arguments.folder
+    site = SiteFolder(folder)
+    for path in arguments.handover:
+        handover = read_handover(path)
+        with _refused_writes(folder):
+            site.join(handover)
+        print(
+            f"{site.system_id} believes {fingerprint(handover.identity)} to be {handover.sender}:"
+            " compare it by telephone"
         )
-    above = folder.resolve().parent.stat()
-    return Owners((SERVICE_USER, SERVICE_USER), (above.st_uid, above.st_gid))
+        print(f"its broker is {handover.broker[0]}:{handover.broker[1]}. {path} is of no more use: delete it\n")
+    print(f"docker compose --project-directory {folder} up -d --wait")
+    print("where it runs already, then also: restart rabbitmq syncer janitor api, and last: restart api-b")
+    return 0
 
 
-def _write_site(folder: Path, ids: list[str], peers: list[str], hosts: list[str], owners: Owners) -> None:
-    places = (_SITE_PLACE,) if peers else _SHARED_PLACES
+def _pair(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
+    named = [text.partition("=") for text in arguments.sites]
+    folders, ids = [Path(name) for name, _, _ in named], [system_id for _, _, system_id in named]
+    if folders[0].resolve() == folders[1].resolve() or ids[0] == ids[1]:
+        raise OperatorError("name two folders and two ids, as paris=KP_Paris oslo=KP_Oslo")
+    for folder, system_id in zip(folders, ids, strict=True):
+        _check_id(system_id)
+        check_new(folder)
+    for number, folder in enumerate(folders):
+        with _new(folder):
+            broker = parse_broker(_project_name(folder))
+            _make_site(folder, ids[number], [ids[1 - number]], _HOSTS, broker, first=number == 0)
+    for here, there in (folders, folders[::-1]):
+        with _refused_writes(here):
+            (made,) = (there / "handover").iterdir()
+            SiteFolder(here).join(read_handover(made))
+            made.unlink()
+    print(f"made {folders[0]} and {folders[1]}, which know each other. In this order:\n")
+    for folder in folders:
+        print(f"docker compose --project-directory {folder} up -d --wait")
+    return 0
+
+
+def _check(ids: list[str], peers: list[str], broker: str | None) -> None:
+    if len(set(ids)) != len(ids) or len(ids) != (1 if peers else len(SHARED_PLACES)):
+        raise OperatorError("give --kp twice, for two that share a store, or once with --peer, for a site of its own")
+    if set(ids) & set(peers) or len(set(peers)) != len(peers):
+        raise OperatorError("a --peer is this site's own --kp, or stands there twice")
+    for system_id in (*ids, *peers):
+        _check_id(system_id)
+    if bool(peers) != (broker is not None):
+        raise OperatorError("--peer and --broker go together: other sites' brokers fetch from this site's")
+    if broker is not None:
+        parse_broker(broker)
+
+
+def _check_id(system_id: str) -> None:
+    try:
+        validate_system_id(system_id)
+    except ValueError as error:
+        raise OperatorError(f"{system_id!r}: {error}") from error
+    # Compose reads `$` and quotes in .env for itself.
+    if set(system_id) & set("$'\"\\"):
+        raise OperatorError(f"{system_id!r} has a character that .env and TOML files cannot hold as it is")
+
+
+@contextmanager
+def _new(folder: Path) -> Iterator[None]:
+    """A folder that is filled in the block; what is in it then belongs to whom it should."""
+    check_new(folder)
+    with _refused_writes(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        owners = owners_of(folder)
+        yield
+        give(folder, owners)
+
+
+@contextmanager
+def _refused_writes(folder: Path) -> Iterator[None]:
+    """Files are written for their owner alone unless more is said; one that cannot be written is the operator's."""
+    os.umask(0o077)
+    try:
+        yield
+    except OSError as error:
+        raise OperatorError(f"{error.filename or folder}: {error.strerror}") from error
+
+
+def _tell_handovers(folder: Path) -> None:
+    print("secret; give each to the operator of the other site, on a way that you trust:")
+    for made in sorted((folder / "handover").iterdir()):
+        print(f"    {made}")
+    print((folder / "identity").read_text().splitlines()[0].removeprefix("# ") + "\n")
+
+
+def _make_shared(folder: Path, ids: list[str], hosts: list[str]) -> None:
+    """Two key providers over one store."""
+    syncers = _make_common(folder, SHARED_PLACES, ids, hosts)
+    write_new(folder / "rabbitmq" / "rabbitmq.conf", CONFIGURATION, 0o444)
+    write_new(folder / "rabbitmq" / "definitions.json", definitions(syncers), 0o444)
+    stunnel = read_shipped("stunnel/stunnel.conf").replace("accept = 8443", f"accept = {_STUNNEL_PORT}")
+    write_new(folder / "stunnel.conf", stunnel, 0o444)
+    write_new(folder / "compose.yaml", read_shipped("shared-store.yaml"))
+    write_new(folder / "two-apis.yaml", read_shipped("two-apis.yaml"))
+    write_new(folder / ".env", _shared_environment(folder, ids))
+
+
+def _make_site(
+    folder: Path, system_id: str, peers: list[str], hosts: list[str], broker: tuple[str, int], first: bool | None = None
+) -> None:
+    """A site of its own, which is still to be joined. ``first`` says which of two on one host it is, if any."""
+    ((account, password),) = _make_common(folder, (SITE_PLACE,), [system_id], hosts).values()
+    made = folder / "rabbitmq" / "broker"
+    for name in ("rabbitmq/broker/authorities", "config", "handover"):
+        (folder / name).mkdir(parents=True)
+    # Each container sees the folder itself, so that a file in it can be replaced while the container stays.
+    for name in ("rabbitmq/broker", "rabbitmq/broker/authorities", "config"):
+        (folder / name).chmod(0o755)
+    make_broker_certificate(folder / "authorities" / "broker", made, broker[0])
+    shutil.copy(folder / "authorities" / "broker" / "ca.pem", made / "authorities.pem")
+    for name in ("broker.key", "broker.pem", "authorities.pem"):
+        (made / name).chmod(0o444)
+    write_new(made / "rabbitmq.conf", site_configuration(system_id), 0o444)
+    write_new(made / "definitions.json", SiteDefinitions.make(system_id, account, password).text(), 0o444)
+    write_new(made / "enabled_plugins", "[rabbitmq_federation].\n", 0o444)
+    write_new(folder / "config" / "skipbus.toml", _toml(peers), 0o444)
+    identity = Keyring.create(folder / NEW_KEYRING, system_id).identity.public_key
+    head = f"# {system_id} has the identity {fingerprint(identity)}\n"
+    write_new(folder / "identity", f"{head}{identity_line(identity)}\n", 0o444)
+    write_new(folder / "compose.yaml", read_shipped("site.yaml"))
+    write_new(folder / ".env", _site_environment(folder, system_id, broker, first))
+    if first is not None:
+        write_new(folder / "compose.override.yaml", read_shipped("two-sites.yaml"))
+    for peer in peers:
+        SiteFolder(folder).invite(peer)
+
+
+def _make_common(folder: Path, places: tuple[str, ...], ids: list[str], hosts: list[str]) -> dict[str, tuple[str, str]]:
+    """What both kinds of folder have; the syncers' accounts at the broker, by system id."""
     for name in ("secrets", "rabbitmq", "clients", "authorities"):
         (folder / name).mkdir()
     syncers = {}
@@ -109,28 +237,15 @@ def _write_site(folder: Path, ids: list[str], peers: list[str], hosts: list[str]
         _write_accounts(folder / "secrets", place, password)
         _write_tls(folder, place, system_id, hosts)
     password = secrets.token_hex(24)
-    _write(folder / "secrets" / "mysql_admin_password", password)
-    _write(folder / "secrets" / "mysql_root_password", password, 0o444)
-    _write(folder / "rabbitmq" / "rabbitmq.conf", CONFIGURATION, 0o444)
-    _write(folder / "rabbitmq" / "definitions.json", definitions(syncers), 0o444)
-    if peers:
-        _write(folder / "compose.yaml", read_shipped("site.yaml"))
-        _write(folder / "rabbitmq" / "enabled_plugins", "[rabbitmq_federation].\n", 0o444)
-        _write(folder / "skipbus.toml", _toml(peers), 0o444)
-        _write(folder / ".env", _site_environment(folder, ids[0]))
-    else:
-        stunnel = read_shipped("stunnel/stunnel.conf").replace("accept = 8443", f"accept = {_STUNNEL_PORT}")
-        _write(folder / "stunnel.conf", stunnel, 0o444)
-        _write(folder / "compose.yaml", read_shipped("shared-store.yaml"))
-        _write(folder / "two-apis.yaml", read_shipped("two-apis.yaml"))
-        _write(folder / ".env", _shared_environment(folder, ids))
-    _give(folder, owners)
+    write_new(folder / "secrets" / "mysql_admin_password", password)
+    write_new(folder / "secrets" / "mysql_root_password", password, 0o444)
+    return syncers
 
 
 def _write_accounts(folder: Path, place: str, broker_password: str) -> None:
-    for role in ROLES:
-        _write(folder / f"{place}_{role}_mysql_password", secrets.token_hex(24))
-    _write(folder / f"{place}_syncer_rabbitmq_url", f"amqp://{place}_syncer:{broker_password}@rabbitmq:5672/")
+    for role in _SERVICES:
+        write_new(folder / f"{place}_{role}_mysql_password", secrets.token_hex(24))
+    write_new(folder / f"{place}_syncer_rabbitmq_url", f"amqp://{place}_syncer:{broker_password}@rabbitmq:5672/")
 
 
 def _write_tls(folder: Path, place: str, system_id: str, hosts: list[str]) -> None:
@@ -145,9 +260,9 @@ def _write_tls(folder: Path, place: str, system_id: str, hosts: list[str]) -> No
     for name in ("client.pem", "client.key"):
         (authority / name).rename(client / name)
     line = f"router-at-{place}:{secrets.token_hex(32)}\n"
-    _write(served / "psk.txt", line)
-    _write(client / "psk.txt", line)
-    _write(client / "system_id", f"{system_id}\n")
+    write_new(served / "psk.txt", line)
+    write_new(client / "psk.txt", line)
+    write_new(client / "system_id", f"{system_id}\n")
 
 
 def _toml(peers: list[str]) -> str:
@@ -155,15 +270,27 @@ def _toml(peers: list[str]) -> str:
     return f"# What all services of this site are told beside their variables.\nremote_system_ids = [{listed}]\n"
 
 
-def _site_environment(folder: Path, system_id: str) -> str:
+def _site_environment(folder: Path, system_id: str, broker: tuple[str, int], first: bool | None) -> str:
+    second = first is False
     return _lines(
         *_head(folder),
         "# The front keeps the port while the apis are exchanged: it changes only when this does.",
         "FRONT_IMAGE=skipbus:latest",
         f"SYSTEM_ID='{system_id}'",
-        f"SITE_PORT={_FIRST_PORT}",
+        f"SITE_PORT={_FIRST_PORT + second * _PORT_STEP}",
+        "# Where other sites reach the broker; its certificate is for this name.",
+        f"BROKER_HOST={broker[0]}",
+        f"BROKER_PORT={broker[1]}",
+        *_link_environment(first),
         *_LIFETIMES,
     )
+
+
+def _link_environment(first: bool | None) -> list[str]:
+    if first is None:
+        return []
+    external = "false" if first else "true"
+    return ["# The first of two sites on one host makes the network that joins them.", f"LINK_EXTERNAL={external}"]
 
 
 def _shared_environment(folder: Path, ids: list[str]) -> str:
@@ -174,7 +301,7 @@ def _shared_environment(folder: Path, ids: list[str]) -> str:
         "# 8443 leads to the api's own TLS; 9443, with COMPOSE_PROFILES=stunnel, to stunnel.",
         "TLS_TARGET=8443",
     ]
-    for number, (place, system_id) in enumerate(zip(_SHARED_PLACES, ids, strict=True)):
+    for number, (place, system_id) in enumerate(zip(SHARED_PLACES, ids, strict=True)):
         lines += [f"{place.upper()}_ID='{system_id}'", f"{place.upper()}_PORT={_FIRST_PORT + number * _PORT_STEP}"]
     return _lines(*lines, *_LIFETIMES)
 
@@ -196,20 +323,3 @@ def _lines(*lines: str) -> str:
 def _project_name(folder: Path) -> str:
     plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in folder.resolve().name.lower())
     return f"skipbus-{plain.strip('-') or 'site'}"
-
-
-def _write(path: Path, text: str, mode: int = 0o600) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-        file.write(text)
-        # Whatever the umask left of it.
-        os.fchmod(file.fileno(), mode)
-
-
-def _give(folder: Path, owners: Owners) -> None:
-    """Everything to the operator, but to the services what they read."""
-    for path in (folder, *folder.rglob("*")):
-        inside = path.relative_to(folder).parts
-        served = inside[:1] in [(place,) for place in (*_SHARED_PLACES, _SITE_PLACE)] or (
-            inside[:1] == ("secrets",) and len(inside) == 2
-        )
-        os.chown(path, *(owners.service if served else owners.operator))
