@@ -38,7 +38,7 @@ _log = get_logger("server")
 class Connection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("busy_count", "busy_since", "caller", "lost", "made_at", "partial_since", "when_gone")
+    __slots__ = ("busy_count", "busy_since", "caller", "client", "lost", "made_at", "partial_since", "when_gone")
 
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 -- handed through
         super().__init__(*args, **options)
@@ -47,6 +47,8 @@ class Connection(RequestHandler):
         self.busy_count = -1
         self.made_at = self._loop.time()
         self.caller: Caller | None = None
+        # Kept for TLS, whose transport no longer tells it when the connection is lost.
+        self.client = "-"
         self.lost = False
         self.when_gone: Callable[[], None] | None = None
 
@@ -56,11 +58,13 @@ class Connection(RequestHandler):
         # First, so that no request is ever served to a TLS client of whom this has failed: nobody is unlimited.
         self.caller = None if tls is None else tls.caller
         super().connection_made(transport)
+        if tls is not None:
+            self.client = _client(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Tells whoever counts connections."""
         if isinstance(exc, TooMuchBesideData):
-            _log.warning("connection ended", client=_client(self), identity=_shown(self.caller), reason=exc.args[0])
+            _log.warning("connection ended", client=self.client, identity=_shown(self.caller), reason=exc.args[0])
         super().connection_lost(exc)
         self.lost = True
         if self.when_gone is not None:

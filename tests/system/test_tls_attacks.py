@@ -153,7 +153,12 @@ class KeyUpdater:
     """A client in TLS 1.3 that asks for new keys, and again, and reads nothing."""
 
     def __init__(self, api: TlsApi) -> None:
-        self.socket = socket.create_connection((LOOPBACK, api.port), timeout=10)
+        self.socket = socket.socket()
+        # The kernels would take megabytes of answers that nobody reads: small segments make their buffers small.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        self.socket.settimeout(10)
+        self.socket.connect((LOOPBACK, api.port))
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._client = client_context(api).wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
         while self._goes_on():
