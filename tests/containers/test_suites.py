@@ -36,7 +36,8 @@ STORE = (
 )
 BUS = (
     "bus_link_syncer",
-    "leaderless_queue",
+    "front",
+    "https_link",
     "nudges",
     "peer_trust",
     "syncer_exchange",
@@ -94,7 +95,7 @@ def test_the_unit_tests_pass_with_the_python_of_the_image(test_image: str) -> No
 
 def test_every_suite_of_integration_is_run_here_or_needs_servers_of_its_own() -> None:
     found = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests" / "integration").glob("test_*.py")}
-    own = {"front", "https_link", "sandbox_servers", "sandbox_sites"}
+    own = {"leaderless_queue", "sandbox_servers", "sandbox_sites"}
     assert found == {*STORE, *BUS} | own
 
 
