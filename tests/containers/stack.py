@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from sandbox.ports import free_port
@@ -12,6 +13,19 @@ from tests.containers.engine import docker, inspect, left_of, run
 from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+def smoke(environ: Mapping[str, str], *folders: Path, wait_seconds: float = 60) -> str:
+    """What compose/smoke prints for these folders. Raises EngineError where it fails."""
+    command = (sys.executable, str(REPOSITORY / "compose" / "smoke"), *map(str, folders))
+    environ = {**environ, "SMOKE_WAIT_SECONDS": str(wait_seconds)}
+    return run(*command, timeout_seconds=wait_seconds + 60, environ=environ)
+
+
+def skipctl_site(image: str, parent: Path, *arguments: str) -> str:
+    """What `skipctl site …` prints, in the image and in a folder above those of sites, as the README has it."""
+    mount = (f"--volume={parent}:{parent}", f"--workdir={parent}")
+    return docker("run", "--rm", "--user=0", *mount, image, "skipctl", "site", *arguments)
 
 
 class Stack:
@@ -32,9 +46,7 @@ class Stack:
 
     def init(self, *arguments: str) -> None:
         """`skipctl site init` in the image, as the README has it."""
-        here = str(self.folder.parent)
-        command = ("skipctl", "site", "init", self.folder.name, *arguments)
-        docker("run", "--rm", "--user=0", f"--volume={here}:{here}", f"--workdir={here}", self.image, *command)
+        skipctl_site(self.image, self.folder.parent, "init", self.folder.name, *arguments)
 
     def compose(self, *arguments: str, timeout_seconds: float = 240, stdin: str = "") -> str:
         """`docker compose …` for this project."""
@@ -53,9 +65,7 @@ class Stack:
 
     def smoke(self, wait_seconds: float = 60) -> str:
         """What compose/smoke prints. Raises EngineError where it fails."""
-        environ = {**self.environ, "SMOKE_WAIT_SECONDS": str(wait_seconds)}
-        smoke = str(REPOSITORY / "compose" / "smoke")
-        return run(sys.executable, smoke, str(self.folder), timeout_seconds=wait_seconds + 60, environ=environ)
+        return smoke(self.environ, self.folder, wait_seconds=wait_seconds)
 
     def container(self, service: str) -> str:
         return f"{self.project}-{service}-1"

@@ -7,46 +7,12 @@ import secrets
 
 import pytest
 
+from tests.containers.attempts import FORBIDDEN_TO_ALL, allowed_statements, try_at_broker
 from tests.containers.engine import crash, docker, inspect, logs
 from tests.containers.stack import Stack
 from tests.waiting import wait_for
 
 SERVICES = ("alice-api", "alice-syncer", "alice-janitor", "bob-api", "bob-syncer", "bob-janitor")
-
-# Tries statements with the service's own account; prints the server's error code of each, 0 for none.
-_TRY_SQL = """
-import json, os, pymysql
-password = open(os.environ["MYSQL_PASSWORD_FILE"]).read()
-codes = []
-for statement in json.loads({statements!r}):
-    connection = pymysql.connect(host="mysql", user=os.environ["MYSQL_USER"], password=password, database="skipbus")
-    try:
-        connection.cursor().execute(statement)
-        codes.append(0)
-    except pymysql.MySQLError as error:
-        codes.append(error.args[0])
-    finally:
-        connection.rollback()
-        connection.close()
-print(json.dumps(codes))
-"""
-
-# Tries one thing with the syncer's own account at the broker; prints what the broker says.
-_TRY_AMQP = """
-import asyncio, os, aio_pika
-async def main():
-    url = open(os.environ["RABBITMQ_URL_FILE"]).read()
-    async with await aio_pika.connect(url) as connection:
-        channel = await connection.channel()
-        try:
-            await {attempt}
-            print("allowed")
-        except aio_pika.exceptions.ChannelClosed as error:
-            print(str(error))
-asyncio.run(main())
-"""
-
-_DENIED = {1142, 1044, 1227, 1370}
 
 FORBIDDEN = {
     "alice-api": [
@@ -72,17 +38,6 @@ FORBIDDEN = {
         "INSERT INTO inbox VALUES ('x', 'y', 1, 1)",
     ],
 }
-FORBIDDEN_TO_ALL = [
-    "CREATE TABLE own (id INT)",
-    "ALTER TABLE key_records ADD COLUMN own INT",
-    "DROP TABLE inbox",
-    "TRUNCATE TABLE outbox",
-    "SELECT * FROM mysql.user",
-    "CREATE USER own IDENTIFIED BY 'own'",
-    "GRANT SELECT ON skipbus.* TO alice_api",
-    "SET GLOBAL innodb_flush_log_at_trx_commit = 0",
-    "UPDATE alembic_version SET version_num = 'x'",
-]
 
 
 def test_keys_are_exchanged_both_ways_and_a_second_retrieval_is_refused(shared_store: Stack) -> None:
@@ -93,10 +48,7 @@ def test_keys_are_exchanged_both_ways_and_a_second_retrieval_is_refused(shared_s
 
 @pytest.mark.parametrize("service", sorted(FORBIDDEN))
 def test_a_service_can_do_at_the_store_only_what_it_must(shared_store: Stack, service: str) -> None:
-    statements = FORBIDDEN[service] + FORBIDDEN_TO_ALL
-    codes = json.loads(shared_store.python(service, _TRY_SQL.format(statements=json.dumps(statements))))
-    allowed = [statement for statement, code in zip(statements, codes, strict=True) if code not in _DENIED]
-    assert allowed == []
+    assert allowed_statements(shared_store, service, FORBIDDEN[service] + FORBIDDEN_TO_ALL) == []
 
 
 @pytest.mark.parametrize(
@@ -111,7 +63,7 @@ def test_a_service_can_do_at_the_store_only_what_it_must(shared_store: Stack, se
     ],
 )
 def test_a_syncer_cannot_touch_what_is_anothers_at_the_broker(shared_store: Stack, attempt: str) -> None:
-    assert "ACCESS_REFUSED" in shared_store.python("alice-syncer", _TRY_AMQP.format(attempt=attempt))
+    assert "ACCESS_REFUSED" in try_at_broker(shared_store, "alice-syncer", attempt)
 
 
 def test_an_account_of_one_key_provider_has_no_default_account_beside_it(shared_store: Stack) -> None:

@@ -29,6 +29,10 @@ ISSUED = EnvelopeType.KEY_ISSUED
 WRITTEN_SECONDS = 3.0
 
 
+# Each needs a broker of its own, which it looks into and stops.
+pytestmark = pytest.mark.stops_servers
+
+
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[RabbitMqServer]:
     server = RabbitMqServer(tmp_path / "broker")

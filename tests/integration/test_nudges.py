@@ -97,6 +97,7 @@ async def test_malformed_and_foreign_nudges_harm_nobody(rabbitmq: RabbitMqServer
         assert await ear.wait(1) == [(NudgeKind.STORED, [b"good"])]
 
 
+@pytest.mark.stops_servers
 async def test_nudges_go_on_after_the_broker_was_away_and_raise_nothing_meanwhile(rabbitmq: RabbitMqServer) -> None:
     ear = Ear()
     bus = process(rabbitmq, "KP_Nudge", ear)

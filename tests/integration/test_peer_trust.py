@@ -446,7 +446,8 @@ def test_peer_check_says_all_that_is_wrong_and_when_nothing_is(
     live(store)
     announce_over_bus(store, BOB, bob)
     store.rows(
-        "INSERT INTO stock SELECT %s, %s, %s, UNHEX(CONCAT('0', seq)), 256, 'w', 'n', 's', 't', 1 FROM seq_1_to_4",
+        "INSERT INTO stock SELECT %s, %s, %s, UNHEX(CONCAT('0', seq)), 256, 'w', 'n', 's', 't', 1 "
+        "FROM (SELECT 1 AS seq UNION SELECT 2 UNION SELECT 3 UNION SELECT 4) AS numbers",
         ALICE,
         BOB,
         now_ms() + 3_600_000,

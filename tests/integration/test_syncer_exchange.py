@@ -234,6 +234,7 @@ def test_events_wait_for_a_killed_broker_and_peers_are_online_again(
     assert "Traceback" not in alice.log
 
 
+@pytest.mark.stops_servers
 def test_a_broker_that_comes_back_empty_is_put_in_order(rig: Rig, tmp_path: Path) -> None:
     """Its own broker: emptying the shared one would harm other tests."""
     broker = RabbitMqServer(tmp_path / "broker")
@@ -322,6 +323,7 @@ def test_deliveries_are_held_while_the_store_is_away(rig: Rig, pair: tuple[Kp, K
     assert "Traceback" not in bob.log
 
 
+@pytest.mark.stops_servers
 def test_a_syncer_waits_for_servers_that_start_after_it(tmp_path: Path, rig: Rig) -> None:
     late = RabbitMqServer(tmp_path / "late")
     rig.rabbitmq_url = late.url

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -293,3 +294,50 @@ def test_a_store_that_knows_the_kp_by_another_identity_is_an_error_with_both_fin
         check_pinned_identity(keyring, pinned)
     for words in (fingerprint(pinned), fingerprint(keyring.identity.public_key), "skipctl identity accept"):
         assert words in str(caught.value)
+
+
+def test_a_keyring_that_is_taken_is_whole_in_its_place_and_nowhere_else(tmp_path: Path) -> None:
+    made = Keyring.create(tmp_path / "made", "KP_A")
+    taken = Keyring.take(tmp_path / "made", tmp_path / "place", "KP_A")
+    assert taken.identity.public_key == made.identity.public_key
+    assert Keyring.open(tmp_path / "place", "KP_A").identity.public_key == made.identity.public_key
+    assert [path for path in (tmp_path / "made").rglob("*") if path.is_file()] == []
+
+
+def test_taking_a_keyring_again_leaves_it_as_it_is(tmp_path: Path) -> None:
+    Keyring.create(tmp_path / "made", "KP_A")
+    first = Keyring.take(tmp_path / "made", tmp_path / "place", "KP_A")
+    again = Keyring.take(tmp_path / "made", tmp_path / "place", "KP_A")
+    assert again.identity.public_key == first.identity.public_key
+
+
+@pytest.mark.parametrize(
+    "missing", ["place/keyring.json", "place/identity.pem", "made/identity.pem", "made/keyring.json"]
+)
+def test_a_move_that_was_cut_short_is_ended_by_the_next_one(tmp_path: Path, missing: str) -> None:
+    """The kill came after everything was copied, but for what is missing in the place; or when it was destroyed."""
+    made = Keyring.create(tmp_path / "made", "KP_A")
+    shutil.copytree(tmp_path / "made", tmp_path / "place")
+    if missing == "place/identity.pem":
+        (tmp_path / "place" / "keyring.json").unlink()
+    if missing == "made/keyring.json":
+        (tmp_path / "made" / "identity.pem").unlink()
+    (tmp_path / missing).unlink()
+    taken = Keyring.take(tmp_path / "made", tmp_path / "place", "KP_A")
+    assert taken.identity.public_key == made.identity.public_key
+    assert [path for path in (tmp_path / "made").rglob("*") if path.is_file()] == []
+
+
+def test_where_there_is_no_keyring_to_take_none_is_made(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    with pytest.raises(KeyringError, match="there is no keyring in"):
+        Keyring.take(tmp_path / "made", tmp_path / "place", "KP_A")
+    assert not (tmp_path / "place").exists()
+
+
+def test_another_identity_than_the_one_in_its_place_is_not_taken(tmp_path: Path) -> None:
+    for name in ("made", "place"):
+        Keyring.create(tmp_path / name, "KP_A")
+    with pytest.raises(KeyringError, match="another one"):
+        Keyring.take(tmp_path / "made", tmp_path / "place", "KP_A")
+    assert (tmp_path / "made" / "identity.pem").exists()

@@ -11,7 +11,7 @@ import pytest
 from shared.bus_names import dead_queue_name, live_queue_name, queue_name
 from shared.errors import OperatorError
 from skipctl.__main__ import main
-from skipctl.broker_definitions import definitions, own_names, password_hash
+from skipctl.broker_definitions import SiteDefinitions, definitions, own_names, password_hash, upstream_uri
 from skipctl.provision import ROLES, statements
 from skipctl.shipped import read_shipped
 
@@ -38,6 +38,39 @@ def test_a_syncers_pattern_matches_its_own_queues_and_nobody_elses(system_id: st
     assert not pattern.search("own")
 
 
+def test_the_account_of_another_site_reaches_its_own_federation_alone() -> None:
+    made = SiteDefinitions.make("KP_A", "site_syncer", "the-password")
+    made.admit("KP B", "federation.KP:20B", "another-password")
+    (rights,) = [entry for entry in json.loads(made.text())["permissions"] if entry["user"] == "federation.KP:20B"]
+    own = "federation: skipbus.envelopes -> KP:20B"
+    for name in (own, f"{own} A", f"{own} B"):
+        assert all(re.search(rights[right], name) for right in ("configure", "write", "read"))
+    for name in (own + "2", "federation: skipbus.envelopes -> KP_C", queue_name("KP_A"), "own"):
+        assert not any(re.search(rights[right], name) for right in ("configure", "write", "read"))
+    assert not re.search(rights["write"], "skipbus.envelopes")
+
+
+def test_a_site_that_is_admitted_or_joined_again_stands_there_once_with_what_is_new() -> None:
+    made = SiteDefinitions.make("KP_A", "site_syncer", "the-password")
+    for attempt in ("one", "two"):
+        made.admit("KP_B", "federation.KP_B", attempt)
+        made.fetch_from("KP_B", upstream_uri("federation.KP_A", attempt, "b.example", 5671, "/ca.pem"))
+        made = SiteDefinitions(made.text())
+    found = json.loads(made.text())
+    assert [user["name"] for user in found["users"]] == ["site_syncer", "federation.KP_B"]
+    assert [entry["user"] for entry in found["permissions"]] == ["site_syncer", "federation.KP_B"]
+    (upstream,) = found["parameters"]
+    assert upstream["value"]["uri"].startswith("amqps://federation.KP_A:two@b.example:5671/%2f?cacertfile=%2Fca.pem&")
+    assert "verify=verify_peer&server_name_indication=b.example" in upstream["value"]["uri"]
+
+
+def test_every_place_of_the_template_is_filled_in() -> None:
+    made = SiteDefinitions.make("KP_A", "site_syncer", "the-password")
+    made.admit("KP_B", "federation.KP_B", "one")
+    made.fetch_from("KP_B", "amqps://b.example")
+    assert "${" not in made.text()
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_grants_name_the_account_and_the_database_and_give_no_right_on_everything(role: str) -> None:
     made = list(statements(read_shipped(f"grants/{role}.sql"), "'account'@'%'", "`store`"))
@@ -55,6 +88,10 @@ def test_grants_name_the_account_and_the_database_and_give_no_right_on_everythin
         ["--kp", "KP_A", "--kp", "KP_B", "--peer", "KP_C"],
         ["--kp", "KP_*", "--kp", "KP_B"],
         ["--kp", "KP$A", "--kp", "KP_B"],
+        ["--kp", "KP_A", "--peer", "KP_B"],
+        ["--kp", "KP_A", "--peer", "KP_A", "--broker", "a.example"],
+        ["--kp", "KP_A", "--peer", "KP_B", "--broker", "192.0.2.1"],
+        ["--kp", "KP_A", "--kp", "KP_B", "--broker", "a.example"],
     ],
 )
 def test_a_site_that_cannot_be_is_refused_before_anything_is_written(
