@@ -73,7 +73,8 @@ def fetch_stock_held(
 ) -> frozenset[bytes]:
     """Which of a source's keys are stock that it has not given out. Cheap where there is no stock of it at all."""
     of_source = f"WHERE local_id = {text(local_id)} AND source_id = {text(source_id)}"
-    if connection.exec_driver_sql(f"SELECT 1 FROM stock_held FORCE INDEX (PRIMARY) {of_source} LIMIT 1").first() is None:
+    some = connection.exec_driver_sql(f"SELECT 1 FROM stock_held FORCE INDEX (PRIMARY) {of_source} LIMIT 1")
+    if some.first() is None:
         return frozenset()
     found = connection.exec_driver_sql(
         f"SELECT key_id FROM stock_held FORCE INDEX (PRIMARY) {of_source} AND key_id IN ({hex_list(key_ids)})"
