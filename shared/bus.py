@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage, AbstractQueue
@@ -76,6 +77,12 @@ class Delivery:
     redelivered: bool
     _message: AbstractIncomingMessage
     _session: Session
+    _arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def waited_ms(self) -> int:
+        """How long ago it arrived."""
+        return round((time.monotonic() - self._arrived) * 1000)
 
     @property
     def lost(self) -> bool:
@@ -163,7 +170,8 @@ class Bus:
     async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
         """What has arrived, at most ``limit``; an empty list where nothing came within ``wait_seconds``."""
         try:
-            found = [await asyncio.wait_for(self._deliveries.get(), wait_seconds)]
+            async with asyncio.timeout(wait_seconds):
+                found = [await self._deliveries.get()]
         except TimeoutError:
             return []
         while len(found) < limit and not self._deliveries.empty():

@@ -71,7 +71,8 @@ async def _serve_until_signalled(serve: Callable[[asyncio.Event], Coroutine[Any,
 async def pause(stop: asyncio.Event, seconds: float) -> bool:
     """Waits until ``stop`` or for ``seconds``; whether to go on."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await stop.wait()
     return not stop.is_set()
 
 

@@ -17,7 +17,7 @@ the last snapshot stays. Leaves to others: who writes announcements (janitor, sy
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -112,13 +112,17 @@ class PeerDirectory:
         self._pins_read_ms = 0
         self._reported: dict[str, tuple[bytes, int]] = {}
 
-    def refresh(self, now_ms: int) -> None:
-        """Takes in what changed in the store since the last call. Raises StoreUnavailable, StoreRefused."""
+    def refresh(self, now_ms: int, also_read: Callable[[Connection], None] = lambda _connection: None) -> None:
+        """Takes in what changed in the store since the last call. Raises StoreUnavailable, StoreRefused.
+
+        ``also_read`` is what the caller reads each time as well, in the same transaction.
+        """
         with self._refreshing:
             presented = self._recently_presented(now_ms)
             with driver_errors(), self._engine.begin() as connection:
                 self._write_presented(connection, presented)
                 snapshot, pins_read_ms = self._read(connection, now_ms)
+                also_read(connection)
             # Only now: a pin that was not committed must not be gone by.
             self._snapshot, self._pins_read_ms = snapshot, pins_read_ms
             self._written.update(presented)
@@ -207,12 +211,12 @@ class PeerDirectory:
 
     def _read_digests(self, connection: Connection) -> dict[str, bytes]:
         """Of the KPs that matter here, each from the one place where its announcements are."""
-        found = peer_store.fetch_announcement_digests(connection)
-        digests = {k: found[k] for k in found if k not in self._bus_ids and self.allows(k)}
         if self._bus_ids:
-            sent = peer_store.fetch_bus_announcement_digests(connection, self._local_id)
-            digests |= {k: sent[k] for k in sent if k in self._bus_ids}
-        return digests
+            found, sent = peer_store.fetch_all_digests(connection, self._local_id)
+        else:
+            found, sent = peer_store.fetch_announcement_digests(connection), {}
+        digests = {k: found[k] for k in found if k not in self._bus_ids and self.allows(k)}
+        return digests | {k: sent[k] for k in sent if k in self._bus_ids}
 
     def _read_body(self, connection: Connection, system_id: str) -> bytes | None:
         if system_id in self._bus_ids:

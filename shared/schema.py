@@ -101,7 +101,7 @@ BUS_ANNOUNCEMENTS = Table(
 # Seen from local_id. issued/retrieved/expired/withdrawn: keys that local_id made for the peer;
 # inbound_*: keys that the peer made for local_id. clock_skew_ms: by how much the peer's clock is behind this one,
 # negative where it is ahead. last_refusal: why the peer refused an envelope of local_id's.
-# The row in which local_id is its own peer has in last_heartbeat_no up to which number its envelopes may be numbered.
+# The row whose peer_id is empty has in last_heartbeat_no up to which number local_id's own envelopes may be numbered.
 PEERS = Table(
     "peers",
     METADATA,

@@ -57,7 +57,8 @@ def main() -> int:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Serves encryptors until ``stop``."""
     keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
-    engine = make_engine(settings.mysql)
+    # Whatever uses it does so again within a second; a server that was away costs one reading.
+    engine = make_engine(settings.mysql, lean=True)
     directory = PeerDirectory(
         engine,
         settings.local_system_id,
@@ -67,7 +68,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     )
     sealer = Sealer(settings.local_system_id, keyring.identity, directory)
     opener = Opener(keyring, directory)
-    view = StoreView(settings, engine, keyring, directory, sealer, opener)
+    view = StoreView(settings, keyring, directory, sealer, opener)
     issue: Lane[IssueRequest, IssuedKey] = make_lane(
         settings, "issue", functools.partial(IssueBatch, sealer, settings.key_ttl_seconds)
     )

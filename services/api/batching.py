@@ -99,7 +99,8 @@ class Lane(Generic[Request, Answer]):
         self._line: Line | None = None
         self._closing: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        # Armed only while there is something to sweep: an idle api has several lanes in each process.
+        self._sweeper: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         """How many callers wait."""
@@ -119,6 +120,8 @@ class Lane(Generic[Request, Answer]):
         self._queue.append(_Waiter(request, future, self._loop.time() + self._timeout_seconds))
         if self._running is None:
             self._start_next()
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         return future
 
     async def close(self) -> None:
@@ -128,7 +131,8 @@ class Lane(Generic[Request, Answer]):
             _fail(self._queue.popleft().future, _stopping())
         if self._running is not None:
             await self._closing
-        self._sweeper.cancel()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         self._tell_observed()
         self.drop_line()
         # What was reported last is still to be handed to its waiters.
@@ -232,7 +236,8 @@ class Lane(Generic[Request, Answer]):
         if self._line is not None:
             self._line.check(now)
         self._tell_observed()
-        self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        busy = self._queue or self._running is not None
+        self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep) if busy else None
 
     def _tell_observed(self) -> None:
         ended, self._unobserved = self._unobserved, []

@@ -10,13 +10,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection
 
 from services.api.claiming import Opener
 from services.api.issuing import Sealer
 from shared.clock import now_ms
 from shared.config import Settings
-from shared.database import driver_errors
 from shared.epochs import current_epoch
 from shared.keyring import Keyring, check_pinned_identity
 from shared.peer_directory import PeerDirectory
@@ -43,14 +42,12 @@ class StoreView:
     def __init__(
         self,
         settings: Settings,
-        engine: Engine,
         keyring: Keyring,
         directory: PeerDirectory,
         sealer: Sealer,
         opener: Opener,
     ) -> None:
         self._settings = settings
-        self._engine = engine
         self._keyring = keyring
         self._directory = directory
         self._forgetful: list[Callable[[int], None]] = [sealer.forget_ended, opener.forget_ended]
@@ -83,9 +80,14 @@ class StoreView:
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
-        self._directory.refresh(at_ms)
-        check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
-        with driver_errors(), self._engine.connect() as connection:
+        reading = self.reading
+
+        def read(connection: Connection) -> None:
+            nonlocal reading
             peers = tuple(fetch_peer_rows(connection, self._settings.local_system_id))
             processes = tuple(fetch_processes(connection, self._settings.local_system_id))
-        self.reading = Reading(now_ms(), peers, processes)
+            reading = Reading(now_ms(), peers, processes)
+
+        self._directory.refresh(at_ms, read)
+        check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
+        self.reading = reading

@@ -45,7 +45,8 @@ def main() -> int:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Zeroizes and keeps epochs until ``stop``."""
     keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
-    engine = make_engine(settings.mysql)
+    # Each tick is done again a second later, so one that meets a server that was away may fail.
+    engine = make_engine(settings.mysql, lean=True)
     janitor = Janitor(settings, engine, keyring, stop.is_set)
     serve_metrics(settings.metrics_port, janitor.registry)
     try:

@@ -21,6 +21,7 @@ from services.syncer.examination import Examiner
 from services.syncer.heartbeat import Heartbeats
 from services.syncer.https_link import HttpsLink
 from services.syncer.inbox import Inbox
+from services.syncer.intake import Intake
 from services.syncer.key_effects import Aftermath
 from services.syncer.leader import Leader
 from services.syncer.numbers import Numbers, Reservation
@@ -84,7 +85,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     outgoing.on_refusal = complaints.hear_answer
     examiner = Examiner(local_id, directory, keyring.epoch_ids)
     refuser = Refuser(local_id, directory, refusals, replies, watch.clocks)
-    inbox = Inbox(bus, directory, examiner, effects, relay, replies, complaints, refuser)
+    intake = Intake(bus, settings.heartbeat_seconds)
+    inbox = Inbox(intake, directory, examiner, effects, relay, replies, complaints, refuser)
     stock = StockWatch(settings, engine, leader, lambda: complaints.tell(Aftermath(stock_changed=True)))
     signs = SignsOfLife(engine, local_id, bus)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)

@@ -64,6 +64,9 @@ class Verdict(Enum):
     KEY_EXISTS = "key_exists"
 
 
+BeforeCommit = Callable[[Sequence[Verdict]], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Applied:
     """A committed batch: a verdict for each envelope, and what other processes are told now."""
@@ -105,16 +108,25 @@ class Effects:
         self._bus_ids = frozenset(bus_ids)
         self._known = KnownWrappingKeys()
 
-    def apply(self, batch: Sequence[Accepted], now_ms: int, *, again: bool) -> Applied:
+    def apply(
+        self,
+        batch: Sequence[Accepted],
+        now_ms: int,
+        *,
+        again: bool,
+        before_commit: BeforeCommit = lambda _verdicts: None,
+    ) -> Applied:
         """Commits what the batch does; one verdict for each. Raises StoreUnavailable, StoreRefused.
 
         ``again`` says that an earlier try may have been committed: then a number that is known is no attack.
+        ``before_commit`` is told the verdicts when all that is missing is the commit, which may yet fail.
         """
         rest = [self._apply_ahead(accepted, now_ms) for accepted in batch]
         with driver_errors(), self._engine.begin() as connection:
             keys = KeyEffects(connection, self._local_id, now_ms, self._known)
             transaction = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again)
             verdicts = transaction.apply(rest)
+            before_commit(verdicts)
         self._known.note(keys.stored_wrapping_keys)
         for sender, numbers in transaction.left:
             self._acknowledge(sender, numbers, now_ms, keys.aftermath)
@@ -293,12 +305,17 @@ class _Transaction:
         for sender, numbers in self._acknowledged.items():
             self._write_acknowledged(sender, sorted(numbers))
         # Peers in one order in every transaction, so that two of them wait for each other less often.
-        for sender in sorted(self._counts.keys() | self._beats.keys() | self._skews.keys()):
+        senders = sorted(self._counts.keys() | self._beats.keys() | self._skews.keys())
+        if senders and self._beats.keys() == set(senders) and not self._counts:
+            beats = [self._beat_of(sender) for sender in senders]
+            messages.upsert_heartbeats(self._connection, self._local_id, beats, self._now_ms)
+            return
+        for sender in senders:
             counts = {name: count for name, count in self._counts[sender].items() if count}
             if counts:
                 messages.add_to_counters(self._connection, self._local_id, sender, counts)
             if sender in self._beats:
-                self._write_beat(*self._beats[sender])
+                messages.upsert_heartbeats(self._connection, self._local_id, [self._beat_of(sender)], self._now_ms)
             elif sender in self._skews:
                 late = self._skews[sender]
                 messages.upsert_clock_skew(
@@ -317,13 +334,6 @@ class _Transaction:
         if more:
             self.left.append((sender, now))
 
-    def _write_beat(self, accepted: Accepted, heartbeat: Heartbeat) -> None:
-        messages.upsert_heartbeat(
-            self._connection,
-            self._local_id,
-            accepted.header.sender,
-            accepted.header.number,
-            heartbeat.interval_ms,
-            self._now_ms,
-            accepted.clock_skew_ms,
-        )
+    def _beat_of(self, sender: str) -> messages.Beat:
+        accepted, heartbeat = self._beats[sender]
+        return messages.Beat(sender, accepted.header.number, heartbeat.interval_ms, accepted.clock_skew_ms)

@@ -95,15 +95,18 @@ class Examiner:
         self._judge = PlacedKeysJudge(directory.is_bus_peer, self._own_epochs.has)
         self._looked_ms = 0
 
-    def examine(self, body: bytes, redelivered: bool) -> Accepted | Refusal:
-        """The verdict. Raises StoreUnavailable, only where a sender had to be looked up."""
+    def examine(self, body: bytes, redelivered: bool, waited_ms: int = 0) -> Accepted | Refusal:
+        """The verdict; ``waited_ms`` is how long ago it arrived.
+
+        Raises StoreUnavailable, only where a sender had to be looked up.
+        """
         header = None
         if isinstance(body, LeftOut):
             return Refusal("too_large", None, f"a message has {body.octets} bytes, more than {MAX_ENVELOPE_BYTES}")
         try:
             envelope = read_envelope(body)
             header = envelope.header
-            return self._accept(envelope, redelivered)
+            return self._accept(envelope, redelivered, waited_ms)
         except EnvelopeRefused as error:
             return _refusal(error, header, body)
         except SkipbusError:
@@ -112,7 +115,7 @@ class Examiner:
             _log.error("envelope not understood", exc_info=error)
             return Refusal("malformed", header.sender if header else None, "an envelope is malformed")
 
-    def _accept(self, envelope: SignedEnvelope, redelivered: bool) -> Accepted:
+    def _accept(self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int) -> Accepted:
         header = envelope.header
         pin, at_ms = self._find_pin(header.sender), now_ms()
         try:
@@ -128,7 +131,7 @@ class Examiner:
             self._judge.check(header, payload, pin, at_ms)
         if isinstance(payload, Capabilities) and payload.announcement is not None:
             announcement = _read_announcement(payload.announcement, header.sender, pin)
-        return Accepted(header, payload, redelivered, announcement, at_ms - header.date_ms)
+        return Accepted(header, payload, redelivered, announcement, at_ms - waited_ms - header.date_ms)
 
     def _note_own_epochs(self, at_ms: int) -> None:
         own = self._directory.get(self._local_id)

@@ -9,7 +9,7 @@ A batch that the store refuses is tried one by one, so that one bad envelope doe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,13 +17,15 @@ from services.syncer import metrics
 from services.syncer.complaints import Complaints
 from services.syncer.effects import Effects, Verdict, keys_touched, portions
 from services.syncer.examination import Accepted, Examiner, Refusal
+from services.syncer.intake import Intake
 from services.syncer.letters import told_of
 from services.syncer.outbox import Relay
+from services.syncer.outgoing import Letter
 from services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
 from services.syncer.placed_keys import PlacedKeys
 from services.syncer.refuser import Refuser
 from services.syncer.replies import Replies
-from shared.bus import PREFETCH, Bus, Delivery
+from shared.bus import PREFETCH, Delivery
 from shared.clock import now_ms
 from shared.errors import StoreRefused, StoreUnavailable
 from shared.lifecycle import pause
@@ -35,6 +37,8 @@ _POLL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.1
 _RETRY_FIRST_SECONDS = 0.2
 _RETRY_LAST_SECONDS = 5.0
+
+_ACKNOWLEDGED = frozenset({Verdict.HANDLED, Verdict.DUPLICATE})
 
 _log = get_logger("inbox")
 T = TypeVar("T")
@@ -52,12 +56,30 @@ class _Open:
     accepted: Accepted
 
 
+class _Ahead:
+    """Has the acknowledgement of keys signed while they are committed, where a batch is one envelope.
+
+    In a larger batch whoever waits is not alone, and one signature for all of them is made afterwards.
+    """
+
+    def __init__(self, replies: Replies, batch: Sequence[Accepted]) -> None:
+        self._replies = replies
+        self._batch = batch
+        self.letter: Letter | None = None
+
+    def prepare(self, verdicts: Sequence[Verdict]) -> None:
+        """In the transaction's thread; only what is committed after this is ever acknowledged."""
+        if len(self._batch) == 1 and isinstance(self._batch[0].payload, PlacedKeys) and verdicts[0] in _ACKNOWLEDGED:
+            header = self._batch[0].header
+            self.letter = self._replies.prepare(header.sender, header.number)
+
+
 class Inbox:
     """Handles what the bus delivers, one batch after another."""
 
     def __init__(
         self,
-        bus: Bus,
+        intake: Intake,
         directory: PeerDirectory,
         examiner: Examiner,
         effects: Effects,
@@ -66,7 +88,7 @@ class Inbox:
         complaints: Complaints,
         refuser: Refuser,
     ) -> None:
-        self._bus = bus
+        self._intake = intake
         self._directory = directory
         self._examiner = examiner
         self._effects = effects
@@ -79,10 +101,10 @@ class Inbox:
         """Until ``stop``; then what was delivered already is still handled."""
         try:
             while not stop.is_set():
-                await self._handle(await self._bus.next_deliveries(BATCH, _POLL_SECONDS), stop)
+                await self._handle(await self._intake.next_deliveries(BATCH, _POLL_SECONDS), stop)
                 self._refuser.tell_left_out()
-            await self._bus.stop_consuming()
-            while batch := await self._bus.next_deliveries(BATCH, _DRAIN_SECONDS):
+            await self._intake.stop()
+            while batch := await self._intake.next_deliveries(BATCH, _DRAIN_SECONDS):
                 await self._handle(batch, stop)
         finally:
             self._replies.finish()
@@ -100,7 +122,7 @@ class Inbox:
 
     async def _examine(self, batch: list[Delivery], stop: asyncio.Event) -> list[_Open | None]:
         def examine() -> list[Accepted | Refusal]:
-            return [self._examiner.examine(delivery.body, delivery.redelivered) for delivery in batch]
+            return [self._examiner.examine(one.body, one.redelivered, one.waited_ms) for one in batch]
 
         results = await self._insist(lambda _: examine(), batch, stop)
         return [await self._sort(*pair) for pair in zip(batch, results, strict=True)]
@@ -116,9 +138,12 @@ class Inbox:
             return
         deliveries = [one.delivery for one in batch]
         accepted = [one.accepted for one in batch]
+        ahead = _Ahead(self._replies, accepted)
         try:
             applied = await self._insist(
-                lambda again: self._effects.apply(accepted, now_ms(), again=again), deliveries, stop
+                lambda again: self._effects.apply(accepted, now_ms(), again=again, before_commit=ahead.prepare),
+                deliveries,
+                stop,
             )
         except StoreRefused as error:
             await self._commit_one_by_one(batch, error, stop)
@@ -126,7 +151,7 @@ class Inbox:
         # First whoever waits for an answer; that the broker hears of it is nobody's hurry.
         self._complaints.tell(applied.aftermath)
         for one, verdict in zip(batch, applied.verdicts, strict=True):
-            await self._settle(one, verdict)
+            await self._settle(one, verdict, ahead.letter)
 
     async def _commit_one_by_one(self, batch: list[_Open], error: StoreRefused, stop: asyncio.Event) -> None:
         if len(batch) > 1:
@@ -156,26 +181,26 @@ class Inbox:
                 raise _GivenUp
             delay_seconds = min(delay_seconds * 2, _RETRY_LAST_SECONDS)
 
-    async def _settle(self, one: _Open, verdict: Verdict) -> None:
+    async def _settle(self, one: _Open, verdict: Verdict, prepared: Letter | None) -> None:
         explanation = _refused_after_all(one.accepted, verdict)
         if explanation is not None:
             header = one.accepted.header
             refusal = Refusal(verdict.value, header.sender, explanation, header, verified=True)
             await self._refuser.refuse(one.delivery, refusal)
             return
-        self._follow_up(one.accepted, verdict)
+        self._follow_up(one.accepted, verdict, prepared)
         await one.delivery.ack()
         metrics.RECEIVED.labels(one.accepted.header.type.value, verdict.value).inc()
         _tell(one.accepted, verdict)
 
-    def _follow_up(self, accepted: Accepted, verdict: Verdict) -> None:
+    def _follow_up(self, accepted: Accepted, verdict: Verdict, prepared: Letter | None) -> None:
         sender = accepted.header.sender
         match accepted.payload:
             case Events():
                 # A duplicate too: it came again because its acknowledgement did not arrive.
                 self._replies.acknowledge(sender, accepted.header.number)
             case PlacedKeys():
-                self._replies.acknowledge(sender, accepted.header.number, at_once=True)
+                self._replies.acknowledge(sender, accepted.header.number, at_once=True, prepared=prepared)
             case Acknowledgement(numbers):
                 self._relay.forget(sender, numbers)
             case Complaint() as complaint:

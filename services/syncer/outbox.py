@@ -13,8 +13,9 @@ is looked for once a second. How often something was sent is written down afterw
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import groupby
 
 from sqlalchemy import Connection, Engine
@@ -49,6 +50,8 @@ POINTLESS_AFTER_MS = 2 * MAX_CLOCK_SKEW_MS
 MAX_UNREAD = 16
 # Envelopes whose rows are deleted in one transaction.
 MAX_DROPPED = 32
+# What takes longer is bulk that nobody waits for.
+MAX_SIGNED_AHEAD_BYTES = 64 * 1024
 
 _log = get_logger("outbox")
 
@@ -104,10 +107,14 @@ class Relay:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``; then what is on its way is still sent."""
-        async with self._sending.running():
-            while not stop.is_set():
-                await self._quietly()
-                await self._pause(stop)
+        waking = asyncio.create_task(self._wake_at(stop), name="wake outbox")
+        try:
+            async with self._sending.running():
+                while not stop.is_set():
+                    await self._quietly()
+                    await self._pause()
+        finally:
+            waking.cancel()
 
     async def _quietly(self) -> None:
         """One round, without a word on a store that is away: the watch tells of that, once for all."""
@@ -121,13 +128,16 @@ class Relay:
                 _log.warning("backend away", what="outbox", reason=str(error))
             self._refused = True
 
-    async def _pause(self, stop: asyncio.Event) -> None:
+    async def _wake_at(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._wake.set()
+
+    async def _pause(self) -> None:
         """Until there are new rows, or the next tick."""
         left = max(0.0, self._ticked_at + TICK_SECONDS - time.monotonic())
-        waiting = [asyncio.create_task(self._wake.wait()), asyncio.create_task(stop.wait())]
-        await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting:
-            task.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left):
+                await self._wake.wait()
 
     async def _round(self) -> None:
         self._wake.clear()
@@ -203,8 +213,15 @@ class Relay:
             rows = messages.claim_unnumbered(connection, self._local_id, MAX_ROWS)
             groups = gather(rows)
             numbered = [self._number_group(connection, group) for group in groups]
+            self._sign_ahead(numbered)
         taken = sum(map(len, groups))
         return numbered, taken < len(rows) or len(rows) == MAX_ROWS
+
+    def _sign_ahead(self, numbered: Sequence[Waiting]) -> None:
+        """One envelope alone is signed while its number is committed; of several the first would wait for the last."""
+        letter = numbered[0].letter if len(numbered) == 1 else None
+        if letter and len(letter.payload) <= MAX_SIGNED_AHEAD_BYTES and self._outgoing.is_open(letter.target):
+            numbered[0].letter = self._outgoing.sign_ahead(letter)
 
     def _number_group(self, connection: Connection, group: list[OutboxEntry]) -> Waiting:
         peer_id, kind = group[0].peer_id, group[0].type

@@ -44,8 +44,10 @@ class StockWatch:
 
     def _drop_old(self) -> bool:
         with driver_errors(), self._engine.connect() as connection:
-            peers = stock_kept.fetch_stock_peers(connection, self._local_id)
-        dropped = {peer_id: self._drop_of(peer_id, now_ms()) for peer_id in peers}
+            oldest_ms = stock_kept.fetch_oldest_stock(connection, self._local_id)
+        at_ms = now_ms()
+        old = [peer_id for peer_id, expires_ms in oldest_ms.items() if expires_ms < at_ms + self._useful_ms]
+        dropped = {peer_id: self._drop_of(peer_id, at_ms) for peer_id in old}
         for peer_id, count in dropped.items():
             if count:
                 _log.info("stock too old, dropped", peer=peer_id, count=count)

@@ -14,12 +14,11 @@ from services.syncer import metrics
 from services.syncer.clocks import Clocks
 from shared.clock import now_ms
 from shared.config import Settings
-from shared.database import driver_errors
 from shared.keyring import Keyring, check_pinned_identity
 from shared.liveness import PeerStatus, peer_status
 from shared.logs import get_logger
 from shared.peer_directory import PeerDirectory
-from shared.store.messages import PeerRow, fetch_peer_rows
+from shared.store.messages import PeerSigns, fetch_peer_signs
 from shared.store_start import bring_up_to_date
 
 _log = get_logger("watch")
@@ -30,7 +29,6 @@ class PeerWatch:
 
     def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
         self._settings = settings
-        self._engine = engine
         self._keyring = keyring
         self._directory = directory
         self._statuses: dict[str, PeerStatus] = {}
@@ -48,16 +46,17 @@ class PeerWatch:
         """What the peer's heartbeats said at the last reading."""
         return self._statuses.get(peer_id, "offline")
 
-    def _read(self) -> list[PeerRow]:
+    def _read(self) -> list[PeerSigns]:
         if not self.ready.is_set():
             bring_up_to_date(self._settings.mysql)
-        self._directory.refresh(now_ms())
-        check_pinned_identity(self._keyring, self._directory.pin(self._settings.local_system_id))
         self.clocks.write()
-        with driver_errors(), self._engine.connect() as connection:
-            return fetch_peer_rows(connection, self._settings.local_system_id)
+        rows: list[PeerSigns] = []
+        local_id = self._settings.local_system_id
+        self._directory.refresh(now_ms(), lambda connection: rows.extend(fetch_peer_signs(connection, local_id)))
+        check_pinned_identity(self._keyring, self._directory.pin(local_id))
+        return rows
 
-    def _compare(self, rows: dict[str, PeerRow], at_ms: int) -> None:
+    def _compare(self, rows: dict[str, PeerSigns], at_ms: int) -> None:
         statuses = {peer: _status(rows.get(peer), at_ms) for peer in self._directory.peers()}
         for peer, status in statuses.items():
             before = self._statuses.get(peer)
@@ -69,7 +68,7 @@ class PeerWatch:
             metrics.PEERS.labels(known).set(counts[known])
 
 
-def _status(row: PeerRow | None, at_ms: int) -> PeerStatus:
+def _status(row: PeerSigns | None, at_ms: int) -> PeerStatus:
     return peer_status(row.last_heartbeat_ms, row.heartbeat_interval_ms, at_ms) if row else "offline"
 
 

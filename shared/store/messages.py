@@ -4,6 +4,9 @@ An outbox row is written in the transaction of the event that it tells of; an in
 that has an envelope's effect. Rows become an envelope when they share a number, which never changes after
 that; they go when the peer has acknowledged it. Transactions are the callers'.
 
+What is asked for each key, each heartbeat or each second is put together once, because building a statement takes
+several times as long as sending it.
+
 The lifetimes stand here because they depend on each other: an envelope that is sent again bears its old
 number and a new date, so the inbox must remember numbers for longer than any outbox row may live.
 """
@@ -12,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, null, select, update
-from sqlalchemy.dialects.mysql import insert
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, delete, func, null, select, update
+from sqlalchemy.dialects.mysql import Insert, insert
 
 from shared.envelopes import MAX_AGE_MS
 from shared.epochs import MAX_CLOCK_SKEW_MS
@@ -63,6 +68,16 @@ class EnvelopeRow:
     token: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a peer's heartbeat says of it; ``clock_skew_ms`` as in ``PeerRow``."""
+
+    peer_id: str
+    number: int
+    interval_ms: int
+    clock_skew_ms: int = 0
+
+
 @dataclass(frozen=True)
 class PeerRow:
     """A peer as ``local_id`` sees it. Inbound: keys that the peer made for ``local_id``.
@@ -88,6 +103,20 @@ class PeerRow:
     inbound_withdrawn: int = 0
 
 
+# No system id: the row of ``peers`` that keeps up to which number this KP's own envelopes may be numbered.
+NOBODY = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSigns:
+    """The part of a ``PeerRow`` that heartbeats write."""
+
+    peer_id: str
+    last_heartbeat_ms: int | None
+    heartbeat_interval_ms: int
+    clock_skew_ms: int | None
+
+
 # --- outbox: written by api and janitor
 
 
@@ -105,33 +134,37 @@ def insert_outbox(
 # --- outbox: numbered, sent and acknowledged by the syncer
 
 
+_UNNUMBERED = (
+    select(
+        O.c.id,
+        O.c.peer_id,
+        O.c.type,
+        O.c["items"],
+        func.length(O.c.payload).label("payload_bytes"),
+        # Spares a round trip for what somebody waits for; at most 4 MB for 500 rows.
+        func.if_(func.length(O.c.payload) <= SHORT_PAYLOAD_BYTES, O.c.payload, null()).label("payload"),
+    )
+    .with_hint(O, "FORCE INDEX (outbox_unsent)")
+    .where(O.c.local_id == bindparam("local_id"), O.c.envelope_no.is_(None), O.c.sent_ms.is_(None))
+    .order_by(O.c.id)
+    .limit(bindparam("rows"))
+    .with_for_update(skip_locked=True)
+)
+_NUMBER = update(O).where(O.c.id.in_(bindparam("row_ids", expanding=True))).values(envelope_no=bindparam("number"))
+
+
 def claim_unnumbered(connection: Connection, local_id: str, limit: int) -> list[OutboxEntry]:
     """The oldest rows that are in no envelope, locked for this transaction. Index outbox_unsent.
 
     Rows that another transaction holds are passed over: a writer who has yet to commit keeps nobody waiting.
     """
-    statement = (
-        select(
-            O.c.id,
-            O.c.peer_id,
-            O.c.type,
-            O.c["items"],
-            func.length(O.c.payload).label("payload_bytes"),
-            # Spares a round trip for what somebody waits for; at most 4 MB for 500 rows.
-            func.if_(func.length(O.c.payload) <= SHORT_PAYLOAD_BYTES, O.c.payload, null()).label("payload"),
-        )
-        .with_hint(O, "FORCE INDEX (outbox_unsent)")
-        .where(O.c.local_id == local_id, O.c.envelope_no.is_(None), O.c.sent_ms.is_(None))
-        .order_by(O.c.id)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    return [OutboxEntry(*row) for row in connection.execute(statement)]
+    rows = connection.execute(_UNNUMBERED, {"local_id": local_id, "rows": limit})
+    return [OutboxEntry(*row) for row in rows]
 
 
 def update_numbers(connection: Connection, row_ids: Sequence[int], number: int) -> None:
     """Makes one envelope of the rows. Primary key."""
-    connection.execute(update(O).where(O.c.id.in_(row_ids)).values(envelope_no=number))
+    connection.execute(_NUMBER, {"row_ids": list(row_ids), "number": number})
 
 
 def fetch_envelopes(connection: Connection, local_id: str) -> list[OutboxEnvelope]:
@@ -187,17 +220,24 @@ def delete_acknowledged(connection: Connection, local_id: str, peer_id: str, num
     return connection.exec_driver_sql(deletion).rowcount
 
 
+_ENVELOPE_ROWS = (
+    select(O.c.id, O.c.type, O.c["items"], O.c.token)
+    .with_hint(O, "FORCE INDEX (outbox_envelope)")
+    .where(
+        O.c.local_id == bindparam("local_id"),
+        O.c.peer_id == bindparam("peer_id"),
+        O.c.envelope_no.in_(bindparam("numbers", expanding=True)),
+    )
+    .with_for_update()
+)
+
+
 def fetch_envelope_rows(
     connection: Connection, local_id: str, peer_id: str, numbers: Collection[int]
 ) -> list[EnvelopeRow]:
     """The rows of a peer's envelopes, locked for this transaction. Index outbox_envelope."""
-    statement = (
-        select(O.c.id, O.c.type, O.c["items"], O.c.token)
-        .with_hint(O, "FORCE INDEX (outbox_envelope)")
-        .where(O.c.local_id == local_id, O.c.peer_id == peer_id, O.c.envelope_no.in_(numbers))
-        .with_for_update()
-    )
-    return [EnvelopeRow(*row) for row in connection.execute(statement)]
+    wanted = {"local_id": local_id, "peer_id": peer_id, "numbers": list(numbers)}
+    return [EnvelopeRow(*row) for row in connection.execute(_ENVELOPE_ROWS, wanted)]
 
 
 def fetch_row_payloads(connection: Connection, row_ids: Sequence[int]) -> list[bytes]:
@@ -240,11 +280,13 @@ def delete_expired_outbox(connection: Connection, local_id: str, before_ms: int,
 # --- inbox
 
 
+_REMEMBER = insert(I).prefix_with("IGNORE")
+
+
 def insert_inbox(connection: Connection, local_id: str, sender_id: str, number: int, now_ms: int) -> bool:
     """Remembers an envelope in the transaction of its effect; False where it was known. Primary key."""
-    statement = insert(I).prefix_with("IGNORE")
     values = {"local_id": local_id, "sender_id": sender_id, "envelope_no": number, "received_ms": now_ms}
-    return connection.execute(statement.values(values)).rowcount == 1
+    return connection.execute(_REMEMBER, values).rowcount == 1
 
 
 def is_in_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> bool:
@@ -271,34 +313,45 @@ def delete_expired_inbox(connection: Connection, local_id: str, before_ms: int, 
 
 def add_to_counters(connection: Connection, local_id: str, peer_id: str, counts: dict[str, int]) -> None:
     """Adds to the named counters of ``PeerRow``. Primary key."""
-    statement = insert(P).values(local_id=local_id, peer_id=peer_id, **counts)
-    connection.execute(statement.on_duplicate_key_update({name: P.c[name] + count for name, count in counts.items()}))
+    connection.execute(_adding(tuple(counts)), {"local_id": local_id, "peer_id": peer_id, **counts})
+
+
+@lru_cache(maxsize=256)
+def _adding(names: tuple[str, ...]) -> Insert:
+    statement = insert(P)
+    return statement.on_duplicate_key_update({name: P.c[name] + statement.inserted[name] for name in names})
+
+
+_BEAT_COLUMNS = ("last_heartbeat_no", "last_heartbeat_ms", "heartbeat_interval_ms", "clock_skew_ms")
+_BEATS = insert(P)
+_BEATS = _BEATS.on_duplicate_key_update({column: _BEATS.inserted[column] for column in _BEAT_COLUMNS})
+_BEAT_NUMBERS = select(P.c.peer_id, P.c.last_heartbeat_no).where(
+    P.c.local_id == bindparam("local_id"), P.c.peer_id.in_(bindparam("peer_ids", expanding=True))
+)
 
 
 def fetch_last_number(connection: Connection, local_id: str) -> int:
     """Up to which number envelopes of ``local_id`` may have been numbered; locked for this transaction. Primary key."""
-    statement = select(P.c.last_heartbeat_no).where(P.c.local_id == local_id, P.c.peer_id == local_id)
+    statement = select(P.c.last_heartbeat_no).where(P.c.local_id == local_id, P.c.peer_id == NOBODY)
     return connection.execute(statement.with_for_update()).scalar() or 0
 
 
 def upsert_last_number(connection: Connection, local_id: str, number: int) -> None:
     """Envelopes of ``local_id`` may be numbered up to ``number`` from now on. Primary key."""
-    statement = insert(P).values(local_id=local_id, peer_id=local_id, last_heartbeat_no=number)
+    statement = insert(P).values(local_id=local_id, peer_id=NOBODY, last_heartbeat_no=number)
     connection.execute(statement.on_duplicate_key_update(last_heartbeat_no=number))
 
 
 def update_last_number(connection: Connection, local_id: str, noted: int, used: int) -> None:
     """No more than ``used`` of what was ``noted`` is used; nothing where another has noted since. Primary key."""
-    own = and_(P.c.local_id == local_id, P.c.peer_id == local_id, P.c.last_heartbeat_no == noted)
+    own = and_(P.c.local_id == local_id, P.c.peer_id == NOBODY, P.c.last_heartbeat_no == noted)
     connection.execute(update(P).where(own).values(last_heartbeat_no=used))
 
 
 def fetch_heartbeat_numbers(connection: Connection, local_id: str, peer_ids: Iterable[str]) -> dict[str, int]:
     """The number of the last heartbeat that was accepted of each peer. Primary key."""
-    statement = select(P.c.peer_id, P.c.last_heartbeat_no).where(
-        P.c.local_id == local_id, P.c.peer_id.in_(list(peer_ids))
-    )
-    return {row.peer_id: row.last_heartbeat_no for row in connection.execute(statement)}
+    rows = connection.execute(_BEAT_NUMBERS, {"local_id": local_id, "peer_ids": list(peer_ids)})
+    return {row.peer_id: row.last_heartbeat_no for row in rows}
 
 
 def upsert_heartbeat(
@@ -311,14 +364,23 @@ def upsert_heartbeat(
     clock_skew_ms: int = 0,
 ) -> None:
     """A peer lives, and its clock lies behind the local one by ``clock_skew_ms``. Primary key."""
-    fresh = {
-        "last_heartbeat_no": number,
-        "last_heartbeat_ms": now_ms,
-        "heartbeat_interval_ms": interval_ms,
-        "clock_skew_ms": _within_int(clock_skew_ms),
-    }
-    statement = insert(P).values(local_id=local_id, peer_id=peer_id, **fresh)
-    connection.execute(statement.on_duplicate_key_update(fresh))
+    upsert_heartbeats(connection, local_id, [Beat(peer_id, number, interval_ms, clock_skew_ms)], now_ms)
+
+
+def upsert_heartbeats(connection: Connection, local_id: str, beats: Iterable[Beat], now_ms: int) -> None:
+    """As ``upsert_heartbeat``, for several peers in the order given; where the driver can, in one round trip."""
+    rows = [
+        {
+            "local_id": local_id,
+            "peer_id": beat.peer_id,
+            "last_heartbeat_no": beat.number,
+            "last_heartbeat_ms": now_ms,
+            "heartbeat_interval_ms": beat.interval_ms,
+            "clock_skew_ms": _within_int(beat.clock_skew_ms),
+        }
+        for beat in beats
+    ]
+    connection.execute(_BEATS, rows)
 
 
 def upsert_clock_skew(connection: Connection, local_id: str, peer_id: str, number: int, clock_skew_ms: int) -> None:
@@ -344,11 +406,23 @@ def _within_int(milliseconds: int) -> int:
     return max(-(2**31), min(2**31 - 1, milliseconds))
 
 
+def _of_peers(fields: Iterable[str]) -> Select[Any]:
+    columns = [P.c[field] for field in fields]
+    return select(*columns).where(P.c.local_id == bindparam("local_id"), P.c.peer_id != NOBODY)
+
+
+_PEER_ROWS = _of_peers(PeerRow.__dataclass_fields__)
+_PEER_SIGNS = _of_peers(PeerSigns.__dataclass_fields__)
+
+
 def fetch_peer_rows(connection: Connection, local_id: str) -> list[PeerRow]:
     """All that is known of the peers of ``local_id``. Prefix of the primary key."""
-    columns = [P.c[name] for name in PeerRow.__dataclass_fields__]
-    statement = select(*columns).where(P.c.local_id == local_id, P.c.peer_id != local_id)
-    return [PeerRow(*row) for row in connection.execute(statement)]
+    return [PeerRow(*row) for row in connection.execute(_PEER_ROWS, {"local_id": local_id})]
+
+
+def fetch_peer_signs(connection: Connection, local_id: str) -> list[PeerSigns]:
+    """What the peers' heartbeats said, for who asks each second of hundreds. Prefix of the primary key."""
+    return [PeerSigns(*row) for row in connection.execute(_PEER_SIGNS, {"local_id": local_id})]
 
 
 def _is_envelope(local_id: str, peer_id: str, number: int) -> ColumnElement[bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, bindparam, delete, func, literal_column, select, union_all, update
 from sqlalchemy.dialects.mysql import insert
 
 from shared.announcements import Announcement, digest
@@ -50,7 +50,24 @@ def upsert_announcement(connection: Connection, announcement: Announcement, body
 
 def fetch_announcement_digests(connection: Connection) -> dict[str, bytes]:
     """system id -> digest of all announcements in the store: one row a KP."""
-    return {row.system_id: row.digest for row in connection.execute(select(A.c.system_id, A.c.digest))}
+    return {row.system_id: row.digest for row in connection.execute(_DIGESTS)}
+
+
+# Put together once, because they are asked each second.
+_DIGESTS = select(A.c.system_id, A.c.digest)
+_ALL_DIGESTS = union_all(
+    select(literal_column("0"), A.c.system_id, A.c.digest),
+    select(literal_column("1"), B.c.system_id, B.c.digest).where(B.c.local_id == bindparam("local_id")),
+)
+
+
+def fetch_all_digests(connection: Connection, local_id: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """``fetch_announcement_digests``, and the same of what bus peers announced to ``local_id``, in one round trip.
+
+    Prefix of the primary key for the latter.
+    """
+    rows = connection.execute(_ALL_DIGESTS, {"local_id": local_id}).all()
+    return {row[1]: row[2] for row in rows if not row[0]}, {row[1]: row[2] for row in rows if row[0]}
 
 
 def fetch_announcement(connection: Connection, system_id: str) -> bytes | None:
@@ -94,12 +111,6 @@ def upsert_bus_announcement(connection: Connection, local_id: str, announcement:
 def delete_bus_announcement(connection: Connection, local_id: str, system_id: str) -> None:
     """Makes room for a peer's announcement under another identity than before. Primary key."""
     connection.execute(delete(B).where(B.c.local_id == local_id, B.c.system_id == system_id))
-
-
-def fetch_bus_announcement_digests(connection: Connection, local_id: str) -> dict[str, bytes]:
-    """system id -> digest of what bus peers announced to ``local_id``. Prefix of the primary key."""
-    rows = connection.execute(select(B.c.system_id, B.c.digest).where(B.c.local_id == local_id))
-    return {row.system_id: row.digest for row in rows}
 
 
 def fetch_bus_announcement(connection: Connection, local_id: str, system_id: str) -> bytes | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, bindparam, delete, select
 from sqlalchemy.dialects.mysql import insert
 
 from shared.schema import PROCESSES as T
@@ -20,17 +20,21 @@ class ProcessSeen:
     detail: str
 
 
+# Put together once, because they are asked each second.
+_SIGN = insert(T)
+_SIGN = _SIGN.on_duplicate_key_update(seen_ms=_SIGN.inserted.seen_ms, detail=_SIGN.inserted.detail)
+_SEEN = select(T.c.role, T.c.instance, T.c.seen_ms, T.c.detail).where(T.c.local_id == bindparam("local_id"))
+
+
 def upsert_process(connection: Connection, local_id: str, role: str, instance: str, now_ms: int, detail: str) -> None:
     """Says that a process works. Primary key."""
-    statement = insert(T).values(local_id=local_id, role=role, instance=instance, seen_ms=now_ms, detail=detail[:255])
-    connection.execute(
-        statement.on_duplicate_key_update(seen_ms=statement.inserted.seen_ms, detail=statement.inserted.detail)
-    )
+    seen = {"local_id": local_id, "role": role, "instance": instance, "seen_ms": now_ms, "detail": detail[:255]}
+    connection.execute(_SIGN, seen)
 
 
 def fetch_processes(connection: Connection, local_id: str) -> list[ProcessSeen]:
     """All processes of a KP that said something lately. Prefix of the primary key."""
-    rows = connection.execute(select(T.c.role, T.c.instance, T.c.seen_ms, T.c.detail).where(T.c.local_id == local_id))
+    rows = connection.execute(_SEEN, {"local_id": local_id})
     return [ProcessSeen(row.role, row.instance, row.seen_ms, row.detail) for row in rows]
 
 

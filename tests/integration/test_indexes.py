@@ -50,7 +50,7 @@ MODULES = (expiry, keys, messages, peers, placing, processes, received, stock, s
 # them all and waits for those of other callers. A join from a list of the keyIds does not:
 # DELETE k FROM (SELECT 0x.. AS id UNION ALL ...) AS w STRAIGHT_JOIN key_records AS k ON k.key_id = w.id
 # What is asked for is the whole table: one row a KP, its long body left where it is.
-WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests"}
+WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests", "fetch_all_digests"}
 
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
 WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_MS, b"s", b"s")
@@ -85,10 +85,13 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "upsert_last_number": lambda c: messages.upsert_last_number(c, KP, 1),
     "update_last_number": lambda c: messages.update_last_number(c, KP, 2, 1),
     "upsert_heartbeat": lambda c: messages.upsert_heartbeat(c, KP, PEER, 1, 5000, NOW_MS),
+    "upsert_heartbeats": lambda c: messages.upsert_heartbeats(c, KP, [messages.Beat(PEER, 1, 5000)], NOW_MS),
+    "fetch_peer_signs": lambda c: messages.fetch_peer_signs(c, KP),
     "upsert_clock_skew": lambda c: messages.upsert_clock_skew(c, KP, PEER, 1, 5000),
     "fetch_peer_rows": lambda c: messages.fetch_peer_rows(c, KP),
     "upsert_announcement": lambda c: peers.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
     "fetch_announcement_digests": peers.fetch_announcement_digests,
+    "fetch_all_digests": lambda c: peers.fetch_all_digests(c, KP),
     "fetch_announcement": lambda c: peers.fetch_announcement(c, KP),
     "fetch_announcement_issued_ms": lambda c: peers.fetch_announcement_issued_ms(c, KP),
     "delete_announcement": lambda c: peers.delete_announcement(c, KP),
@@ -96,7 +99,6 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
         c, KP, Announcement(PEER, b"k", 1, "a", ()), b"b"
     ),
     "delete_bus_announcement": lambda c: peers.delete_bus_announcement(c, KP, PEER),
-    "fetch_bus_announcement_digests": lambda c: peers.fetch_bus_announcement_digests(c, KP),
     "fetch_bus_announcement": lambda c: peers.fetch_bus_announcement(c, KP, PEER),
     "fetch_pin": lambda c: peers.fetch_pin(c, KP, PEER),
     "fetch_pins": lambda c: peers.fetch_pins(c, KP),
@@ -126,7 +128,7 @@ SQLALCHEMY_CALLS |= {
     "delete_withdrawn_records": lambda c: received.delete_withdrawn_records(c, KP, PEER, KEY_IDS),
     "insert_withdrawn_keys": lambda c: received.insert_withdrawn_keys(c, KP, PEER, [(KEY_IDS[0], NOW_MS)]),
     "update_stock_placed": lambda c: stock_kept.update_stock_placed(c, KEY_IDS, NOW_MS),
-    "fetch_stock_peers": lambda c: stock_kept.fetch_stock_peers(c, KP),
+    "fetch_oldest_stock": lambda c: stock_kept.fetch_oldest_stock(c, KP),
     "fetch_old_stock": lambda c: stock_kept.fetch_old_stock(c, KP, PEER, NOW_MS, 100),
     "fetch_stock_of_tokens": lambda c: stock_kept.fetch_stock_of_tokens(c, KP, KEY_IDS),
     "delete_stock": lambda c: stock_kept.delete_stock(
@@ -245,6 +247,19 @@ def test_statement_uses_an_index(store: Store, name: str) -> None:
         connection.rollback()
     assert statements
     assert_indexed(store, statements)
+
+
+def test_of_what_bus_peers_announced_only_this_kps_own_part_is_read(store: Store) -> None:
+    statements: list[tuple[str, Parameters]] = []
+
+    def note(_c: object, _cursor: object, statement: str, parameters: Parameters, *_: object) -> None:
+        statements.append((statement, parameters))
+
+    with store.engine.connect() as connection:
+        event.listen(connection, "before_cursor_execute", note)
+        peers.fetch_all_digests(connection, KP)
+    (plan,) = [step for step in explain(store, *statements[0]) if step[0] == "bus_announcements"]
+    assert plan[1:] == ("ref", "PRIMARY")
 
 
 class NotingCursor(Cursor):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from shared.keyring import Keyring
 from shared.peer_directory import PRESENTED_EVERY_MS, PRESENTED_KEPT_MS, PeerDirectory
 from shared.peers_config import PeerSettings, identity_line
 from shared.store import messages
-from shared.store.messages import PeerRow, fetch_peer_rows
+from shared.store.messages import PeerRow, PeerSigns, fetch_peer_rows
 from shared.store.peers import fetch_pin, upsert_announcement, upsert_bus_announcement
 from shared.system_ids import RemoteSystemIds
 from skipctl.__main__ import main
@@ -350,8 +349,7 @@ def test_clocks_that_differ_by_too_much_are_told_by_name_and_amount_once(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clocks = Clocks(store.engine, ALICE)
-    rows = [PeerRow(BOB, "", None, 0, 0, 0, 0, 0, 0, 0, clock_skew_ms=-95_000)]
-    rows.append(replace(rows[0], peer_id=CAROL, clock_skew_ms=30_000))
+    rows = [PeerSigns(BOB, None, 0, -95_000), PeerSigns(CAROL, None, 0, 30_000)]
     for _ in range(3):
         clocks.tell(rows)
     lines = capsys.readouterr().out

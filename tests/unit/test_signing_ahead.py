@@ -1,0 +1,72 @@
+"""An envelope that is signed while its transaction is committed: the same one, and only where nothing changed."""
+
+from __future__ import annotations
+
+from services.syncer.numbers import Numbers
+from services.syncer.outgoing import Letter, Outgoing
+from services.syncer.payloads import Acknowledgement, read_payload
+from services.syncer.replies import Replies
+from shared.bus import Bus
+from shared.clock import now_ms
+from shared.envelopes import EnvelopeType, check_envelope, read_envelope
+from shared.identity import Identity
+from shared.secret import Secret
+
+ALICE, BOB = "KP_Alice", "KP_Bob"
+IDENTITY = Identity.generate()
+
+
+def outgoing() -> Outgoing:
+    return Outgoing(Bus(Secret("amqp://127.0.0.1:1/"), ALICE, "test"), IDENTITY, ALICE, Numbers())
+
+
+def acknowledged(letter: Letter) -> list[int]:
+    payload = read_payload(letter.type, letter.payload)
+    assert isinstance(payload, Acknowledgement)
+    return list(payload.numbers)
+
+
+async def test_what_was_signed_ahead_is_sent_as_it_was_signed() -> None:
+    made = outgoing()
+    letter = made.sign_ahead(Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 17))
+    (body,) = await made._signed([letter])
+    assert letter.signed is not None
+    assert body is letter.signed.result()
+    envelope = read_envelope(body)
+    assert (envelope.header.number, envelope.payload) == (17, b"\x90")
+    check_envelope(envelope, BOB, IDENTITY.public_key, now_ms())
+
+
+async def test_what_was_signed_ahead_goes_together_with_what_was_not() -> None:
+    made = outgoing()
+    ahead, other = (Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", number) for number in (17, 18))
+    signed = made.sign_ahead(ahead)
+    bodies = await made._signed([signed, other])
+    assert signed.signed is not None
+    # No two signatures of the same bytes are alike.
+    assert bodies[0] == signed.signed.result()
+    assert [read_envelope(body).header.number for body in bodies] == [17, 18]
+
+
+async def test_a_prepared_acknowledgement_is_used_where_its_envelope_waits_alone() -> None:
+    replies = Replies(outgoing(), lambda: None)
+    prepared = replies.prepare(BOB, 7)
+    replies.acknowledge(BOB, 7, at_once=True, prepared=prepared)
+    (letter,) = await replies._take(BOB, replies._peer(BOB))
+    assert letter is prepared
+
+
+async def test_a_prepared_acknowledgement_is_dropped_where_another_envelope_waits_too() -> None:
+    replies = Replies(outgoing(), lambda: None)
+    replies.acknowledge(BOB, 6)
+    replies.acknowledge(BOB, 7, at_once=True, prepared=replies.prepare(BOB, 7))
+    (letter,) = await replies._take(BOB, replies._peer(BOB))
+    assert letter.signed is None
+    assert acknowledged(letter) == [6, 7]
+
+
+async def test_what_was_only_prepared_is_never_acknowledged() -> None:
+    replies = Replies(outgoing(), lambda: None)
+    replies.prepare(BOB, 7)
+    assert not replies._peer(BOB).waiting
+    assert await replies._take(BOB, replies._peer(BOB)) == []
