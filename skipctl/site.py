@@ -129,7 +129,7 @@ def _pair(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
             made.unlink()
     print(f"made {folders[0]} and {folders[1]}, which know each other. In this order:\n")
     for folder in folders:
-        print(f"docker compose --project-directory {folder} up -d --wait")
+        print(f"docker compose --project-directory {folder} up -d")
     return 0
 
 

@@ -140,10 +140,13 @@ def test_the_syncer_of_a_site_cannot_touch_what_is_not_its_own_at_the_broker(sit
     ],
 )
 def test_the_account_of_another_sites_broker_reaches_its_own_federation_alone(sites: TwoSites, attempt: str) -> None:
-    (upstream,) = _definitions(sites.oslo)["parameters"]
-    credentials = upstream["value"]["uri"].removeprefix("amqps://").partition("@")[0]
-    url = f"amqp://{credentials}@rabbitmq:5672/"
-    assert "ACCESS_REFUSED" in try_at_broker(sites.paris, "syncer", attempt, url)
+    assert "ACCESS_REFUSED" in try_at_broker(sites.paris, "syncer", attempt, _as_the_broker_of_oslo(sites))
+
+
+def test_the_account_of_another_sites_broker_may_read_its_own_federation_queue(sites: TwoSites) -> None:
+    """So that what is refused above is refused for the queue's sake."""
+    attempt = "(await channel.get_queue('federation: skipbus.envelopes -> KP_Oslo', ensure=False)).get(fail=False)"
+    assert try_at_broker(sites.paris, "syncer", attempt, _as_the_broker_of_oslo(sites)).strip() == "allowed"
 
 
 def test_a_broker_has_an_account_for_its_syncer_and_one_for_the_other_site_and_no_others(sites: TwoSites) -> None:
@@ -217,6 +220,13 @@ def test_stock_serves_while_the_link_is_cut_and_fills_again_when_it_is_healed(si
     _await_on_demand(sites)
     sites.wait_stock_full()
     sites.smoke()
+
+
+def _as_the_broker_of_oslo(sites: TwoSites) -> str:
+    """How Oslo's broker would come to the one of Paris, but for the certificate."""
+    (upstream,) = _definitions(sites.oslo)["parameters"]
+    credentials = upstream["value"]["uri"].removeprefix("amqps://").partition("@")[0]
+    return f"amqp://{credentials}@rabbitmq:5672/"
 
 
 def _await_on_demand(sites: TwoSites) -> None:
