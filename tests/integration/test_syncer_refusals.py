@@ -188,11 +188,13 @@ def test_a_refusal_is_told_with_its_reason_and_sender(scene: Scene) -> None:
 
 def test_refusals_are_told_in_no_more_than_ten_lines_a_second(scene: Scene) -> None:
     time.sleep(1.1)  # a second of its own
-    before = scene.bob.log.count("envelope refused")
+    before, started = scene.bob.log.count("envelope refused"), time.monotonic()
     scene.bus.publish(scene.bob, *[b"flood %d" % i for i in range(300)])
     wait_for(lambda: scene.bus.depth(scene.bob) == 0, timeout_seconds=TIMEOUT_SECONDS)
     wait_for(lambda: "not told one by one" in scene.bob.log, timeout_seconds=10)
-    assert scene.bob.log.count("envelope refused") - before <= 30
+    # Of the seconds that it took, the first and the last one may have been begun by others' lines.
+    seconds = int(time.monotonic() - started) + 2
+    assert scene.bob.log.count("envelope refused") - before <= 10 * seconds
 
 
 def test_a_changed_identity_is_refused_until_an_operator_accepts_it(scene: Scene) -> None:
