@@ -3,8 +3,7 @@
 SKIPBUS_TEST_MYSQL and SKIPBUS_TEST_RABBITMQ, read here and nowhere else, name servers to test on instead
 (``tests.given_servers``). A server that cannot be started or reached fails the tests that need it; nothing is skipped.
 
-Tests run in several processes at once (pytest-xdist, ``--dist loadgroup``), a file of tests in one of them. Each has
-servers of its own.
+Tests run in several processes at once (pytest-xdist), a file of tests in one of them. Each has servers of its own.
 """
 
 from __future__ import annotations
@@ -18,16 +17,6 @@ import pytest
 from sandbox.ports import PORT_SHARE
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
 from tests.given_servers import GivenMySql, GivenRabbitMq
-
-# The folder of a demo is its clone's, so that there is one at a time.
-_TOGETHER = {"test_demo.py": "demos", "test_sites_demo.py": "demos"}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a group is run by one process: a file's tests, and those of files that must not meet."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(item.path.name, item.path.name)))
 
 
 def pytest_configure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sandbox import demo
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from tests.system.harness import Lab
@@ -24,6 +26,14 @@ def new_lab(root: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Ite
         at_end.callback(mariadb.drop_database, database)
         at_end.callback(lab.close)
         yield lab
+
+
+@pytest.fixture(scope="module")
+def only_demo() -> Iterator[None]:
+    """No other module's demo runs meanwhile, in any process of these tests: the folder of a demo is its clone's."""
+    with Path(demo.__file__).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from sandbox.client import get
 from sandbox.key_provider import ROLES
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.usefixtures("only_demo")
+
 CLONE = Path(__file__).resolve().parents[2]
 DEMO_DIR = CLONE / ".demo"
 

@@ -25,6 +25,8 @@ from tests.system.test_demo import (
 )
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.usefixtures("only_demo")
+
 ALICE, BOB = "KP_Alice", "KP_Bob"
 PARTS = [
     *[(kp, role) for kp in (ALICE, BOB) for role in ROLES],
