@@ -19,8 +19,12 @@ from tests.waiting import wait_for
 DATABASES = ("mysql:9.7", "mariadb:11.8")
 BROKER = "rabbitmq:4.0"
 _PASSWORD = "of-a-server-for-tests-alone"
-_MYSQL = f"mysql://root:{_PASSWORD}@127.0.0.1:3306"
+_MYSQL = f"mysql://suites:{_PASSWORD}@127.0.0.1:3306"
 _RABBITMQ = f"amqp://test:{_PASSWORD}@127.0.0.1:5672/"
+_ACCOUNT = f"""
+CREATE USER 'suites'@'%' IDENTIFIED BY '{_PASSWORD}';
+GRANT ALL PRIVILEGES ON *.* TO 'suites'@'%' WITH GRANT OPTION;
+"""
 # What asks the store alone, and what needs the broker (with a store beside it).
 STORE = (
     "bus_link_store",
@@ -53,12 +57,16 @@ def database_server(request: pytest.FixtureRequest, engine: None) -> Iterator[st
     image = str(request.param)
     kind = image.partition(":")[0]
     passwords = (f"--env=MYSQL_ROOT_PASSWORD={_PASSWORD}", f"--env=MARIADB_ROOT_PASSWORD={_PASSWORD}")
-    docker("run", "--detach", f"--name={name}", *passwords, image, f"{kind}d", "--skip-name-resolve")
+    # In memory: a suite makes a database for each test, and it is not the disk that is tested.
+    memory = "--tmpfs=/var/lib/mysql"
+    docker("run", "--detach", f"--name={name}", memory, *passwords, image, f"{kind}d", "--skip-name-resolve")
     try:
         # By TCP: the server that only prepares the data folder does not listen.
         admin = "mariadb-admin" if kind == "mariadb" else "mysqladmin"
         ping = f"{admin} ping --silent --host=127.0.0.1 && echo answers || true"
         wait_for(lambda: "answers" in docker("exec", name, "sh", "-c", ping), timeout_seconds=120, poll_seconds=1)
+        # Who root is on loopback differs from one database to the other.
+        docker("exec", "--interactive", name, kind, "-uroot", f"-p{_PASSWORD}", stdin=_ACCOUNT)
         yield name
     finally:
         docker("rm", "--force", "--volumes", name)
