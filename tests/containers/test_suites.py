@@ -39,15 +39,17 @@ STORE = (
     "pruning",
 )
 BUS = (
+    "bus_link_bounds",
     "bus_link_syncer",
     "front",
     "https_link",
+    "intake",
     "nudges",
     "peer_trust",
     "syncer_exchange",
     "syncer_refusals",
 )
-_SECONDS = 600
+_SECONDS = 900
 
 
 @pytest.fixture(params=DATABASES)
