@@ -6,8 +6,8 @@
 
 TESTS ?= tests/unit tests/integration tests/system
 CONTAINER_TESTS ?= tests/containers
-# Most system tests wait for timeouts and for servers to start: more processes than cores share the waiting. 0: none beside pytest.
-TEST_PROCESSES ?= 3
+# Most system tests wait for timeouts and for servers to start, so two share two cores well. 0: none beside pytest.
+TEST_PROCESSES ?= 2
 PYTHON := .venv/bin/python
 
 .PHONY: demo test test-containers lint format bench lock clean

@@ -97,7 +97,7 @@ class TestFiveKeyProvidersInOneMesh:
         for source in NAMES:
             for target in NAMES:
                 if source != target:
-                    wait_stock(mesh.kps[source], target, STOCK)
+                    wait_stock(mesh.kps[source], target, STOCK, timeout_seconds=90)
 
     def test_one_that_is_gone_costs_the_others_nothing(self, mesh: Lab) -> None:
         gone = mesh.kps["KP_E"]
