@@ -15,5 +15,6 @@ COPY dev.txt /requirements/dev.txt
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python -m venv /opt/tests \
  && /opt/tests/bin/python -m pip install --require-hashes --only-binary :all: -r /requirements/dev.txt
-ENV PATH=/opt/tests/bin:$PATH
+# Hypothesis keeps its examples beside the tests where nobody says otherwise, and the working copy is read-only.
+ENV PATH=/opt/tests/bin:$PATH HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
 WORKDIR /skipbus

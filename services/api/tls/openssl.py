@@ -124,7 +124,8 @@ class Library:
         return self._set_list(context, _SET_SIGALGS_LIST, algorithms)
 
     def _set_list(self, context: ssl.SSLContext, command: int, names: str) -> bool:
-        if self.SSL_CTX_ctrl(context_pointer(context), command, 0, names.encode()) == 1:
+        # OpenSSL 3.5 takes an empty list, older releases do not.
+        if names and self.SSL_CTX_ctrl(context_pointer(context), command, 0, names.encode()) == 1:
             return True
         # What is left in this thread's queue would be taken for the failure of whatever connection comes next.
         self.ERR_clear_error()
