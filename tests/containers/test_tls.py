@@ -14,7 +14,7 @@ import pytest
 from tests.containers.engine import docker
 from tests.containers.stack import REPOSITORY
 
-_TIMEOUT_SECONDS = 420
+_TIMEOUT_SECONDS = 900
 _VERSIONS = "import ssl, sys; print(*sys.version_info[:2], *ssl.OPENSSL_VERSION_INFO[:2])"
 
 
