@@ -15,10 +15,9 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pymysql.connections import Connection
 from sqlalchemy import Engine
 
 from services.api import metrics
@@ -27,7 +26,7 @@ from services.api.placing import pack_records
 from services.api.stock_claiming import usable_until_ms
 from shared.clock import now_ms
 from shared.config import MySqlSettings, PeerSettings, Settings
-from shared.database import connect, driver_errors
+from shared.database import driver_errors
 from shared.election import Election
 from shared.errors import BackendError, NoEntropy, PeerNotReady, SkipbusError
 from shared.keys import DEFAULT_KEY_BITS, new_key_id
@@ -35,7 +34,7 @@ from shared.logs import get_logger
 from shared.sealing import KeyRecord
 from shared.store.packets import OutboxRow
 from shared.store.placing import KEY_STOCKED
-from shared.store.steps import run_steps
+from shared.store.steps import StepsRunner
 from shared.store.stock import StockLevel, commit_stocked, fetch_held, fetch_stock_levels
 
 BATCH = 500
@@ -71,11 +70,10 @@ class StockMaker:
     """Makes keys for stock, on a connection of its own. Blocking; of one thread at a time."""
 
     def __init__(self, mysql: MySqlSettings, local_id: str, key_ttl_seconds: int, sealer: Sealer) -> None:
-        self._mysql = mysql
+        self._runner = StepsRunner(mysql)
         self._local_id = local_id
         self._ttl_ms = key_ttl_seconds * 1000
         self._sealer = sealer
-        self._connection: Connection | None = None
 
     def make(self, peer_id: str, count: int) -> None:
         """Commits ``count`` new keys. Raises PeerNotReady where either side has no epoch, BackendError."""
@@ -101,27 +99,12 @@ class StockMaker:
             self._local_id, peer_id, KEY_STOCKED, pack_records(records), count, at_ms, secrets.token_bytes(16)
         )
         unstored = [current.unstored for current in (theirs, ours) if current.unstored]
-        with self._connected() as connection:
-            run_steps(connection, commit_stocked(copies, unstored, row))
+        self._runner.run(commit_stocked(copies, unstored, row))
         theirs.unstored = ours.unstored = None
 
     def close(self) -> None:
         """Gives its connection back."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):  # a broken connection may refuse to be closed politely
-                connection.close()
-
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[Connection]:
-        if self._connection is None:
-            self._connection = connect(self._mysql, several_statements=True)
-        try:
-            yield self._connection
-        except BaseException:
-            # The transaction may be half done; the connection's end undoes it.
-            self.close()
-            raise
+        self._runner.close()
 
 
 def _fresh_key() -> tuple[bytes, bytes]:

@@ -75,11 +75,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
     watch = PeerWatch(settings, engine, keyring, directory)
     leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers))
-    relay = Relay(engine, local_id, leader, watch, outgoing, stop.is_set, settings.sync_timeout_seconds, new_rows)
+    relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
     bus_ids = {peer.system_id for peer in settings.bus_peers}
-    effects = Effects(engine, local_id, bus_ids)
+    effects = Effects(engine, local_id, bus_ids, settings.mysql)
     refusals = Refusals(directory)
     complaints = Complaints(bus, effects, relay, refusals)
     outgoing.on_refusal = complaints.hear_answer
@@ -112,6 +112,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         for link in links.values():
             await link.close()
         await asyncio.to_thread(leader.close)
+        effects.close()
         engine.dispose()
 
 

@@ -20,11 +20,13 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
+from services.syncer.at_once import AtOnce
 from services.syncer.examination import Accepted
 from services.syncer.key_effects import Aftermath, KeyEffects, KnownWrappingKeys
 from services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
 from services.syncer.placed_keys import PlacedKeys
 from shared.announcements import Announcement, read_announcement
+from shared.config import MySqlSettings
 from shared.database import driver_errors
 from shared.envelopes import EnvelopeType, Header
 from shared.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
@@ -102,11 +104,19 @@ def portions(batch: Sequence[T], touched: Callable[[T], int]) -> Iterator[list[T
 class Effects:
     """Writes to one KP's part of the store. ``bus_ids`` are the peers that have a store of their own."""
 
-    def __init__(self, engine: Engine, local_id: str, bus_ids: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        local_id: str,
+        bus_ids: Collection[str] = (),
+        mysql: MySqlSettings | None = None,
+    ) -> None:
+        """``mysql`` is for what somebody waits for, which has a connection of its own (``at_once``)."""
         self._engine = engine
         self._local_id = local_id
         self._bus_ids = frozenset(bus_ids)
         self._known = KnownWrappingKeys()
+        self._at_once = AtOnce(mysql, local_id, self._bus_ids, self._known) if mysql else None
 
     def apply(
         self,
@@ -131,6 +141,18 @@ class Effects:
         for sender, numbers in transaction.left:
             self._acknowledge(sender, numbers, now_ms, keys.aftermath)
         return Applied(verdicts, keys.aftermath)
+
+    def apply_at_once(self, accepted: Accepted, now_ms: int, *, before_commit: BeforeCommit) -> Applied | None:
+        """``apply`` for one that somebody may be waiting for; None where it is still to be done. Never raises."""
+        if self._at_once is None:
+            return None
+        aftermath = self._at_once.apply(accepted, now_ms, lambda: before_commit([Verdict.HANDLED]))
+        return None if aftermath is None else Applied([Verdict.HANDLED], aftermath)
+
+    def close(self) -> None:
+        """Gives back the connection that is its own."""
+        if self._at_once is not None:
+            self._at_once.close()
 
     def _apply_ahead(self, accepted: Accepted, now_ms: int) -> Accepted:
         """Commits what so many events do to keys, but for the last MAX_KEYS of them, which are still to be done."""

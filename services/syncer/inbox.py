@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from services.syncer import metrics
 from services.syncer.complaints import Complaints
-from services.syncer.effects import Effects, Verdict, keys_touched, portions
+from services.syncer.effects import Applied, Effects, Verdict, keys_touched, portions
 from services.syncer.examination import Accepted, Examiner, Refusal
 from services.syncer.intake import Intake
 from services.syncer.letters import told_of
@@ -39,6 +39,7 @@ _RETRY_FIRST_SECONDS = 0.2
 _RETRY_LAST_SECONDS = 5.0
 
 _ACKNOWLEDGED = frozenset({Verdict.HANDLED, Verdict.DUPLICATE})
+_REFUSED = frozenset({Verdict.REPLAYED, Verdict.KEY_EXISTS})
 
 _log = get_logger("inbox")
 T = TypeVar("T")
@@ -114,11 +115,34 @@ class Inbox:
         if not batch:
             return
         try:
+            if len(batch) == 1:
+                await self._handle_one(batch[0], stop)
+                return
             opened = [one for one in await self._examine(batch, stop) if one is not None]
             for portion in portions(opened, lambda one: keys_touched(one.accepted)):
                 await self._commit(portion, stop)
         except _GivenUp:
             _log.debug("deliveries left to the broker", count=len(batch))
+
+    async def _handle_one(self, delivery: Delivery, stop: asyncio.Event) -> None:
+        """One alone may be what somebody waits for: then it is examined and committed without leaving the thread."""
+
+        def examine(_again: bool) -> tuple[Accepted | Refusal, Applied | None, Letter | None]:
+            result = self._examiner.examine(delivery.body, delivery.redelivered, delivery.waited_ms)
+            if isinstance(result, Refusal):
+                return result, None, None
+            ahead = _Ahead(self._replies, [result])
+            applied = self._effects.apply_at_once(result, now_ms(), before_commit=ahead.prepare)
+            return result, applied, ahead.letter
+
+        result, applied, letter = await self._insist(examine, [delivery], stop)
+        one = await self._sort(delivery, result)
+        if one is None:
+            return
+        if applied is None:
+            await self._commit([one], stop)
+        else:
+            await self._settle_all([one], applied, letter)
 
     async def _examine(self, batch: list[Delivery], stop: asyncio.Event) -> list[_Open | None]:
         def examine() -> list[Accepted | Refusal]:
@@ -148,10 +172,19 @@ class Inbox:
         except StoreRefused as error:
             await self._commit_one_by_one(batch, error, stop)
             return
+        await self._settle_all(batch, applied, ahead.letter)
+
+    async def _settle_all(self, batch: Sequence[_Open], applied: Applied, prepared: Letter | None) -> None:
+        verdicts = applied.verdicts
         # First whoever waits for an answer; that the broker hears of it is nobody's hurry.
+        for one, verdict in zip(batch, verdicts, strict=True):
+            if verdict not in _REFUSED:
+                self._follow_up(one.accepted, verdict, prepared)
         self._complaints.tell(applied.aftermath)
-        for one, verdict in zip(batch, applied.verdicts, strict=True):
-            await self._settle(one, verdict, ahead.letter)
+        # What was just begun gets on its way before the rest is done.
+        await asyncio.sleep(0)
+        for one, verdict in zip(batch, verdicts, strict=True):
+            await self._settle(one, verdict)
 
     async def _commit_one_by_one(self, batch: list[_Open], error: StoreRefused, stop: asyncio.Event) -> None:
         if len(batch) > 1:
@@ -181,14 +214,13 @@ class Inbox:
                 raise _GivenUp
             delay_seconds = min(delay_seconds * 2, _RETRY_LAST_SECONDS)
 
-    async def _settle(self, one: _Open, verdict: Verdict, prepared: Letter | None) -> None:
+    async def _settle(self, one: _Open, verdict: Verdict) -> None:
         explanation = _refused_after_all(one.accepted, verdict)
         if explanation is not None:
             header = one.accepted.header
             refusal = Refusal(verdict.value, header.sender, explanation, header, verified=True)
             await self._refuser.refuse(one.delivery, refusal)
             return
-        self._follow_up(one.accepted, verdict, prepared)
         await one.delivery.ack()
         metrics.RECEIVED.labels(one.accepted.header.type.value, verdict.value).inc()
         _tell(one.accepted, verdict)

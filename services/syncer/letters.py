@@ -6,10 +6,8 @@ itself. A wrapping key that was read once is kept in memory, because every envel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
-
-from sqlalchemy import Connection
 
 from services.syncer.outgoing import Letter
 from services.syncer.payloads import Events, Payload, pack_events, read_payload
@@ -21,12 +19,13 @@ from shared.logs import get_logger
 from shared.sealing import SealedWrappingKey
 from shared.store.messages import OutboxEntry, OutboxEnvelope
 from shared.store.placing import KEY_STOCKED
-from shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 # A row's keys are sealed under two wrapping keys at most, where one ends within it.
 MAX_SEALED_ROWS = MAX_WRAPPING_KEYS // 2
 _MAX_KNOWN = 4_096
+
+FetchWrappingKeys = Callable[[Collection[bytes]], Iterable[SealedWrappingKey]]
 
 _log = get_logger("letters")
 
@@ -68,14 +67,14 @@ class LetterMaker:
     def __init__(self) -> None:
         self._known: dict[bytes, SealedWrappingKey] = {}
 
-    def make(self, connection: Connection, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> Letter | None:
-        """The letter of these rows' payloads.
+    def make(self, fetch: FetchWrappingKeys, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> Letter | None:
+        """The letter of these rows' payloads; ``fetch`` is asked for wrapping keys that are not known.
 
         None where they hold what no release of ours wrote: that must not keep others from being sent.
         """
         try:
             kind = envelope_type(envelope.type)
-            payload = self._payload(connection, envelope.type, payloads)
+            payload = self._payload(fetch, envelope.type, payloads)
             entries = entries_of(read_payload(kind, payload))
             return Letter(kind, envelope.peer_id, payload, envelope.number, keys_expire_ms(envelope.type, entries))
         except (ValueError, TypeError, IndexError, EnvelopeRefused) as error:
@@ -83,22 +82,21 @@ class LetterMaker:
         _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)
         return None
 
-    def _payload(self, connection: Connection, row_type: str, payloads: Sequence[bytes]) -> bytes:
+    def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:
             return pack_events(payloads)
         records = [record for payload in payloads for record in wire.unpack(payload, max_items=MAX_RECORDS)]
-        needed = self._wrapping_keys(connection, records)
+        needed = self._wrapping_keys(fetch, records)
         return pack_placed_keys(records, needed, stock=row_type == KEY_STOCKED)
 
-    def _wrapping_keys(self, connection: Connection, records: Sequence[Any]) -> list[SealedWrappingKey]:
+    def _wrapping_keys(self, fetch: FetchWrappingKeys, records: Sequence[Any]) -> list[SealedWrappingKey]:
         wanted = dict.fromkeys(record[4] for record in records)
         missing = [wrapping_key_id for wrapping_key_id in wanted if wrapping_key_id not in self._known]
         if missing:
             if len(self._known) + len(missing) > _MAX_KNOWN:
                 self._known.clear()
                 missing = list(wanted)
-            found = fetch_sealed_wrapping_keys(connection, missing)
-            self._known.update((wrapping_key.wrapping_key_id, wrapping_key) for wrapping_key in found)
+            self._known.update((wrapping_key.wrapping_key_id, wrapping_key) for wrapping_key in fetch(missing))
         # One that is gone has expired, and so have the keys under it: such rows are malformed by now.
         return [self._known[wrapping_key_id] for wrapping_key_id in wanted if wrapping_key_id in self._known]
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import groupby
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from services.syncer import metrics
 from services.syncer.abandoned import withdraw_abandoned
@@ -29,13 +30,18 @@ from services.syncer.outgoing import Letter, Outgoing
 from services.syncer.row_types import counter_when_numbered
 from services.syncer.watch import PeerWatch
 from shared.clock import now_ms
+from shared.config import Settings
 from shared.database import driver_errors
 from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.errors import BackendError, StoreRefused, StoreUnavailable
 from shared.logs import get_logger
-from shared.store import messages
+from shared.sealing import SealedWrappingKey
+from shared.store import messages, relaying
 from shared.store.messages import OutboxEntry, OutboxEnvelope
 from shared.store.placing import KEY_PLACED
+from shared.store.relaying import Numbered
+from shared.store.steps import Steps, StepsRunner
+from shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 
 MAX_ROWS = 500
 TICK_SECONDS = 1.0
@@ -61,24 +67,25 @@ class Relay:
 
     def __init__(
         self,
+        settings: Settings,
         engine: Engine,
-        local_id: str,
         leader: Leader,
         watch: PeerWatch,
         outgoing: Outgoing,
         stopping: Callable[[], bool],
-        sync_timeout_seconds: float,
         new_rows: asyncio.Event,
     ) -> None:
         """``new_rows`` is set by whoever knows of some."""
         self._engine = engine
-        self._local_id = local_id
+        # Of the thread that numbers.
+        self._runner = StepsRunner(settings.mysql)
+        self._local_id = settings.local_system_id
         self._leader = leader
         self._watch = watch
         self._outgoing = outgoing
         self._numbers = outgoing.numbers
         self._stopping = stopping
-        self._abandoned_seconds = ABANDONED_AFTER_TIMEOUTS * sync_timeout_seconds
+        self._abandoned_seconds = ABANDONED_AFTER_TIMEOUTS * settings.sync_timeout_seconds
         self._lines: dict[str, Line] = {}
         self._sending = Sending(self._open_letters, watch.status, outgoing, stopping)
         self._letters = LetterMaker()
@@ -115,6 +122,7 @@ class Relay:
                     await self._pause()
         finally:
             waking.cancel()
+            self._runner.close()
 
     async def _quietly(self) -> None:
         """One round, without a word on a store that is away: the watch tells of that, once for all."""
@@ -209,11 +217,18 @@ class Relay:
 
     def _number(self) -> tuple[list[Waiting], bool]:
         """Makes envelopes of the oldest rows; the envelopes, and whether there may be more rows."""
-        with driver_errors(), self._engine.begin() as connection:
-            rows = messages.claim_unnumbered(connection, self._local_id, MAX_ROWS)
-            groups = gather(rows)
-            numbered = [self._number_group(connection, group) for group in groups]
-            self._sign_ahead(numbered)
+        return self._runner.run(self._numbering())
+
+    def _numbering(self) -> Steps[tuple[list[Waiting], bool]]:
+        rows = yield from relaying.claim_unnumbered(self._local_id, MAX_ROWS)
+        groups = gather(rows)
+        numbered = list[Waiting]()
+        for group in groups:
+            waiting = yield from self._number_group(group)
+            numbered.append(waiting)
+        self._sign_ahead(numbered)
+        envelopes = [_numbered(one, group) for one, group in zip(numbered, groups, strict=True)]
+        yield from relaying.commit_numbered(self._local_id, envelopes)
         taken = sum(map(len, groups))
         return numbered, taken < len(rows) or len(rows) == MAX_ROWS
 
@@ -223,23 +238,22 @@ class Relay:
         if letter and len(letter.payload) <= MAX_SIGNED_AHEAD_BYTES and self._outgoing.is_open(letter.target):
             numbered[0].letter = self._outgoing.sign_ahead(letter)
 
-    def _number_group(self, connection: Connection, group: list[OutboxEntry]) -> Waiting:
-        peer_id, kind = group[0].peer_id, group[0].type
-        items, row_ids = sum(row.items for row in group), [row.id for row in group]
-        number = self._numbers.next()
-        messages.update_numbers(connection, row_ids, number)
-        counter = counter_when_numbered(kind)
-        if counter is not None:
-            messages.add_to_counters(connection, self._local_id, peer_id, {counter: items})
-        waiting = Waiting(OutboxEnvelope(peer_id, number, kind, items, 0, None))
+    def _number_group(self, group: list[OutboxEntry]) -> Steps[Waiting]:
+        items = sum(row.items for row in group)
+        envelope = OutboxEnvelope(group[0].peer_id, self._numbers.next(), group[0].type, items, 0, None)
+        waiting = Waiting(envelope)
         payloads = [row.payload for row in group if row.payload is not None]
         if len(payloads) < len(group):
-            payloads = messages.fetch_row_payloads(connection, row_ids)
-        waiting.letter = self._letters.make(connection, waiting.envelope, payloads)
+            payloads = yield from relaying.fetch_claimed_payloads([row.id for row in group])
+        waiting.letter = self._letters.make(self._fetch_wrapping_keys, envelope, payloads)
         waiting.malformed = waiting.letter is None
         if waiting.letter is not None:
             waiting.note_read(waiting.letter)
         return waiting
+
+    def _fetch_wrapping_keys(self, wrapping_key_ids: Collection[bytes]) -> list[SealedWrappingKey]:
+        with driver_errors(), self._engine.connect() as connection:
+            return fetch_sealed_wrapping_keys(connection, wrapping_key_ids)
 
     def _note_malformed(self, numbered: Iterable[Waiting]) -> None:
         """They stay in the store for an operator to look at, and are not looked at here again."""
@@ -259,9 +273,10 @@ class Relay:
         malformed: list[Waiting] = []
         maker = LetterMaker()
         with driver_errors(), self._engine.connect() as connection:
+            fetch_wrapping_keys = functools.partial(fetch_sealed_wrapping_keys, connection)
             for one in envelopes:
                 payloads = messages.fetch_payloads(connection, self._local_id, one.peer_id, one.number)
-                letter = maker.make(connection, one.envelope, payloads) if payloads else None
+                letter = maker.make(fetch_wrapping_keys, one.envelope, payloads) if payloads else None
                 if letter is not None:
                     one.note_read(letter)
                     letters[one.number] = letter
@@ -307,3 +322,10 @@ class Relay:
     def _delete(self, peer_id: str, numbers: Collection[int]) -> None:
         with driver_errors(), self._engine.begin() as connection:
             messages.delete_acknowledged(connection, self._local_id, peer_id, numbers)
+
+
+def _numbered(waiting: Waiting, group: Sequence[OutboxEntry]) -> Numbered:
+    envelope = waiting.envelope
+    counter = counter_when_numbered(envelope.type)
+    counts = {} if counter is None else {counter: envelope.items}
+    return Numbered(envelope.peer_id, envelope.number, [row.id for row in group], counts)

@@ -105,7 +105,11 @@ class Outgoing:
         if not any(self.is_reachable(letter.target) for letter in letters):
             return [Outcome.LOST] * len(letters)
         envelopes = await self._signed(letters)
-        outcomes = await asyncio.gather(*map(self._send, letters, envelopes))
+        if len(letters) == 1:
+            # Not by way of a task: somebody may be waiting.
+            outcomes = [await self._send(letters[0], envelopes[0])]
+        else:
+            outcomes = await asyncio.gather(*map(self._send, letters, envelopes))
         for letter, outcome in zip(letters, outcomes, strict=True):
             metrics.SENT.labels(letter.type.value, outcome.value).inc()
         return outcomes
@@ -115,8 +119,9 @@ class Outgoing:
         return replace(letter, signed=self._ahead.submit(self._sign, letter))
 
     async def _signed(self, letters: Sequence[Letter]) -> list[bytes]:
-        if all(letter.signed for letter in letters):
-            return [await asyncio.wrap_future(letter.signed) for letter in letters if letter.signed]
+        ahead = [letter.signed for letter in letters if letter.signed]
+        if len(ahead) == len(letters):
+            return [one.result() if one.done() else await asyncio.wrap_future(one) for one in ahead]
         return await asyncio.to_thread(self._sign_all, letters)
 
     def _sign_all(self, letters: Sequence[Letter]) -> list[bytes]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, delete, func, null, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects.mysql import Insert, insert
 
 from shared.envelopes import MAX_AGE_MS
@@ -132,39 +132,6 @@ def insert_outbox(
 
 
 # --- outbox: numbered, sent and acknowledged by the syncer
-
-
-_UNNUMBERED = (
-    select(
-        O.c.id,
-        O.c.peer_id,
-        O.c.type,
-        O.c["items"],
-        func.length(O.c.payload).label("payload_bytes"),
-        # Spares a round trip for what somebody waits for; at most 4 MB for 500 rows.
-        func.if_(func.length(O.c.payload) <= SHORT_PAYLOAD_BYTES, O.c.payload, null()).label("payload"),
-    )
-    .with_hint(O, "FORCE INDEX (outbox_unsent)")
-    .where(O.c.local_id == bindparam("local_id"), O.c.envelope_no.is_(None), O.c.sent_ms.is_(None))
-    .order_by(O.c.id)
-    .limit(bindparam("rows"))
-    .with_for_update(skip_locked=True)
-)
-_NUMBER = update(O).where(O.c.id.in_(bindparam("row_ids", expanding=True))).values(envelope_no=bindparam("number"))
-
-
-def claim_unnumbered(connection: Connection, local_id: str, limit: int) -> list[OutboxEntry]:
-    """The oldest rows that are in no envelope, locked for this transaction. Index outbox_unsent.
-
-    Rows that another transaction holds are passed over: a writer who has yet to commit keeps nobody waiting.
-    """
-    rows = connection.execute(_UNNUMBERED, {"local_id": local_id, "rows": limit})
-    return [OutboxEntry(*row) for row in rows]
-
-
-def update_numbers(connection: Connection, row_ids: Sequence[int], number: int) -> None:
-    """Makes one envelope of the rows. Primary key."""
-    connection.execute(_NUMBER, {"row_ids": list(row_ids), "number": number})
 
 
 def fetch_envelopes(connection: Connection, local_id: str) -> list[OutboxEnvelope]:
@@ -354,21 +321,8 @@ def fetch_heartbeat_numbers(connection: Connection, local_id: str, peer_ids: Ite
     return {row.peer_id: row.last_heartbeat_no for row in rows}
 
 
-def upsert_heartbeat(
-    connection: Connection,
-    local_id: str,
-    peer_id: str,
-    number: int,
-    interval_ms: int,
-    now_ms: int,
-    clock_skew_ms: int = 0,
-) -> None:
-    """A peer lives, and its clock lies behind the local one by ``clock_skew_ms``. Primary key."""
-    upsert_heartbeats(connection, local_id, [Beat(peer_id, number, interval_ms, clock_skew_ms)], now_ms)
-
-
 def upsert_heartbeats(connection: Connection, local_id: str, beats: Iterable[Beat], now_ms: int) -> None:
-    """As ``upsert_heartbeat``, for several peers in the order given; where the driver can, in one round trip."""
+    """These peers live, in the order given; where the driver can, in one round trip. Primary key."""
     rows = [
         {
             "local_id": local_id,

@@ -8,12 +8,14 @@ store is raised where the statement was yielded, as StoreUnavailable or StoreRef
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from pymysql.connections import Connection
 
-from shared.database import driver_errors
+from shared.config import MySqlSettings
+from shared.database import connect, driver_errors
 
 Row = tuple[Any, ...]
 Rows = Sequence[Row]
@@ -62,6 +64,35 @@ def run_steps(connection: Connection, steps: Steps[Outcome]) -> Outcome:
     except StopIteration as end:
         outcome: Outcome = end.value
         return outcome
+
+
+class StepsRunner:
+    """Drives steps with a blocking connection of its own, which takes several statements in a packet.
+
+    It is made when it is first needed, and anew after any error: what was half done ends with it. For one thread at a
+    time.
+    """
+
+    def __init__(self, mysql: MySqlSettings) -> None:
+        self._mysql = mysql
+        self._connection: Connection | None = None
+
+    def run(self, steps: Steps[Outcome]) -> Outcome:
+        """The outcome of the steps. Raises StoreUnavailable, StoreRefused, and what they raise themselves."""
+        if self._connection is None:
+            self._connection = connect(self._mysql, several_statements=True)
+        try:
+            return run_steps(self._connection, steps)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Gives its connection back."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):  # a broken connection may refuse to be closed politely
+                connection.close()
 
 
 def _do(connection: Connection, step: Step) -> Rows:

@@ -32,6 +32,7 @@ from shared.store import (
     placing,
     processes,
     received,
+    relaying,
     stock,
     stock_kept,
     wrapping_keys,
@@ -44,7 +45,7 @@ NOW_MS = 1_800_000_000_000
 KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
-MODULES = (expiry, keys, messages, peers, placing, processes, received, stock, stock_kept, wrapping_keys)
+MODULES = (expiry, keys, messages, peers, placing, processes, received, relaying, stock, stock_kept, wrapping_keys)
 
 # MariaDB (10.11 and 11.8) does not follow FORCE INDEX in a DELETE when most of a table's rows are asked for: it reads
 # them all and waits for those of other callers. A join from a list of the keyIds does not:
@@ -68,8 +69,6 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_expired_held": lambda c: expiry.delete_expired_held(c, KP, NOW_MS, 100),
     "delete_expired_withdrawn": lambda c: expiry.delete_expired_withdrawn(c, KP, NOW_MS, 100),
     "insert_outbox": lambda c: messages.insert_outbox(c, KP, PEER, "key.issued", b"\x90", 0, NOW_MS),
-    "claim_unnumbered": lambda c: messages.claim_unnumbered(c, KP, 500),
-    "update_numbers": lambda c: messages.update_numbers(c, [5, 6], 77),
     "fetch_envelopes": lambda c: messages.fetch_envelopes(c, KP),
     "fetch_payloads": lambda c: messages.fetch_payloads(c, KP, PEER, 7),
     "fetch_waiting": lambda c: messages.fetch_waiting(c, KP, PEER),
@@ -84,7 +83,6 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "fetch_last_number": lambda c: messages.fetch_last_number(c, KP),
     "upsert_last_number": lambda c: messages.upsert_last_number(c, KP, 1),
     "update_last_number": lambda c: messages.update_last_number(c, KP, 2, 1),
-    "upsert_heartbeat": lambda c: messages.upsert_heartbeat(c, KP, PEER, 1, 5000, NOW_MS),
     "upsert_heartbeats": lambda c: messages.upsert_heartbeats(c, KP, [messages.Beat(PEER, 1, 5000)], NOW_MS),
     "fetch_peer_signs": lambda c: messages.fetch_peer_signs(c, KP),
     "upsert_clock_skew": lambda c: messages.upsert_clock_skew(c, KP, PEER, 1, 5000),
@@ -157,6 +155,18 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_stocked": lambda c: run_steps(
         c, stock.commit_stocked([RECORD], [WRAPPING_KEY], replace(ROW, token=b"p" * 16))
     ),
+    "claim_unnumbered": lambda c: run_steps(c, relaying.claim_unnumbered(KP, 500)),
+    "fetch_claimed_payloads": lambda c: run_steps(c, relaying.fetch_claimed_payloads([5, 6])),
+    "commit_numbered": lambda c: run_steps(
+        c, relaying.commit_numbered(KP, [relaying.Numbered(PEER, 77, [5, 6], {"issued": 1})])
+    ),
+    "is_out_of_the_ordinary": lambda c: run_steps(c, relaying.is_out_of_the_ordinary(KP, PEER, 7, KEY_IDS)),
+    "commit_received": lambda c: run_steps(
+        c, relaying.commit_received(KP, PEER, 10**9, [replace(RECORD, key_id=b"another id.16byt")], NOW_MS)
+    ),
+    "lock_envelope_rows": lambda c: run_steps(c, relaying.lock_envelope_rows(KP, PEER, [7, 8])),
+    "commit_acknowledged": lambda c: run_steps(c, relaying.commit_acknowledged(KP, PEER, [5, 6], {"issued": 1})),
+    "end_unchanged": lambda c: run_steps(c, relaying.end_unchanged()),
 }
 
 

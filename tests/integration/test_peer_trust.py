@@ -423,7 +423,7 @@ def live(store: Store) -> None:
     for role in ("syncer", "janitor"):
         store.rows("INSERT INTO processes VALUES (%s, %s, 'h', %s, 'ok')", ALICE, role, at_ms)
     with store.engine.begin() as connection:
-        messages.upsert_heartbeat(connection, ALICE, BOB, 1, 60_000, at_ms, 0)
+        messages.upsert_heartbeats(connection, ALICE, [messages.Beat(BOB, 1, 60_000)], at_ms)
 
 
 def test_peer_check_says_all_that_is_wrong_and_when_nothing_is(

@@ -1,0 +1,92 @@
+"""The two envelopes that an encryptor waits for, each in two packets: a key on demand, and its acknowledgement.
+
+What is out of the ordinary (an envelope or a key that is known, a wrapping key that is not, stock, a store that is
+away) is left to ``effects``, which does the same for everything, one statement after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from services.syncer.examination import Accepted
+from services.syncer.key_effects import Aftermath, KnownWrappingKeys
+from services.syncer.payloads import Acknowledgement
+from services.syncer.placed_keys import PlacedKeys
+from shared.config import MySqlSettings
+from shared.envelopes import Header
+from shared.errors import StoreRefused, StoreUnavailable
+from shared.logs import get_logger
+from shared.store import relaying
+from shared.store.placing import KEY_PLACED, KEY_STOCKED
+from shared.store.steps import Steps, StepsRunner
+
+# Keys of one envelope, and envelopes of one acknowledgement. More than that is bulk, which has bounds of its own.
+MAX_AT_ONCE = 32
+
+_log = get_logger("at once")
+
+
+class AtOnce:
+    """Of one KP, and of one thread at a time. ``known`` is shared with ``effects``."""
+
+    def __init__(self, mysql: MySqlSettings, local_id: str, bus_ids: Collection[str], known: KnownWrappingKeys) -> None:
+        self._local_id = local_id
+        self._bus_ids = frozenset(bus_ids)
+        self._known = known
+        self._runner = StepsRunner(mysql)
+
+    def apply(self, accepted: Accepted, now_ms: int, before_commit: Callable[[], None]) -> Aftermath | None:
+        """Commits what the envelope does; None where it has not done so, or cannot say whether it has. Never raises.
+
+        Then it is still to be done, which does no harm where it is done. ``before_commit`` as in ``Effects.apply``.
+        """
+        steps = self._steps(accepted, now_ms, before_commit)
+        if steps is None:
+            return None
+        try:
+            return self._runner.run(steps)
+        except (StoreUnavailable, StoreRefused) as error:
+            _log.debug("left to the ordinary way", type=accepted.header.type.value, reason=str(error))
+            return None
+
+    def close(self) -> None:
+        """Gives its connection back."""
+        self._runner.close()
+
+    def _steps(
+        self, accepted: Accepted, now_ms: int, before_commit: Callable[[], None]
+    ) -> Steps[Aftermath | None] | None:
+        header = accepted.header
+        match accepted.payload:
+            case PlacedKeys(records) as placed if not placed.stock and len(records) <= MAX_AT_ONCE:
+                return self._store(header, placed, now_ms, before_commit)
+            case Acknowledgement(numbers) if header.sender in self._bus_ids and len(numbers) <= MAX_AT_ONCE:
+                return self._acknowledge(header.sender, sorted(set(numbers)))
+            case _:
+                return None
+
+    def _store(
+        self, header: Header, placed: PlacedKeys, now_ms: int, before_commit: Callable[[], None]
+    ) -> Steps[Aftermath | None]:
+        if self._known.missing(placed.sealed_wrapping_keys(header)):
+            return None
+        records = placed.key_records(header)
+        key_ids = [record.key_id for record in records]
+        unusual = yield from relaying.is_out_of_the_ordinary(self._local_id, header.sender, header.number, key_ids)
+        if unusual:
+            return None
+        before_commit()
+        yield from relaying.commit_received(self._local_id, header.sender, header.number, records, now_ms)
+        return Aftermath(arrived=key_ids)
+
+    def _acknowledge(self, peer_id: str, numbers: Sequence[int]) -> Steps[Aftermath | None]:
+        if not numbers:
+            return None
+        rows = yield from relaying.lock_envelope_rows(self._local_id, peer_id, numbers)
+        if not rows or any(row.type == KEY_STOCKED for row in rows):
+            yield from relaying.end_unchanged()
+            return None
+        placed = [row for row in rows if row.type == KEY_PLACED]
+        counts = {"issued": sum(row.items for row in placed)}
+        yield from relaying.commit_acknowledged(self._local_id, peer_id, [row.id for row in rows], counts)
+        return Aftermath(stored=[row.token for row in placed if row.token])

@@ -1,0 +1,139 @@
+"""What the syncer does while an encryptor waits, as steps: a packet that reads and locks, one that writes and commits.
+
+A key on demand passes three transactions here: its outbox row is numbered, its record is stored at the target, its
+acknowledgement takes the row away. Statements are put together from integers and hexadecimal literals only
+(``packets``): nothing that a peer sent ever stands in one as text. Rows of the outbox are found by indexes that are
+forced, or a small table would be scanned and rows of others locked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from shared.sealing import KeyRecord
+from shared.store.messages import SHORT_PAYLOAD_BYTES, EnvelopeRow, OutboxEntry
+from shared.store.packets import commit, delete_listed, hex_list, insert_records, name
+from shared.store.steps import Statement, Steps, octets, text
+
+_ENTRY = (int, text, text, int, int, octets)
+_ENVELOPE_ROW = (int, text, int, octets)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """Rows of one peer that become an envelope, and what they add to its counters (``PeerRow``)."""
+
+    peer_id: str
+    number: int
+    row_ids: Sequence[int]
+    counts: Mapping[str, int]
+
+
+def claim_unnumbered(local_id: str, limit: int) -> Steps[list[OutboxEntry]]:
+    """The oldest rows that are in no envelope, locked until the transaction ends. Index outbox_unsent.
+
+    Rows that another transaction holds are passed over: a writer who has yet to commit keeps nobody waiting.
+    """
+    # A payload that is short spares a round trip for what somebody waits for; at most 4 MB for 500 rows.
+    rows = yield Statement(
+        "SELECT id, peer_id, type, items, LENGTH(payload), "
+        f"IF(LENGTH(payload) <= {SHORT_PAYLOAD_BYTES}, payload, '') FROM outbox FORCE INDEX (outbox_unsent) "
+        f"WHERE local_id = {name(local_id)} AND envelope_no IS NULL AND sent_ms IS NULL "
+        f"ORDER BY id LIMIT {limit:d} FOR UPDATE SKIP LOCKED",
+        _ENTRY,
+    )
+    return [
+        OutboxEntry(row_id, peer_id, type_, items, size, payload or None)
+        for row_id, peer_id, type_, items, size, payload in rows
+    ]
+
+
+def fetch_claimed_payloads(row_ids: Sequence[int]) -> Steps[list[bytes]]:
+    """The payloads of these rows, in their order. Primary key."""
+    wanted = ",".join(f"{row_id:d}" for row_id in row_ids)
+    rows = yield Statement(f"SELECT payload FROM outbox WHERE id IN ({wanted}) ORDER BY id", (octets,))
+    return [row[0] for row in rows]
+
+
+def commit_numbered(local_id: str, envelopes: Sequence[Numbered]) -> Steps[None]:
+    """Makes envelopes of rows that ``claim_unnumbered`` locked, counts them, and commits. Primary keys.
+
+    Raises CommitUnknown or StoreRefused; after any of them the connection must go.
+    """
+    statements: list[str] = []
+    for envelope in envelopes:
+        wanted = ",".join(f"{row_id:d}" for row_id in envelope.row_ids)
+        statements.append(f"UPDATE outbox SET envelope_no = {envelope.number:d} WHERE id IN ({wanted})")
+        statements += _add_to_counters(local_id, envelope.peer_id, envelope.counts)
+    return commit(statements)
+
+
+def is_out_of_the_ordinary(local_id: str, source_id: str, number: int, key_ids: Collection[bytes]) -> Steps[bool]:
+    """Whether the envelope was handled before, or anything is known of one of its keys. Locks nothing.
+
+    Primary keys, and index key_records_key_id.
+    """
+    ids, local, source = hex_list(key_ids), name(local_id), name(source_id)
+    rows = yield Statement(
+        f"SELECT 1 FROM inbox WHERE local_id = {local} AND sender_id = {source} AND envelope_no = {number:d} "
+        f"UNION ALL SELECT 1 FROM key_records FORCE INDEX (key_records_key_id) WHERE key_id IN ({ids}) "
+        f"UNION ALL SELECT 1 FROM withdrawn_keys FORCE INDEX (PRIMARY) WHERE local_id = {local} "
+        f"AND source_id = {source} AND key_id IN ({ids});COMMIT",
+        (int,),
+    )
+    return bool(rows)
+
+
+def commit_received(
+    local_id: str, source_id: str, number: int, records: Sequence[KeyRecord], at_ms: int
+) -> Steps[None]:
+    """Remembers an envelope, stores its keys, counts them as issued by the source, and commits.
+
+    Fails as a whole where the envelope or a keyId exists. Errors as ``commit_numbered``.
+    """
+    remembered = (
+        "INSERT INTO inbox (local_id, sender_id, envelope_no, received_ms) "
+        f"VALUES ({name(local_id)},{name(source_id)},{number:d},{at_ms:d})"
+    )
+    counted = _add_to_counters(local_id, source_id, {"inbound_issued": len(records)})
+    return commit([remembered, insert_records(records), *counted])
+
+
+def lock_envelope_rows(local_id: str, peer_id: str, numbers: Collection[int]) -> Steps[list[EnvelopeRow]]:
+    """The rows of a peer's envelopes, locked until the transaction ends. Index outbox_envelope."""
+    wanted = ",".join(f"{number:d}" for number in numbers)
+    rows = yield Statement(
+        "SELECT id, type, items, IFNULL(token, '') FROM outbox FORCE INDEX (outbox_envelope) "
+        f"WHERE local_id = {name(local_id)} AND peer_id = {name(peer_id)} AND envelope_no IN ({wanted}) FOR UPDATE",
+        _ENVELOPE_ROW,
+    )
+    return [EnvelopeRow(row_id, type_, items, token or None) for row_id, type_, items, token in rows]
+
+
+def commit_acknowledged(local_id: str, peer_id: str, row_ids: Sequence[int], counts: Mapping[str, int]) -> Steps[None]:
+    """Takes rows that ``lock_envelope_rows`` locked out of the outbox, counts, and commits. Primary keys.
+
+    Errors as ``commit_numbered``.
+    """
+    deletion = [delete_listed("outbox", "PRIMARY", "id", [f"{row_id:d}" for row_id in row_ids])] if row_ids else []
+    return commit([*deletion, *_add_to_counters(local_id, peer_id, counts)])
+
+
+def end_unchanged() -> Steps[None]:
+    """Ends a transaction that has only locked, and gives its locks back."""
+    yield Statement("COMMIT")
+
+
+def _add_to_counters(local_id: str, peer_id: str, counts: Mapping[str, int]) -> list[str]:
+    """A statement that adds to the named counters; none where there is nothing to add. Primary key."""
+    added = {column: count for column, count in counts.items() if count}
+    if not added:
+        return []
+    values = ",".join(f"{count:d}" for count in added.values())
+    sums = ",".join(f"{column} = {column} + {count:d}" for column, count in added.items())
+    statement = (
+        f"INSERT INTO peers (local_id, peer_id, {','.join(added)}) VALUES ({name(local_id)},{name(peer_id)},{values}) "
+        f"ON DUPLICATE KEY UPDATE {sums}"
+    )
+    return [statement]
