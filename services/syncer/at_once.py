@@ -1,4 +1,4 @@
-"""The two envelopes that an encryptor waits for, each in two packets: a key on demand, and its acknowledgement.
+"""The two envelopes that an encryptor waits for, in a packet or two each: a key on demand, and its acknowledgement.
 
 What is out of the ordinary (an envelope or a key that is known, a wrapping key that is not, stock, a store that is
 away) is left to ``effects``, which does the same for everything, one statement after another.
@@ -72,9 +72,6 @@ class AtOnce:
             return None
         records = placed.key_records(header)
         key_ids = [record.key_id for record in records]
-        unusual = yield from relaying.is_out_of_the_ordinary(self._local_id, header.sender, header.number, key_ids)
-        if unusual:
-            return None
         before_commit()
         yield from relaying.commit_received(self._local_id, header.sender, header.number, records, now_ms)
         return Aftermath(arrived=key_ids)

@@ -180,9 +180,9 @@ class Inbox:
         for one, verdict in zip(batch, verdicts, strict=True):
             if verdict not in _REFUSED:
                 self._follow_up(one.accepted, verdict, prepared)
-        self._complaints.tell(applied.aftermath)
         # What was just begun gets on its way before the rest is done.
         await asyncio.sleep(0)
+        self._complaints.tell(applied.aftermath)
         for one, verdict in zip(batch, verdicts, strict=True):
             await self._settle(one, verdict)
 

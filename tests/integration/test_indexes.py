@@ -160,7 +160,6 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_numbered": lambda c: run_steps(
         c, relaying.commit_numbered(KP, [relaying.Numbered(PEER, 77, [5, 6], {"issued": 1})])
     ),
-    "is_out_of_the_ordinary": lambda c: run_steps(c, relaying.is_out_of_the_ordinary(KP, PEER, 7, KEY_IDS)),
     "commit_received": lambda c: run_steps(
         c, relaying.commit_received(KP, PEER, 10**9, [replace(RECORD, key_id=b"another id.16byt")], NOW_MS)
     ),
