@@ -57,6 +57,8 @@ class StoreLine:
             return
         self._unsent = memoryview(b"".join(_packets(statement.sql.encode())))
         self._write()
+        if statement.meanwhile is not None:
+            statement.meanwhile()
 
     def check(self, now: float) -> None:
         """Ends the line where the server has taken too long over a statement; ``now`` is the loop's time."""

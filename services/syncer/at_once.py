@@ -35,12 +35,12 @@ class AtOnce:
         self._known = known
         self._runner = StepsRunner(mysql)
 
-    def apply(self, accepted: Accepted, now_ms: int, before_commit: Callable[[], None]) -> Aftermath | None:
+    def apply(self, accepted: Accepted, now_ms: int, meanwhile: Callable[[], None]) -> Aftermath | None:
         """Commits what the envelope does; None where it has not done so, or cannot say whether it has. Never raises.
 
-        Then it is still to be done, which does no harm where it is done. ``before_commit`` as in ``Effects.apply``.
+        Then it is still to be done, which does no harm where it is done. ``meanwhile`` is done while the store commits.
         """
-        steps = self._steps(accepted, now_ms, before_commit)
+        steps = self._steps(accepted, now_ms, meanwhile)
         if steps is None:
             return None
         try:
@@ -53,28 +53,26 @@ class AtOnce:
         """Gives its connection back."""
         self._runner.close()
 
-    def _steps(
-        self, accepted: Accepted, now_ms: int, before_commit: Callable[[], None]
-    ) -> Steps[Aftermath | None] | None:
+    def _steps(self, accepted: Accepted, now_ms: int, meanwhile: Callable[[], None]) -> Steps[Aftermath | None] | None:
         header = accepted.header
         match accepted.payload:
             case PlacedKeys(records) as placed if not placed.stock and len(records) <= MAX_AT_ONCE:
-                return self._store(header, placed, now_ms, before_commit)
+                return self._store(header, placed, now_ms, meanwhile)
             case Acknowledgement(numbers) if header.sender in self._bus_ids and len(numbers) <= MAX_AT_ONCE:
                 return self._acknowledge(header.sender, sorted(set(numbers)))
             case _:
                 return None
 
     def _store(
-        self, header: Header, placed: PlacedKeys, now_ms: int, before_commit: Callable[[], None]
+        self, header: Header, placed: PlacedKeys, now_ms: int, meanwhile: Callable[[], None]
     ) -> Steps[Aftermath | None]:
         if self._known.missing(placed.sealed_wrapping_keys(header)):
             return None
         records = placed.key_records(header)
-        key_ids = [record.key_id for record in records]
-        before_commit()
-        yield from relaying.commit_received(self._local_id, header.sender, header.number, records, now_ms)
-        return Aftermath(arrived=key_ids)
+        yield from relaying.commit_received(
+            self._local_id, header.sender, header.number, records, now_ms, meanwhile=meanwhile
+        )
+        return Aftermath(arrived=[record.key_id for record in records])
 
     def _acknowledge(self, peer_id: str, numbers: Sequence[int]) -> Steps[Aftermath | None]:
         if not numbers:

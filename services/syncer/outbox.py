@@ -226,9 +226,9 @@ class Relay:
         for group in groups:
             waiting = yield from self._number_group(group)
             numbered.append(waiting)
-        self._sign_ahead(numbered)
         envelopes = [_numbered(one, group) for one, group in zip(numbered, groups, strict=True)]
-        yield from relaying.commit_numbered(self._local_id, envelopes)
+        sign = functools.partial(self._sign_ahead, numbered)
+        yield from relaying.commit_numbered(self._local_id, envelopes, sign)
         taken = sum(map(len, groups))
         return numbered, taken < len(rows) or len(rows) == MAX_ROWS
 
@@ -236,7 +236,7 @@ class Relay:
         """One envelope alone is signed while its number is committed; of several the first would wait for the last."""
         letter = numbered[0].letter if len(numbered) == 1 else None
         if letter and len(letter.payload) <= MAX_SIGNED_AHEAD_BYTES and self._outgoing.is_open(letter.target):
-            numbered[0].letter = self._outgoing.sign_ahead(letter)
+            numbered[0].letter = self._outgoing.signed(letter)
 
     def _number_group(self, group: list[OutboxEntry]) -> Steps[Waiting]:
         items = sum(row.items for row in group)

@@ -1,8 +1,9 @@
 """Signs envelopes and hands them to the broker, or to the peer itself where that has an endpoint.
 
 Signing (one to two milliseconds each) is done in a thread, many at a time. Where one envelope alone is to go as soon
-as a transaction is committed, it can be signed while the store commits (``sign_ahead``). Being signed is not being
-sent: an envelope whose transaction fails is dropped and nobody ever sees it.
+as a transaction is committed, it is signed while the store commits, in the thread that waits for that (``signed``):
+another one would only wait for the interpreter's lock. Being signed is not being sent: an envelope whose transaction
+fails is dropped and nobody ever sees it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -56,8 +56,8 @@ class Letter:
     payload: bytes
     number: int | None = None
     keys_expire_ms: int | None = None
-    signed: Future[bytes] | None = field(default=None, compare=False, repr=False)
-    """Where it was signed ahead."""
+    signed: bytes | None = field(default=None, compare=False, repr=False)
+    """The envelope, where it was signed ahead."""
 
 
 OnRefusal = Callable[[Letter, Answer], None]
@@ -81,8 +81,6 @@ class Outgoing:
         self.numbers = numbers
         self._links = links or {}
         self.on_refusal: OnRefusal = lambda _letter, _answer: None
-        # One for what is numbered, one for what is acknowledged.
-        self._ahead = ThreadPoolExecutor(2, thread_name_prefix="sign ahead")
 
     def has_link(self, peer_id: str) -> bool:
         """Whether the peer is sent to by HTTPS, one envelope after another."""
@@ -114,14 +112,14 @@ class Outgoing:
             metrics.SENT.labels(letter.type.value, outcome.value).inc()
         return outcomes
 
-    def sign_ahead(self, letter: Letter) -> Letter:
-        """The same letter with its signature under way. For any thread; never waits."""
-        return replace(letter, signed=self._ahead.submit(self._sign, letter))
+    def signed(self, letter: Letter) -> Letter:
+        """The same letter, signed. For any thread; takes the time of a signature."""
+        return replace(letter, signed=self._sign(letter))
 
     async def _signed(self, letters: Sequence[Letter]) -> list[bytes]:
         ahead = [letter.signed for letter in letters if letter.signed]
         if len(ahead) == len(letters):
-            return [one.result() if one.done() else await asyncio.wrap_future(one) for one in ahead]
+            return ahead
         return await asyncio.to_thread(self._sign_all, letters)
 
     def _sign_all(self, letters: Sequence[Letter]) -> list[bytes]:
@@ -129,7 +127,7 @@ class Outgoing:
 
     def _sign(self, letter: Letter) -> bytes:
         if letter.signed is not None:
-            return letter.signed.result()
+            return letter.signed
         number = self.numbers.next() if letter.number is None else letter.number
         header = Header(letter.type, self._local_id, letter.target, number, now_ms())
         return sign_envelope(header, letter.payload, self._identity)

@@ -71,9 +71,9 @@ class Replies:
     def prepare(self, peer_id: str, number: int) -> Letter:
         """The acknowledgement of one envelope whose effect is about to be committed, not to be sent before it is.
 
-        Safe in any thread. It takes the time of the commit to sign it, for ``acknowledge``.
+        Safe in any thread, and takes the time of a signature; for ``acknowledge``.
         """
-        return self._outgoing.sign_ahead(Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement([number])))
+        return self._outgoing.signed(Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement([number])))
 
     def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False, prepared: Letter | None = None) -> None:
         """The effect of the peer's envelope is committed; ``at_once`` where somebody waits to hear that."""

@@ -8,7 +8,7 @@ writes to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,13 +30,13 @@ class OutboxRow:
     token: bytes | None = None
 
 
-def commit(statements: Sequence[str]) -> Steps[None]:
-    """Runs the statements and commits, in one round trip.
+def commit(statements: Sequence[str], meanwhile: Callable[[], None] | None = None) -> Steps[None]:
+    """Runs the statements and commits, in one round trip; ``meanwhile`` as in ``Statement``.
 
     Raises CommitUnknown or StoreRefused; after any of them the connection must go.
     """
     try:
-        yield Statement(";".join((*statements, "COMMIT")))
+        yield Statement(";".join((*statements, "COMMIT")), meanwhile=meanwhile)
     except StoreUnavailable as error:
         # A connection that breaks here leaves unknown whether it was committed.
         raise CommitUnknown("the connection to the store broke during a commit") from error

@@ -8,7 +8,7 @@ forced, or a small table would be scanned and rows of others locked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.sealing import KeyRecord
@@ -56,7 +56,9 @@ def fetch_claimed_payloads(row_ids: Sequence[int]) -> Steps[list[bytes]]:
     return [row[0] for row in rows]
 
 
-def commit_numbered(local_id: str, envelopes: Sequence[Numbered]) -> Steps[None]:
+def commit_numbered(
+    local_id: str, envelopes: Sequence[Numbered], meanwhile: Callable[[], None] | None = None
+) -> Steps[None]:
     """Makes envelopes of rows that ``claim_unnumbered`` locked, counts them, and commits. Primary keys.
 
     Raises CommitUnknown or StoreRefused; after any of them the connection must go.
@@ -66,11 +68,17 @@ def commit_numbered(local_id: str, envelopes: Sequence[Numbered]) -> Steps[None]
         wanted = ",".join(f"{row_id:d}" for row_id in envelope.row_ids)
         statements.append(f"UPDATE outbox SET envelope_no = {envelope.number:d} WHERE id IN ({wanted})")
         statements += _add_to_counters(local_id, envelope.peer_id, envelope.counts)
-    return commit(statements)
+    return commit(statements, meanwhile)
 
 
 def commit_received(
-    local_id: str, source_id: str, number: int, records: Sequence[KeyRecord], at_ms: int
+    local_id: str,
+    source_id: str,
+    number: int,
+    records: Sequence[KeyRecord],
+    at_ms: int,
+    *,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Steps[None]:
     """Remembers an envelope, stores its keys, counts them as issued by the source, and commits; all or nothing.
 
@@ -88,7 +96,7 @@ def commit_received(
         f"VALUES ({name(local_id)},{name(source_id)},{number:d},{received_ms})"
     )
     counted = _add_to_counters(local_id, source_id, {"inbound_issued": len(records)})
-    return commit([remembered, insert_records(records), *counted])
+    return commit([remembered, insert_records(records), *counted], meanwhile)
 
 
 def lock_envelope_rows(local_id: str, peer_id: str, numbers: Collection[int]) -> Steps[list[EnvelopeRow]]:

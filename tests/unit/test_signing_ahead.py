@@ -28,10 +28,10 @@ def acknowledged(letter: Letter) -> list[int]:
 
 async def test_what_was_signed_ahead_is_sent_as_it_was_signed() -> None:
     made = outgoing()
-    letter = made.sign_ahead(Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 17))
+    letter = made.signed(Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 17))
     (body,) = await made._signed([letter])
     assert letter.signed is not None
-    assert body is letter.signed.result()
+    assert body is letter.signed
     envelope = read_envelope(body)
     assert (envelope.header.number, envelope.payload) == (17, b"\x90")
     check_envelope(envelope, BOB, IDENTITY.public_key, now_ms())
@@ -40,11 +40,11 @@ async def test_what_was_signed_ahead_is_sent_as_it_was_signed() -> None:
 async def test_what_was_signed_ahead_goes_together_with_what_was_not() -> None:
     made = outgoing()
     ahead, other = (Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", number) for number in (17, 18))
-    signed = made.sign_ahead(ahead)
+    signed = made.signed(ahead)
     bodies = await made._signed([signed, other])
     assert signed.signed is not None
     # No two signatures of the same bytes are alike.
-    assert bodies[0] == signed.signed.result()
+    assert bodies[0] == signed.signed
     assert [read_envelope(body).header.number for body in bodies] == [17, 18]
 
 
