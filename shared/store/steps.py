@@ -17,6 +17,7 @@ from pymysql.constants import COMMAND
 
 from shared.config import MySqlSettings
 from shared.database import connect, driver_errors
+from shared.errors import StoreRefused
 
 Row = tuple[Any, ...]
 Rows = Sequence[Row]
@@ -72,8 +73,8 @@ def run_steps(connection: Connection, steps: Steps[Outcome]) -> Outcome:
 class StepsRunner:
     """Drives steps with a blocking connection of its own, which takes several statements in a packet.
 
-    It is made when it is first needed, and anew after any error: what was half done ends with it. For one thread at a
-    time.
+    It is made when it is first needed, and anew after an error: what was half done ends with it. Where the server has
+    only refused a statement, a rollback does that. For one thread at a time.
     """
 
     def __init__(self, mysql: MySqlSettings) -> None:
@@ -86,9 +87,18 @@ class StepsRunner:
             self._connection = connect(self._mysql, several_statements=True)
         try:
             return run_steps(self._connection, steps)
+        except StoreRefused:
+            self._roll_back(self._connection)
+            raise
         except BaseException:
             self.close()
             raise
+
+    def _roll_back(self, connection: Connection) -> None:
+        try:
+            connection.rollback()
+        except Exception:  # noqa: BLE001 -- whatever is wrong with it, another one is made
+            self.close()
 
     def close(self) -> None:
         """Gives its connection back."""

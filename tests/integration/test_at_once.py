@@ -1,0 +1,256 @@
+"""What an encryptor waits for goes a shorter way through the store: the same effect, or none and the ordinary way."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from sandbox.servers import Database
+from services.syncer.at_once import MAX_AT_ONCE
+from services.syncer.effects import Applied, Effects, Verdict
+from services.syncer.examination import Accepted
+from services.syncer.payloads import Acknowledgement, Payload
+from services.syncer.placed_keys import PlacedKeys
+from shared.clock import now_ms
+from shared.database import connect
+from shared.envelopes import EnvelopeType, Header
+from shared.errors import StoreRefused
+from shared.store.packets import OutboxRow, commit, insert_outbox_rows
+from shared.store.steps import Statement, Steps, StepsRunner, run_steps
+from tests.integration.key_providers import Store
+
+KP, PEER, STRANGER = "KP_Bob", "KP_Carol", "KP_Dora"
+WRAPPING_KEY = [b"w" * 16, b"e" * 16, now_ms() + 3_600_000, b"sealed", b"signature"]
+
+
+@pytest.fixture
+def store(database: Database, tmp_path: Path) -> Iterator[Store]:
+    made = Store(database, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def effects(store: Store) -> Iterator[Effects]:
+    """With a wrapping key of the peer's that is known, as it is a moment after the first key."""
+    with closing(Effects(store.engine, KP, {PEER}, store.settings.mysql)) as made:
+        made.apply([placed(1, [record()])], now_ms(), again=False)
+        store.rows("DELETE FROM key_records")
+        store.rows("DELETE FROM inbox")
+        store.rows("DELETE FROM peers")
+        yield made
+
+
+def accepted(payload: Payload, kind: EnvelopeType, number: int, sender: str = PEER) -> Accepted:
+    return Accepted(Header(kind, sender, KP, number, now_ms()), payload, redelivered=False)
+
+
+def record(key_id: bytes = b"") -> list[object]:
+    return [key_id or secrets.token_bytes(16), 256, now_ms() + 60_000, "c", WRAPPING_KEY[0], b"n" * 12, b"s" * 48]
+
+
+def placed(number: int, records: list[list[object]], *, stock: bool = False) -> Accepted:
+    return accepted(PlacedKeys(tuple(records), (WRAPPING_KEY,), stock), EnvelopeType.KEY_ISSUED, number)
+
+
+def acknowledged(*numbers: int, sender: str = PEER) -> Accepted:
+    return accepted(Acknowledgement(numbers), EnvelopeType.KEY_STORED, 99, sender)
+
+
+def at_once(effects: Effects, one: Accepted) -> Applied | None:
+    return effects.apply_at_once(one, now_ms(), before_commit=lambda _verdicts: None)
+
+
+def state(store: Store) -> list[list[tuple[object, ...]]]:
+    """All that either way can change, without times."""
+    return [
+        store.rows("SELECT target_id, source_id, key_id, sealed, correlation_id FROM key_records ORDER BY key_id"),
+        store.rows("SELECT local_id, sender_id, envelope_no FROM inbox"),
+        store.rows("SELECT local_id, peer_id, issued, inbound_issued, inbound_withdrawn FROM peers"),
+        store.rows("SELECT peer_id, type, envelope_no FROM outbox ORDER BY id"),
+    ]
+
+
+def outbox(store: Store, *types: str, items: int = 1) -> list[bytes]:
+    """A row for the peer of each type, in envelopes of their own from 1 on; their tokens."""
+    tokens = [secrets.token_bytes(16) for _ in types]
+    rows = [OutboxRow(KP, PEER, kind, b"\x90", items, now_ms(), one) for kind, one in zip(types, tokens, strict=True)]
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql(insert_outbox_rows(rows))
+    for number, token in enumerate(tokens, 1):
+        store.rows("UPDATE outbox SET envelope_no = %s WHERE token = %s", number, token)
+    return tokens
+
+
+# --- the same effect
+
+
+def test_keys_are_stored_counted_and_remembered_as_the_ordinary_way_does_it(store: Store, effects: Effects) -> None:
+    envelope = placed(7, [record(), record()])
+    told: list[Verdict] = []
+    done = effects.apply_at_once(envelope, now_ms(), before_commit=told.extend)
+    short = state(store)
+    for table in ("key_records", "inbox", "peers"):
+        store.rows(f"DELETE FROM {table}")
+    ordinary = effects.apply([envelope], now_ms(), again=False)
+    assert done == ordinary
+    assert short == state(store)
+    assert short[2] == [(KP, PEER, 0, 2, 0)]
+    assert told == [Verdict.HANDLED]
+
+
+def test_an_acknowledgement_takes_rows_away_as_the_ordinary_way_does_it(store: Store, effects: Effects) -> None:
+    both: list[tuple[Applied | None, object]] = []
+    apply: list[Callable[[Accepted], Applied | None]] = [
+        lambda one: at_once(effects, one),
+        lambda one: effects.apply([one], now_ms(), again=False),
+    ]
+    for way in apply:
+        store.rows("DELETE FROM outbox")
+        store.rows("DELETE FROM peers")
+        tokens = outbox(store, "key.placed", "key.issued", "key.placed", items=3)
+        done = way(acknowledged(1, 2))
+        assert done is not None
+        assert done.aftermath.stored == [tokens[0]]
+        done.aftermath.stored.clear()
+        both.append((done, state(store)))
+    assert both[0] == both[1]
+    assert store.rows("SELECT issued FROM peers") == [(3,)]
+
+
+def test_numbers_that_were_never_sent_acknowledge_nothing(store: Store, effects: Effects) -> None:
+    outbox(store, "key.placed")
+    before = state(store)
+    assert at_once(effects, acknowledged(17)) is None
+    assert at_once(effects, acknowledged()) is None
+    assert state(store) == before
+
+
+# --- no effect, and the ordinary way
+
+
+def leave(store: Store, effects: Effects, one: Accepted) -> None:
+    """It is not done at once, changes nothing and locks nothing."""
+    before = state(store)
+    assert at_once(effects, one) is None
+    assert state(store) == before
+    store.rows("DELETE FROM outbox")
+    store.rows("DELETE FROM withdrawn_keys")
+
+
+def test_an_envelope_that_was_handled_before_is_left_alone(store: Store, effects: Effects) -> None:
+    envelope = placed(7, [record()])
+    assert at_once(effects, envelope) is not None
+    store.rows("DELETE FROM key_records")
+    leave(store, effects, envelope)
+
+
+def test_a_key_that_exists_is_never_overwritten(store: Store, effects: Effects) -> None:
+    known = record()
+    assert at_once(effects, placed(7, [known])) is not None
+    known[-1] = b"x" * 48
+    leave(store, effects, placed(8, [record(), known]))
+
+
+def test_a_key_that_its_source_has_taken_back_is_not_stored(store: Store, effects: Effects) -> None:
+    taken_back = [record(), record()]
+    for one in taken_back:
+        store.rows("INSERT INTO withdrawn_keys VALUES (%s, %s, %s, %s)", KP, PEER, one[0], now_ms() + 60_000)
+    leave(store, effects, placed(7, [record(), taken_back[0]]))
+    for one in taken_back:
+        store.rows("INSERT INTO withdrawn_keys VALUES (%s, %s, %s, %s)", KP, PEER, one[0], now_ms() + 60_000)
+    leave(store, effects, placed(7, taken_back))
+
+
+def test_what_another_source_has_taken_back_keeps_no_key_away(store: Store, effects: Effects) -> None:
+    mine = record()
+    store.rows("INSERT INTO withdrawn_keys VALUES (%s, %s, %s, %s)", KP, STRANGER, mine[0], now_ms() + 60_000)
+    assert at_once(effects, placed(7, [mine])) is not None
+    assert store.count("key_records") == 1
+
+
+def test_keys_under_a_wrapping_key_that_is_not_known_are_left(store: Store, effects: Effects) -> None:
+    other = [b"v" * 16, *WRAPPING_KEY[1:]]
+    payload = PlacedKeys((record(),), (other,), stock=False)
+    leave(store, effects, accepted(payload, EnvelopeType.KEY_ISSUED, 7))
+
+
+def test_stock_and_bulk_are_left(store: Store, effects: Effects) -> None:
+    leave(store, effects, placed(7, [record()], stock=True))
+    leave(store, effects, placed(7, [record() for _ in range(MAX_AT_ONCE + 1)]))
+    leave(store, effects, acknowledged(*range(1, MAX_AT_ONCE + 2)))
+
+
+def test_an_acknowledgement_of_stock_is_left_and_holds_no_lock(store: Store, effects: Effects) -> None:
+    outbox(store, "key.placed", "key.stocked")
+    leave(store, effects, acknowledged(1, 2))
+
+
+def test_a_peer_of_the_same_store_is_left_to_the_ordinary_way(store: Store, effects: Effects) -> None:
+    leave(store, effects, acknowledged(1, sender=STRANGER))
+
+
+def test_after_a_refusal_the_next_one_goes_at_once_over_the_same_connection(store: Store, effects: Effects) -> None:
+    envelope = placed(7, [record()])
+    assert at_once(effects, envelope) is not None
+    (before,) = store.rows("SHOW STATUS LIKE 'Connections'")
+    for _ in range(20):
+        assert at_once(effects, envelope) is None
+    assert at_once(effects, placed(8, [record()])) is not None
+    (after,) = store.rows("SHOW STATUS LIKE 'Connections'")
+    assert int(str(after[1])) - int(str(before[1])) < 20
+
+
+def test_a_store_that_went_away_is_left_to_the_ordinary_way_once(store: Store, effects: Effects) -> None:
+    assert at_once(effects, placed(7, [record()])) is not None
+    for (connection_id,) in store.rows("SELECT id FROM information_schema.processlist WHERE id <> CONNECTION_ID()"):
+        store.rows(f"KILL {connection_id}")
+    assert at_once(effects, placed(8, [record()])) is None
+    assert at_once(effects, placed(8, [record()])) is not None
+
+
+# --- what is done while the server works
+
+
+def counted(store: Store) -> int:
+    return store.count("outbox")
+
+
+def insert(token: bytes) -> str:
+    return insert_outbox_rows([OutboxRow(KP, PEER, "key.placed", b"\x90", 1, now_ms(), token)])
+
+
+def test_what_is_done_meanwhile_is_done_once_and_the_statements_are_committed(store: Store) -> None:
+    done: list[int] = []
+    with closing(connect(store.settings.mysql, several_statements=True)) as connection:
+        steps = commit([insert(b"a" * 16), insert(b"b" * 16)], lambda: done.append(1))
+        run_steps(connection, steps)
+        run_steps(connection, commit([insert(b"c" * 16)]))
+    assert (done, counted(store)) == ([1], 3)
+
+
+def test_an_error_of_the_last_statement_is_not_missed(store: Store) -> None:
+    with closing(StepsRunner(store.settings.mysql)) as runner:
+        with pytest.raises(StoreRefused):
+            runner.run(commit([insert(b"a" * 16), insert(b"a" * 16)], lambda: None))
+        assert counted(store) == 0
+        runner.run(commit([insert(b"b" * 16)], lambda: None))
+    assert counted(store) == 1
+
+
+def test_where_what_is_done_meanwhile_fails_the_connection_is_made_anew(store: Store) -> None:
+    def fail() -> None:
+        raise ValueError("signing")
+
+    def one() -> Steps[int]:
+        rows = yield Statement("SELECT 1", (int,))
+        return int(rows[0][0])
+
+    with closing(StepsRunner(store.settings.mysql)) as runner:
+        with pytest.raises(ValueError, match="signing"):
+            runner.run(commit([insert(b"a" * 16)], fail))
+        assert runner.run(one()) == 1
