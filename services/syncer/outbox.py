@@ -204,7 +204,8 @@ class Relay:
         for line in self._lines.values():
             self._sending.queue(line, line.due(self._watch.status(line.peer_id), at_ms))
         metrics.OUTBOX.set(sum(len(line.waiting) for line in self._lines.values()))
-        await asyncio.to_thread(self._store_attempts, [line.take_attempts() for line in self._lines.values()])
+        if attempts := [taken for line in self._lines.values() if (taken := line.take_attempts())]:
+            await asyncio.to_thread(self._store_attempts, attempts)
         await self._withdraw_abandoned()
         await self._drop_pointless(at_ms - POINTLESS_AFTER_MS)
         self._lines = {peer_id: line for peer_id, line in self._lines.items() if line.waiting or line.busy}
