@@ -93,7 +93,9 @@ def next_beat(now: float, seconds: float) -> float:
     if seconds < BEAT_SECONDS:
         return now + seconds
     earliest = now + seconds + _LATENESS_SECONDS - BEAT_SECONDS
-    return _PHASE_SECONDS + BEAT_SECONDS * math.ceil((earliest - _PHASE_SECONDS) / BEAT_SECONDS)
+    beat = _PHASE_SECONDS + BEAT_SECONDS * math.ceil((earliest - _PHASE_SECONDS) / BEAT_SECONDS)
+    # To the very number that the loop's clock, which counts milliseconds, will show then.
+    return round(beat, 3)
 
 
 async def _pause_until(stop: asyncio.Event, when: float) -> bool:

@@ -77,7 +77,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     hop = Hop()
     watch = PeerWatch(settings, engine, keyring, directory, hop)
     leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers), hop)
-    relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows)
+    relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows, hop)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
     bus_ids = {peer.system_id for peer in settings.bus_peers}
