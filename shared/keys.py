@@ -47,3 +47,8 @@ def parse_key_size(text: str) -> int:
 def parse_entropy_size(text: str) -> int:
     """A minentropy in bits (draft 4.3); ValueError with a sentence otherwise."""
     return _parse_bits(text, "minentropy", MIN_ENTROPY_BITS, MAX_ENTROPY_BITS)
+
+
+def counted_before_ms(key_ttl_seconds: int) -> int:
+    """For how long before a key in stock is too old to be given out it no longer counts, so that another is made."""
+    return min(10_000, key_ttl_seconds * 1000 // 16)

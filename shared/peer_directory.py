@@ -9,7 +9,8 @@ used meanwhile, because the KP that could have opened what is sealed to it may b
 Announcements of bus peers come only from what they sent to this KP, those of others only from the store: whoever
 can write into one of the two places must not speak for a KP of the other.
 
-``refresh`` blocks and belongs in a thread; it reads and verifies only what changed. The reading methods look
+``refresh`` blocks and belongs in a thread; it reads and verifies only what changed. Whoever looks at the digests each
+second (``shared.store.glances``) spares it as long as ``is_current`` says so. The reading methods look
 at one snapshot that is replaced as a whole, so any thread may call them at any time. While the store is away
 the last snapshot stays. Leaves to others: who writes announcements (janitor, syncer) and the SQL
 (``shared.store.peers``).
@@ -17,7 +18,7 @@ the last snapshot stays. Leaves to others: who writes announcements (janitor, sy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -32,6 +33,7 @@ from shared.logs import get_logger
 from shared.peers_config import PeerSettings
 from shared.pins import PinBook
 from shared.store import peers as peer_store
+from shared.store.glances import Digests
 from shared.store.peers import Pin
 from shared.system_ids import RemoteSystemIds
 
@@ -112,17 +114,22 @@ class PeerDirectory:
         self._pins_read_ms = 0
         self._reported: dict[str, tuple[bytes, int]] = {}
 
-    def refresh(self, now_ms: int, also_read: Callable[[Connection], None] = lambda _connection: None) -> None:
-        """Takes in what changed in the store since the last call. Raises StoreUnavailable, StoreRefused.
+    def is_current(self, digests: Digests, now_ms: int) -> bool:
+        """Whether ``refresh`` would change nothing, where these are the digests in the store now."""
+        snapshot = self._snapshot
+        return (
+            self._relevant(digests) == {k: known.stored_digest for k, known in snapshot.known.items()}
+            and self._is_quiet(snapshot)
+            and now_ms - self._pins_read_ms < PIN_REREAD_MS
+        )
 
-        ``also_read`` is what the caller reads each time as well, in the same transaction.
-        """
+    def refresh(self, now_ms: int) -> None:
+        """Takes in what changed in the store since the last call. Raises StoreUnavailable, StoreRefused."""
         with self._refreshing:
             presented = self._recently_presented(now_ms)
             with driver_errors(), self._engine.begin() as connection:
                 self._write_presented(connection, presented)
                 snapshot, pins_read_ms = self._read(connection, now_ms)
-                also_read(connection)
             # Only now: a pin that was not committed must not be gone by.
             self._snapshot, self._pins_read_ms = snapshot, pins_read_ms
             self._written.update(presented)
@@ -174,8 +181,7 @@ class PeerDirectory:
     def _read(self, connection: Connection, now_ms: int) -> tuple[_Snapshot, int]:
         old = self._snapshot
         known = self._read_known(connection, old.known)
-        quiet = not old.conflicts and not self._presented
-        if known == old.known and quiet and now_ms - self._pins_read_ms < PIN_REREAD_MS:
+        if known == old.known and self._is_quiet(old) and now_ms - self._pins_read_ms < PIN_REREAD_MS:
             return old, self._pins_read_ms
         stored = peer_store.fetch_pins(connection, self._local_id)
         pins = self._believed(stored) | self._configured
@@ -212,11 +218,16 @@ class PeerDirectory:
     def _read_digests(self, connection: Connection) -> dict[str, bytes]:
         """Of the KPs that matter here, each from the one place where its announcements are."""
         if self._bus_ids:
-            found, sent = peer_store.fetch_all_digests(connection, self._local_id)
-        else:
-            found, sent = peer_store.fetch_announcement_digests(connection), {}
-        digests = {k: found[k] for k in found if k not in self._bus_ids and self.allows(k)}
-        return digests | {k: sent[k] for k in sent if k in self._bus_ids}
+            return self._relevant(Digests(*peer_store.fetch_all_digests(connection, self._local_id)))
+        return self._relevant(Digests(peer_store.fetch_announcement_digests(connection), {}))
+
+    def _relevant(self, digests: Digests) -> dict[str, bytes]:
+        found, sent = digests.found, digests.sent
+        relevant = {k: found[k] for k in found if k not in self._bus_ids and self.allows(k)}
+        return relevant | {k: sent[k] for k in sent if k in self._bus_ids}
+
+    def _is_quiet(self, snapshot: _Snapshot) -> bool:
+        return not snapshot.conflicts and not self._presented
 
     def _read_body(self, connection: Connection, system_id: str) -> bytes | None:
         if system_id in self._bus_ids:

@@ -32,6 +32,7 @@ from services.api.tls.serving import Tls
 from shared.config import Settings, config_from_argv
 from shared.database import make_engine
 from shared.errors import BackendError
+from shared.hop import Hop
 from shared.keyring import Keyring
 from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
 from shared.logs import configure_logging, get_logger
@@ -68,12 +69,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     )
     sealer = Sealer(settings.local_system_id, keyring.identity, directory)
     opener = Opener(keyring, directory)
-    view = StoreView(settings, keyring, directory, sealer, opener)
+    hop = Hop()
+    view = StoreView(settings, keyring, directory, sealer, opener, hop)
     issue: Lane[IssueRequest, IssuedKey] = make_lane(
         settings, "issue", functools.partial(IssueBatch, sealer, settings.key_ttl_seconds)
     )
     claim: Lane[ClaimRequest, ClaimedKey] = make_lane(settings, "claim", functools.partial(ClaimBatch, opener))
-    links = BusLinks(settings, engine, keyring, directory) if settings.bus_peers else None
+    links = BusLinks(settings, keyring, directory, hop) if settings.bus_peers else None
     skip = SkipMethods(settings, directory, issue, claim, links)
     tls = Tls(settings)
     sync = _make_sync(settings, directory, links) if links is not None else None
@@ -106,6 +108,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await runner.cleanup()
             await issue.close()
             await claim.close()
+            view.close()
             engine.dispose()
 
 

@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import Engine
-
 from services.api import metrics
 from services.api.arrivals import Arrivals
 from services.api.batching import Lane
@@ -27,6 +25,7 @@ from services.api.stock_claiming import StockClaimBatch, StockOpener, StockReque
 from services.api.stocking import StockKeeper, StockMaker, low_mark
 from shared.config import Settings
 from shared.errors import Overloaded, PeerNotReady
+from shared.hop import Hop
 from shared.keyring import Keyring
 from shared.keys import DEFAULT_KEY_BITS
 from shared.lifecycle import every
@@ -52,7 +51,7 @@ class _Lanes:
 class BusLinks:
     """Of one event loop. Works only inside ``running``."""
 
-    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
+    def __init__(self, settings: Settings, keyring: Keyring, directory: PeerDirectory, hop: Hop) -> None:
         local_id = settings.local_system_id
         self._settings = settings
         self._peers = {peer.system_id: peer for peer in settings.bus_peers}
@@ -65,7 +64,7 @@ class BusLinks:
         self._settler = Settler(self._lanes.settle, settings.sync_timeout_seconds, settings.max_queue)
         self._arrivals = Arrivals(settings.retrieve_wait_seconds)
         maker = StockMaker(settings.mysql, local_id, settings.key_ttl_seconds, self._sealers[1])
-        self._keeper = StockKeeper(settings, engine, maker, self._tell_outbox)
+        self._keeper = StockKeeper(settings, maker, hop, self._tell_outbox)
         self.bus = ProcessBus(settings.rabbitmq_url, local_id, f"skip-api {local_id}", self._on_nudge)
 
     def covers(self, system_id: str) -> bool:

@@ -20,6 +20,7 @@ from services.api.access_log import ENTRY, Entry
 from services.api.responses import RouteError, error_response
 from services.api.tls.callers import Caller
 from services.api.tls.reading import TooMuchBesideData
+from shared.lifecycle import next_beat
 from shared.logs import get_logger, new_correlation_id
 
 MAX_LINE_BYTES = 2048
@@ -200,7 +201,8 @@ class BoundedServer(web.Server):
                 if reason:
                     _log.warning("connection ended", client=_client(connection), reason=reason)
                     _abort(connection)
-            await asyncio.sleep(_SWEEP_SECONDS)
+            now = self._loop.time()
+            await asyncio.sleep(next_beat(now, _SWEEP_SECONDS) - now)
             if self.evicted > evicted:
                 _log.warning("connections evicted", count=self.evicted - evicted, limit=self.max_connections)
 

@@ -18,24 +18,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Engine
-
 from services.api import metrics
 from services.api.issuing import Sealer
 from services.api.placing import pack_records
 from services.api.stock_claiming import usable_until_ms
 from shared.clock import now_ms
 from shared.config import MySqlSettings, PeerSettings, Settings
-from shared.database import driver_errors
 from shared.election import Election
 from shared.errors import BackendError, NoEntropy, PeerNotReady, SkipbusError
-from shared.keys import DEFAULT_KEY_BITS, new_key_id
+from shared.glance import Glance
+from shared.hop import Hop
+from shared.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
+from shared.lifecycle import next_beat
 from shared.logs import get_logger
 from shared.sealing import KeyRecord
+from shared.store.glances import look_at_stock
 from shared.store.packets import OutboxRow
 from shared.store.placing import KEY_STOCKED
 from shared.store.steps import StepsRunner
-from shared.store.stock import StockLevel, commit_stocked, fetch_held, fetch_stock_levels
+from shared.store.stock import StockLevel, commit_stocked
 
 BATCH = 500
 ROUND_SECONDS = 1.0
@@ -50,7 +51,7 @@ _log = get_logger("stock")
 
 def counted_until_ms(at_ms: int, key_ttl_seconds: int) -> int:
     """How long (UTC ms) a key must live to count as stock: a little longer than to be given out."""
-    return usable_until_ms(at_ms, key_ttl_seconds) + min(10_000, key_ttl_seconds * 1000 // 16)
+    return usable_until_ms(at_ms, key_ttl_seconds) + counted_before_ms(key_ttl_seconds)
 
 
 def low_mark(peer: PeerSettings) -> int:
@@ -60,10 +61,11 @@ def low_mark(peer: PeerSettings) -> int:
 
 @dataclass(frozen=True)
 class StockReading:
-    """What was counted: usable stock by peer, and the stock of others that waits here, by source."""
+    """What was counted, and how long that took: usable stock by peer, and others' stock that waits here, by source."""
 
     levels: Mapping[str, StockLevel]
     held: Mapping[str, int]
+    seconds: float = 0.0
 
 
 class StockMaker:
@@ -117,11 +119,12 @@ def _fresh_key() -> tuple[bytes, bytes]:
 class StockKeeper:
     """Counts stock and has it made. ``on_made`` is called on the event loop when there are new outbox rows."""
 
-    def __init__(self, settings: Settings, engine: Engine, maker: StockMaker, on_made: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, maker: StockMaker, hop: Hop, on_made: Callable[[], None]) -> None:
         self._local_id = settings.local_system_id
         self._key_ttl_seconds = settings.key_ttl_seconds
         self._peers = {peer.system_id: peer for peer in settings.bus_peers if peer.stock > 0}
-        self._engine = engine
+        self._glance = Glance(settings.mysql)
+        self._hop = hop
         self._maker = maker
         self._on_made = on_made
         self._election = Election(settings.mysql, f"stock {self._local_id}")
@@ -133,7 +136,6 @@ class StockKeeper:
         self._empty: set[str] = set()
         self._filling: set[str] = set()
         self._unready: set[str] = set()
-        self._counting_seconds = 0.0
         self.reading = StockReading({}, {})
 
     def has(self, peer_id: str) -> bool:
@@ -172,17 +174,18 @@ class StockKeeper:
             await self._rest()
 
     def close(self) -> None:
-        """Gives up the election and the connection."""
+        """Gives up the election and the connections."""
         self._election.release()
+        self._glance.close()
         self._maker.close()
 
     async def _round(self, stop: asyncio.Event) -> None:
         """Counts, and makes what is missing for at most a second, so that the count does not grow old meanwhile."""
         self._wake.clear()
-        started, counted_from = time.monotonic(), dict(self._taken)
-        self._take_over(await asyncio.to_thread(self._count), counted_from)
-        self._counting_seconds = time.monotonic() - started
-        if not self._peers or not await asyncio.to_thread(self._is_elected):
+        counted_from = dict(self._taken)
+        reading, elected = await self._hop.run(self._look)
+        self._take_over(reading, counted_from)
+        if not elected:
             return
         due = {peer_id: missing for peer_id in self._peers if (missing := self._missing(peer_id))}
         until = time.monotonic() + ROUND_SECONDS
@@ -231,14 +234,16 @@ class StockKeeper:
         for peer_id, level in reading.levels.items():
             metrics.show_stock(peer_id, level.placed, level.in_flight)
 
+    def _look(self) -> tuple[StockReading, bool]:
+        return self._count(), self._is_elected()
+
     def _count(self) -> StockReading:
-        until_ms = counted_until_ms(now_ms(), self._key_ttl_seconds)
-        with driver_errors(), self._engine.connect() as connection:
-            levels = {i: fetch_stock_levels(connection, self._local_id, i, until_ms) for i in self._peers}
-            return StockReading(levels, fetch_held(connection, self._local_id))
+        started, until_ms = time.monotonic(), counted_until_ms(now_ms(), self._key_ttl_seconds)
+        levels, held = self._glance.read(lambda c: look_at_stock(c, self._local_id, self._peers, until_ms))
+        return StockReading(levels, held, time.monotonic() - started)
 
     def _is_elected(self) -> bool:
-        elected = self._election.held() or self._election.acquire()
+        elected = bool(self._peers) and (self._election.held() or self._election.acquire())
         if elected != self._elected:
             _log.info("elected" if elected else "not elected")
         self._elected = elected
@@ -250,8 +255,10 @@ class StockKeeper:
         self._unready.add(peer_id)
 
     async def _rest(self) -> None:
-        shortest = max(_SHORTEST_PAUSE_SECONDS, self._counting_seconds / _COUNTING_SHARE)
-        await asyncio.sleep(shortest)
+        """Until the next beat, or until woken; counting again has to wait for a while all the same."""
+        loop = asyncio.get_running_loop()
+        earliest = loop.time() + max(_SHORTEST_PAUSE_SECONDS, self.reading.seconds / _COUNTING_SHARE)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, ROUND_SECONDS - shortest)):
+            async with asyncio.timeout_at(next_beat(loop.time(), ROUND_SECONDS)):
                 await self._wake.wait()
+        await asyncio.sleep(earliest - loop.time())

@@ -6,21 +6,22 @@ reading stays, with its age. The store's schema is brought up to date by the fir
 
 from __future__ import annotations
 
-import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from sqlalchemy import Connection
 
 from services.api.claiming import Opener
 from services.api.issuing import Sealer
 from shared.clock import now_ms
 from shared.config import Settings
 from shared.epochs import current_epoch
+from shared.glance import Glance
+from shared.hop import Hop
 from shared.keyring import Keyring, check_pinned_identity
 from shared.peer_directory import PeerDirectory
-from shared.store.messages import PeerRow, fetch_peer_rows
-from shared.store.processes import ProcessSeen, fetch_processes
+from shared.store.glances import look_at_view
+from shared.store.messages import PeerRow
+from shared.store.processes import ProcessSeen
 from shared.store_start import bring_up_to_date
 
 # A reading every second: three missed ones, or one that hangs, and the store counts as away.
@@ -46,7 +47,12 @@ class StoreView:
         directory: PeerDirectory,
         sealer: Sealer,
         opener: Opener,
+        hop: Hop,
     ) -> None:
+        local_id, bus = settings.local_system_id, bool(settings.bus_peers)
+        self._look = functools.partial(look_at_view, local_id=local_id, bus=bus)
+        self._glance = Glance(settings.mysql)
+        self._hop = hop
         self._settings = settings
         self._keyring = keyring
         self._directory = directory
@@ -71,7 +77,11 @@ class StoreView:
 
     async def refresh(self) -> None:
         """One reading. Raises BackendError while the store is away, KeyringError for one it does not know."""
-        await asyncio.to_thread(self._refresh)
+        await self._hop.run(self._refresh)
+
+    def close(self) -> None:
+        """Gives its connection back."""
+        self._glance.close()
 
     def _refresh(self) -> None:
         at_ms = now_ms()
@@ -80,14 +90,9 @@ class StoreView:
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
-        reading = self.reading
-
-        def read(connection: Connection) -> None:
-            nonlocal reading
-            peers = tuple(fetch_peer_rows(connection, self._settings.local_system_id))
-            processes = tuple(fetch_processes(connection, self._settings.local_system_id))
-            reading = Reading(now_ms(), peers, processes)
-
-        self._directory.refresh(at_ms, read)
+        digests, peers, processes = self._glance.read(self._look)
+        reading = Reading(now_ms(), tuple(peers), tuple(processes))
+        if not self._directory.is_current(digests, at_ms):
+            self._directory.refresh(at_ms)
         check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
         self.reading = reading

@@ -22,15 +22,18 @@ from shared.clock import now_ms
 from shared.config import Settings, config_from_argv
 from shared.database import driver_errors, make_engine
 from shared.election import Election
+from shared.glance import Glance
 from shared.keyring import Keyring
 from shared.lifecycle import Stopped, every, run_service, stop_group
 from shared.logs import configure_logging, get_logger
 from shared.metrics import serve_metrics
+from shared.store.glances import look_at_due
 from shared.store.processes import upsert_process
 from shared.store_start import bring_up_to_date
 
 _TICK_SECONDS = 1.0
 _SWEEP_EVERY_TICKS = 15
+_LIST_EPOCHS_EVERY_TICKS = 5
 
 _log = get_logger("janitor")
 
@@ -73,7 +76,8 @@ class Janitor:
         self._election = Election(settings.mysql, f"janitor {settings.local_system_id}")
         self._epochs = EpochKeeper(settings, engine, keyring)
         self._zeroizer = Zeroizer(engine, settings.local_system_id, self._go_on)
-        self._elected = False
+        self._glance = Glance(settings.mysql)
+        self._elected = self._listed = False
         self._schema_checked = False
         self._ticks = 0
         self.registry = CollectorRegistry()
@@ -89,8 +93,9 @@ class Janitor:
         await asyncio.to_thread(self._tell)
 
     def close(self) -> None:
-        """Gives up the election."""
+        """Gives up the election and the connection."""
         self._election.release()
+        self._glance.close()
 
     def _tick(self) -> None:
         if not self._schema_checked:
@@ -100,15 +105,23 @@ class Janitor:
             self._tell()
         if not self._is_elected():
             return
-        self._epochs.tend(now_ms())
-        self._zeroized.inc(self._zeroizer.zeroize_own(now_ms()))
+        self._epochs.tend(now_ms(), look=self._ticks % _LIST_EPOCHS_EVERY_TICKS == 0 or not self._listed)
+        self._listed = True
+        due = self._glance.read(lambda c: look_at_due(c, self._settings.local_system_id, now_ms()))
+        self._epochs.announce(now_ms(), due.digest)
+        if due.expired:
+            self._zeroized.inc(self._zeroizer.zeroize_own(now_ms()))
         if self._ticks % _SWEEP_EVERY_TICKS == 0:
             self._zeroized.inc(self._zeroizer.zeroize_abandoned(now_ms()))
             prune(self._engine, self._settings.local_system_id, now_ms(), self._go_on)
         self._ticks += 1
 
     def _is_elected(self) -> bool:
-        elected = self._election.held() or self._election.acquire()
+        held = self._election.held()
+        elected = held or self._election.acquire()
+        if not held:
+            # Another janitor may have been the elected one, and have made epochs.
+            self._listed = False
         if elected != self._elected:
             _log.info("elected" if elected else "not elected", instance=_instance())
             self._elected = elected

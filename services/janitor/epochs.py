@@ -19,7 +19,6 @@ from shared.hybrid import HybridPrivateKey
 from shared.keyring import Keyring, PrivateEpoch, check_pinned_identity
 from shared.logs import get_logger
 from shared.store.peers import (
-    fetch_announcement_digests,
     fetch_announcement_issued_ms,
     insert_pin,
     upsert_announcement,
@@ -42,12 +41,16 @@ class EpochKeeper:
         self._announced: frozenset[bytes] | None = None
         self._digest = b""
 
-    def tend(self, now_ms: int) -> None:
-        """Destroys, makes, announces. Raises KeyringError, OperatorError, StoreUnavailable, StoreRefused."""
-        self._read_new_files()
+    def tend(self, now_ms: int, *, look: bool = True) -> None:
+        """Destroys and makes. Needs no store. Raises KeyringError, OperatorError.
+
+        Without ``look`` the folder is believed to hold what it held at the last call, unless something is to be
+        destroyed: to list it costs more than all else, and nobody but the elected janitor writes there.
+        """
+        if look or any(epoch.span.destroy_ms <= now_ms for epoch in self._epochs.values()):
+            self._read_new_files()
         self._destroy_ended(now_ms)
         self._make_missing(now_ms)
-        self._announce(now_ms)
 
     def _read_new_files(self) -> None:
         present = set(self._keyring.epoch_ids())
@@ -96,10 +99,15 @@ class EpochKeeper:
         if spans:
             _log.info("epochs made", count=len(spans), from_ms=spans[0].starts_ms, until_ms=spans[-1].ends_ms)
 
-    def _announce(self, now_ms: int) -> None:
+    def announce(self, now_ms: int, stored_digest: bytes | None) -> None:
+        """Announces the epochs that ``tend`` has left, unless that announcement is the stored one, by its digest.
+
+        Raises KeyringError, StoreUnavailable, StoreRefused.
+        """
         usable = {i: epoch for i, epoch in self._epochs.items() if epoch.span.ends_ms > now_ms}
         current = frozenset(usable)
-        if current == self._announced and self._is_stored():
+        # The store may have been emptied, or an old announcement put back.
+        if current == self._announced and stored_digest == self._digest:
             return
         epochs = tuple(sorted(usable.values(), key=lambda epoch: epoch.span.starts_ms))
         with driver_errors(), self._engine.begin() as connection:
@@ -113,8 +121,3 @@ class EpochKeeper:
             upsert_announcement(connection, announcement, body)
         self._announced, self._digest = current, digest(body)
         _log.info("announced", epochs=len(usable), octets=len(body))
-
-    def _is_stored(self) -> bool:
-        """Whether the store still has this very announcement: it may have been emptied, or an old one put back."""
-        with driver_errors(), self._engine.connect() as connection:
-            return fetch_announcement_digests(connection).get(self._settings.local_system_id) == self._digest

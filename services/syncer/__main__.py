@@ -37,6 +37,7 @@ from shared.clock import now_ms
 from shared.config import Settings, config_from_argv
 from shared.database import driver_errors, make_engine
 from shared.errors import StoreUnavailable
+from shared.hop import Hop
 from shared.keyring import Keyring
 from shared.lifecycle import every, run_service
 from shared.logs import configure_logging, get_logger
@@ -73,9 +74,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     numbers = Numbers()
     links = {peer.system_id: HttpsLink(peer, stop.is_set) for peer in settings.peers.values() if peer.endpoint}
     outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
-    watch = PeerWatch(settings, engine, keyring, directory)
-    leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers))
-    relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows)
+    hop = Hop()
+    watch = PeerWatch(settings, engine, keyring, directory, hop)
+    leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers), hop)
+    relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows, hop)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
     bus_ids = {peer.system_id for peer in settings.bus_peers}
@@ -87,7 +89,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     refuser = Refuser(local_id, directory, refusals, replies, watch.clocks)
     intake = Intake(bus, settings.heartbeat_seconds)
     inbox = Inbox(intake, directory, examiner, effects, relay, replies, complaints, refuser)
-    stock = StockWatch(settings, engine, leader, lambda: complaints.tell(Aftermath(stock_changed=True)))
+    stock = StockWatch(settings, engine, leader, hop, lambda: complaints.tell(Aftermath(stock_changed=True)))
     signs = SignsOfLife(engine, local_id, bus)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)
 
@@ -112,6 +114,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         for link in links.values():
             await link.close()
         await asyncio.to_thread(leader.close)
+        watch.close()
+        stock.close()
         effects.close()
         engine.dispose()
 

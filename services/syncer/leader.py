@@ -7,7 +7,6 @@ something in memory knows to read it again.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
 from services.syncer import metrics
@@ -15,6 +14,7 @@ from services.syncer.numbers import Reservation
 from shared.config import MySqlSettings
 from shared.election import Election
 from shared.errors import BackendError
+from shared.hop import Hop
 from shared.logs import get_logger
 
 _log = get_logger("leader")
@@ -23,7 +23,8 @@ _log = get_logger("leader")
 class Leader:
     """Asks once a second whether this syncer is the elected one."""
 
-    def __init__(self, mysql: MySqlSettings, local_id: str, reservation: Reservation) -> None:
+    def __init__(self, mysql: MySqlSettings, local_id: str, reservation: Reservation, hop: Hop) -> None:
+        self._hop = hop
         self._reservation = reservation
         self._election = Election(mysql, f"syncer {local_id}")
         self.elected = False
@@ -33,7 +34,7 @@ class Leader:
         """Holds on to the lock or tries to get it. Raises StoreUnavailable, StoreRefused: then it is not held."""
         elected = False
         try:
-            elected = await asyncio.to_thread(self._try)
+            elected = await self._hop.run(self._try)
         finally:
             self._settle(elected)
 

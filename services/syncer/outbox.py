@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from itertools import groupby
 
 from sqlalchemy import Engine
@@ -34,6 +34,8 @@ from shared.config import Settings
 from shared.database import driver_errors
 from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.errors import BackendError, StoreRefused, StoreUnavailable
+from shared.hop import Hop
+from shared.lifecycle import next_beat
 from shared.logs import get_logger
 from shared.sealing import SealedWrappingKey
 from shared.store import messages, relaying
@@ -59,6 +61,8 @@ MAX_DROPPED = 32
 # What takes longer is bulk that nobody waits for.
 MAX_SIGNED_AHEAD_BYTES = 64 * 1024
 
+_InThread = Callable[[Callable[[], tuple[list[Waiting], bool]]], Awaitable[tuple[list[Waiting], bool]]]
+
 _log = get_logger("outbox")
 
 
@@ -74,6 +78,7 @@ class Relay:
         outgoing: Outgoing,
         stopping: Callable[[], bool],
         new_rows: asyncio.Event,
+        hop: Hop,
     ) -> None:
         """``new_rows`` is set by whoever knows of some."""
         self._engine = engine
@@ -91,9 +96,10 @@ class Relay:
         self._letters = LetterMaker()
         self._malformed: set[tuple[str, int]] = set()
         self._wake = new_rows
+        self._hop = hop
         self._term = 0
         self._read_at = 0.0
-        self._ticked_at = 0.0
+        self._tick_at = 0.0
         self._refused = False
 
     def wake(self) -> None:
@@ -142,20 +148,21 @@ class Relay:
 
     async def _pause(self) -> None:
         """Until there are new rows, or the next tick."""
-        left = max(0.0, self._ticked_at + TICK_SECONDS - time.monotonic())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left):
+            async with asyncio.timeout_at(self._tick_at):
                 await self._wake.wait()
 
     async def _round(self) -> None:
         self._wake.clear()
-        due = time.monotonic() - self._ticked_at >= TICK_SECONDS
+        now = asyncio.get_running_loop().time()
+        due = now >= self._tick_at
         if due:
-            self._ticked_at = time.monotonic()
+            self._tick_at = next_beat(now, TICK_SECONDS)
         if not self._leader.elected:
             return
         await self._take_over()
-        await self._number_all()
+        # At a beat nobody has said that there is anything: it goes with what others ask then.
+        await self._number_all(self._hop.run if due else asyncio.to_thread)
         if due:
             await self._tick()
 
@@ -187,10 +194,10 @@ class Relay:
         with driver_errors(), self._engine.connect() as connection:
             return messages.fetch_envelopes(connection, self._local_id)
 
-    async def _number_all(self) -> None:
+    async def _number_all(self, in_thread: _InThread) -> None:
         more = True
         while more and not self._stopping():
-            numbered, more = await asyncio.to_thread(self._number)
+            numbered, more = await in_thread(self._number)
             for waiting in numbered:
                 line = self._line(waiting.peer_id)
                 line.add(waiting)
@@ -204,7 +211,8 @@ class Relay:
         for line in self._lines.values():
             self._sending.queue(line, line.due(self._watch.status(line.peer_id), at_ms))
         metrics.OUTBOX.set(sum(len(line.waiting) for line in self._lines.values()))
-        await asyncio.to_thread(self._store_attempts, [line.take_attempts() for line in self._lines.values()])
+        if attempts := [taken for line in self._lines.values() if (taken := line.take_attempts())]:
+            await asyncio.to_thread(self._store_attempts, attempts)
         await self._withdraw_abandoned()
         await self._drop_pointless(at_ms - POINTLESS_AFTER_MS)
         self._lines = {peer_id: line for peer_id, line in self._lines.items() if line.waiting or line.busy}

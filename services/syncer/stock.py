@@ -2,11 +2,14 @@
 
 Keys are made and given out by the api, because the syncer never sees one in clear. Here is only what follows from
 time and from the peer's word. A key in stock is useful while at least half of its lifetime would be left at the target.
+It is not given out after that, dropped or not, and no longer counted for a while before that, so that its successor is
+there: to look twice in such a while for what has grown too old is early enough.
 """
 
 from __future__ import annotations
 
-import asyncio
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from sqlalchemy import Connection, Engine
@@ -17,8 +20,12 @@ from shared import wire
 from shared.clock import now_ms
 from shared.config import Settings
 from shared.database import driver_errors
+from shared.glance import Glance
+from shared.hop import Hop
+from shared.keys import counted_before_ms
 from shared.logs import get_logger
 from shared.store import messages, stock_kept
+from shared.store.glances import look_at_oldest_stock
 from shared.store.stock_kept import StockRow
 
 BATCH = 1_000
@@ -29,22 +36,36 @@ _log = get_logger("stock")
 class StockWatch:
     """Works only while this syncer is the elected one. ``on_change`` is called on the event loop after a change."""
 
-    def __init__(self, settings: Settings, engine: Engine, leader: Leader, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, leader: Leader, hop: Hop, on_change: Callable[[], None]
+    ) -> None:
         self._local_id = settings.local_system_id
         self._useful_ms = settings.key_ttl_seconds * 1000 // 2
         self._bus_ids = frozenset(peer.system_id for peer in settings.bus_peers)
         self._engine = engine
+        self._glance = Glance(settings.mysql)
         self._leader = leader
+        self._hop = hop
+        self._look_seconds = counted_before_ms(settings.key_ttl_seconds) / 2000
+        self._look_at = 0.0
         self._on_change = on_change
 
     async def tick(self) -> None:
-        """Drops what has grown too old. Raises StoreUnavailable, StoreRefused."""
-        if self._leader.elected and await asyncio.to_thread(self._drop_old):
+        """Drops what has grown too old, where it is time to look. Raises StoreUnavailable, StoreRefused."""
+        now = time.monotonic()
+        if not self._leader.elected or now < self._look_at:
+            return
+        changed = await self._hop.run(self._drop_old)
+        self._look_at = now + self._look_seconds
+        if changed:
             self._on_change()
 
+    def close(self) -> None:
+        """Gives its connection back."""
+        self._glance.close()
+
     def _drop_old(self) -> bool:
-        with driver_errors(), self._engine.connect() as connection:
-            oldest_ms = stock_kept.fetch_oldest_stock(connection, self._local_id)
+        oldest_ms = self._glance.read(functools.partial(look_at_oldest_stock, local_id=self._local_id))
         at_ms = now_ms()
         old = [peer_id for peer_id, expires_ms in oldest_ms.items() if expires_ms < at_ms + self._useful_ms]
         dropped = {peer_id: self._drop_of(peer_id, at_ms) for peer_id in old}

@@ -6,6 +6,7 @@ Brings the schema up to date at the first reading that reaches the store; nothin
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter
 
 from sqlalchemy import Engine
@@ -14,11 +15,14 @@ from services.syncer import metrics
 from services.syncer.clocks import Clocks
 from shared.clock import now_ms
 from shared.config import Settings
+from shared.glance import Glance
+from shared.hop import Hop
 from shared.keyring import Keyring, check_pinned_identity
 from shared.liveness import PeerStatus, peer_status
 from shared.logs import get_logger
 from shared.peer_directory import PeerDirectory
-from shared.store.messages import PeerSigns, fetch_peer_signs
+from shared.store.glances import look_at_signs
+from shared.store.messages import PeerSigns
 from shared.store_start import bring_up_to_date
 
 _log = get_logger("watch")
@@ -27,7 +31,13 @@ _log = get_logger("watch")
 class PeerWatch:
     """Keeps the directory fresh and tells when a peer comes, falls silent or goes."""
 
-    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory, hop: Hop
+    ) -> None:
+        local_id, bus = settings.local_system_id, bool(settings.bus_peers)
+        self._look = functools.partial(look_at_signs, local_id=local_id, bus=bus)
+        self._glance = Glance(settings.mysql)
+        self._hop = hop
         self._settings = settings
         self._keyring = keyring
         self._directory = directory
@@ -37,7 +47,7 @@ class PeerWatch:
 
     async def tick(self) -> None:
         """One reading. Raises StoreUnavailable, StoreRefused; KeyringError where the store knows another identity."""
-        rows = await asyncio.to_thread(self._read)
+        rows = await self._hop.run(self._read)
         self._compare({row.peer_id: row for row in rows}, now_ms())
         self.clocks.tell(rows)
         self.ready.set()
@@ -46,14 +56,18 @@ class PeerWatch:
         """What the peer's heartbeats said at the last reading."""
         return self._statuses.get(peer_id, "offline")
 
+    def close(self) -> None:
+        """Gives its connection back."""
+        self._glance.close()
+
     def _read(self) -> list[PeerSigns]:
         if not self.ready.is_set():
             bring_up_to_date(self._settings.mysql)
         self.clocks.write()
-        rows: list[PeerSigns] = []
-        local_id = self._settings.local_system_id
-        self._directory.refresh(now_ms(), lambda connection: rows.extend(fetch_peer_signs(connection, local_id)))
-        check_pinned_identity(self._keyring, self._directory.pin(local_id))
+        digests, rows = self._glance.read(self._look)
+        if not self._directory.is_current(digests, at_ms := now_ms()):
+            self._directory.refresh(at_ms)
+        check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
         return rows
 
     def _compare(self, rows: dict[str, PeerSigns], at_ms: int) -> None:

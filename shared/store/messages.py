@@ -366,17 +366,11 @@ def _of_peers(fields: Iterable[str]) -> Select[Any]:
 
 
 _PEER_ROWS = _of_peers(PeerRow.__dataclass_fields__)
-_PEER_SIGNS = _of_peers(PeerSigns.__dataclass_fields__)
 
 
 def fetch_peer_rows(connection: Connection, local_id: str) -> list[PeerRow]:
     """All that is known of the peers of ``local_id``. Prefix of the primary key."""
     return [PeerRow(*row) for row in connection.execute(_PEER_ROWS, {"local_id": local_id})]
-
-
-def fetch_peer_signs(connection: Connection, local_id: str) -> list[PeerSigns]:
-    """What the peers' heartbeats said, for who asks each second of hundreds. Prefix of the primary key."""
-    return [PeerSigns(*row) for row in connection.execute(_PEER_SIGNS, {"local_id": local_id})]
 
 
 def _is_envelope(local_id: str, peer_id: str, number: int) -> ColumnElement[bool]:

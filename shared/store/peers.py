@@ -53,7 +53,7 @@ def fetch_announcement_digests(connection: Connection) -> dict[str, bytes]:
     return {row.system_id: row.digest for row in connection.execute(_DIGESTS)}
 
 
-# Put together once, because they are asked each second.
+# Put together once, because they are asked again and again.
 _DIGESTS = select(A.c.system_id, A.c.digest)
 _ALL_DIGESTS = union_all(
     select(literal_column("0"), A.c.system_id, A.c.digest),

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, bindparam, func, select
+from sqlalchemy import Connection, func, select
 
 from shared.schema import STOCK as S
-from shared.schema import STOCK_HELD as H
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store.packets import (
     OutboxRow,
@@ -75,25 +74,13 @@ def commit_stocked(
     return commit([*first, _insert_copies(copies, row), insert_outbox_rows([row])])
 
 
-# Put together once, because they are asked each second.
-_LEVELS = select(func.count(), func.count(S.c.placed_ms)).where(
-    S.c.local_id == bindparam("local_id"),
-    S.c.peer_id == bindparam("peer_id"),
-    S.c.expires_ms >= bindparam("usable_until_ms"),
-)
-_HELD = select(H.c.source_id, func.count()).where(H.c.local_id == bindparam("local_id")).group_by(H.c.source_id)
-
-
 def fetch_stock_levels(connection: Connection, local_id: str, peer_id: str, usable_until_ms: int) -> StockLevel:
     """Counts a peer's stock that lives until ``usable_until_ms``. One stretch of the primary key."""
-    wanted = {"local_id": local_id, "peer_id": peer_id, "usable_until_ms": usable_until_ms}
-    total, placed = connection.execute(_LEVELS, wanted).one()
+    statement = select(func.count(), func.count(S.c.placed_ms)).where(
+        S.c.local_id == local_id, S.c.peer_id == peer_id, S.c.expires_ms >= usable_until_ms
+    )
+    total, placed = connection.execute(statement).one()
     return StockLevel(placed, total - placed)
-
-
-def fetch_held(connection: Connection, local_id: str) -> dict[str, int]:
-    """How much stock of each source waits at ``local_id``. Prefix of the primary key."""
-    return {row[0]: row[1] for row in connection.execute(_HELD, {"local_id": local_id})}
 
 
 def _insert_copies(copies: Sequence[KeyRecord], row: OutboxRow) -> str:

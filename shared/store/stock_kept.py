@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, bindparam, delete, func, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from shared.schema import STOCK as S
 from shared.store.packets import delete_listed, hexes, name
@@ -30,20 +30,6 @@ def update_stock_placed(connection: Connection, tokens: Collection[bytes], now_m
     return connection.execute(
         update(S).where(S.c.token.in_(tokens), S.c.placed_ms.is_(None)).values(placed_ms=now_ms)
     ).rowcount
-
-
-# Put together once, because it is asked each second.
-_OLDEST = (
-    select(S.c.peer_id, func.min(S.c.expires_ms)).where(S.c.local_id == bindparam("local_id")).group_by(S.c.peer_id)
-)
-
-
-def fetch_oldest_stock(connection: Connection, local_id: str) -> dict[str, int]:
-    """The peers that there is stock for, and when the first of each expires (UTC ms). Prefix of the primary key.
-
-    The key begins with peer and expiry, so one row of each peer is looked at.
-    """
-    return {row[0]: row[1] for row in connection.execute(_OLDEST, {"local_id": local_id})}
 
 
 def fetch_old_stock(connection: Connection, local_id: str, peer_id: str, before_ms: int, limit: int) -> list[StockRow]:

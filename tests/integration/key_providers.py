@@ -23,9 +23,11 @@ from shared.clock import now_ms
 from shared.config import Settings, load_settings
 from shared.database import connect, make_engine
 from shared.errors import SkipbusError
+from shared.glance import Glance
 from shared.keyring import Keyring
 from shared.migrate import upgrade_store
 from shared.peer_directory import PeerDirectory
+from shared.store.glances import look_at_due
 from shared.store.steps import run_steps
 from shared.system_ids import RemoteSystemIds
 
@@ -82,6 +84,17 @@ class Store:
         return int(self.rows(f"SELECT COUNT(*) FROM {table}")[0][0])
 
 
+def tend(keeper: EpochKeeper, at_ms: int, *, look: bool = True) -> None:
+    """What a janitor does each second: keeps the epochs, and announces what the store has not."""
+    keeper.tend(at_ms, look=look)
+    glance = Glance(keeper._settings.mysql)
+    try:
+        due = glance.read(lambda c: look_at_due(c, keeper._settings.local_system_id, at_ms))
+    finally:
+        glance.close()
+    keeper.announce(at_ms, due.digest)
+
+
 class KeyProvider:
     """One KP's parts. ``refresh`` makes it look at the store, as its api does every second."""
 
@@ -95,7 +108,7 @@ class KeyProvider:
         self.keeper = EpochKeeper(self.settings, self.engine, self.keyring)
         remote_ids = RemoteSystemIds([*self.settings.remote_system_ids, system_id], system_id)
         self.directory = PeerDirectory(self.engine, system_id, remote_ids, self.keyring.pins)
-        self.keeper.tend(now_ms())
+        tend(self.keeper, now_ms())
         self.sealer = Sealer(system_id, self.keyring.identity, self.directory)
         self.opener = Opener(self.keyring, self.directory)
 

@@ -24,6 +24,7 @@ from shared.database import connect
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store import (
     expiry,
+    glances,
     keys,
     messages,
     packets,
@@ -44,13 +45,17 @@ NOW_MS = 1_800_000_000_000
 KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
-MODULES = (expiry, keys, messages, peers, placing, processes, received, relaying, stock, stock_kept, wrapping_keys)
+MODULES = (
+    *(expiry, glances, keys, messages, peers, placing, processes, received, relaying, stock, stock_kept),
+    wrapping_keys,
+)
 
 # MariaDB (10.11 and 11.8) does not follow FORCE INDEX in a DELETE when most of a table's rows are asked for: it reads
 # them all and waits for those of other callers. A join from a list of the keyIds does not:
 # DELETE k FROM (SELECT 0x.. AS id UNION ALL ...) AS w STRAIGHT_JOIN key_records AS k ON k.key_id = w.id
 # What is asked for is the whole table: one row a KP, its long body left where it is.
 WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests", "fetch_all_digests"}
+ALL_DIGESTS = "SELECT system_id, digest FROM announcements"
 
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
 WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_MS, b"s", b"s")
@@ -83,7 +88,6 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "upsert_last_number": lambda c: messages.upsert_last_number(c, KP, 1),
     "update_last_number": lambda c: messages.update_last_number(c, KP, 2, 1),
     "upsert_heartbeats": lambda c: messages.upsert_heartbeats(c, KP, [messages.Beat(PEER, 1, 5000)], NOW_MS),
-    "fetch_peer_signs": lambda c: messages.fetch_peer_signs(c, KP),
     "upsert_clock_skew": lambda c: messages.upsert_clock_skew(c, KP, PEER, 1, 5000),
     "fetch_peer_rows": lambda c: messages.fetch_peer_rows(c, KP),
     "upsert_announcement": lambda c: peers.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
@@ -125,7 +129,6 @@ SQLALCHEMY_CALLS |= {
     "delete_withdrawn_records": lambda c: received.delete_withdrawn_records(c, KP, PEER, KEY_IDS),
     "insert_withdrawn_keys": lambda c: received.insert_withdrawn_keys(c, KP, PEER, [(KEY_IDS[0], NOW_MS)]),
     "update_stock_placed": lambda c: stock_kept.update_stock_placed(c, KEY_IDS, NOW_MS),
-    "fetch_oldest_stock": lambda c: stock_kept.fetch_oldest_stock(c, KP),
     "fetch_old_stock": lambda c: stock_kept.fetch_old_stock(c, KP, PEER, NOW_MS, 100),
     "fetch_stock_of_tokens": lambda c: stock_kept.fetch_stock_of_tokens(c, KP, KEY_IDS),
     "delete_stock": lambda c: stock_kept.delete_stock(
@@ -133,7 +136,6 @@ SQLALCHEMY_CALLS |= {
     ),
     "fetch_sealed_wrapping_keys": lambda c: wrapping_keys.fetch_sealed_wrapping_keys(c, KEY_IDS),
     "fetch_stock_levels": lambda c: stock.fetch_stock_levels(c, KP, PEER, NOW_MS),
-    "fetch_held": lambda c: stock.fetch_held(c, KP),
 }
 RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_issued": lambda c: run_steps(c, keys.commit_issued([RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16)),
@@ -165,6 +167,11 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "lock_envelope_rows": lambda c: run_steps(c, relaying.lock_envelope_rows(KP, PEER, [7, 8])),
     "commit_acknowledged": lambda c: run_steps(c, relaying.commit_acknowledged(KP, PEER, [5, 6], {"issued": 1})),
     "end_unchanged": lambda c: run_steps(c, relaying.end_unchanged()),
+    "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
+    "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
+    "look_at_stock": lambda c: glances.look_at_stock(c, KP, [PEER, "KP_19"], NOW_MS),
+    "look_at_oldest_stock": lambda c: glances.look_at_oldest_stock(c, KP),
+    "look_at_due": lambda c: glances.look_at_due(c, KP, NOW_MS),
 }
 
 
@@ -287,7 +294,7 @@ def test_statement_of_the_hot_path_uses_an_index(store: Store, name: str) -> Non
         connection.cursorclass = NotingCursor
         RAW_CALLS[name](connection)
     assert NotingCursor.noted
-    assert_indexed(store, [(statement, None) for statement in NotingCursor.noted])
+    assert_indexed(store, [(statement, None) for statement in NotingCursor.noted if statement != ALL_DIGESTS])
 
 
 @pytest.fixture

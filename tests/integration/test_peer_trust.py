@@ -22,9 +22,11 @@ from shared.errors import OperatorError
 from shared.hybrid import HybridPrivateKey
 from shared.identity import Identity, fingerprint
 from shared.keyring import Keyring
-from shared.peer_directory import PRESENTED_EVERY_MS, PRESENTED_KEPT_MS, PeerDirectory
+from shared.peer_directory import PIN_REREAD_MS, PRESENTED_EVERY_MS, PRESENTED_KEPT_MS, PeerDirectory
 from shared.peers_config import PeerSettings, identity_line
 from shared.store import messages
+from shared.store import peers as peer_store
+from shared.store.glances import Digests
 from shared.store.messages import PeerRow, PeerSigns, fetch_peer_rows
 from shared.store.peers import fetch_pin, upsert_announcement, upsert_bus_announcement
 from shared.system_ids import RemoteSystemIds
@@ -512,3 +514,52 @@ def test_a_configured_identity_is_not_changed_by_a_command(
     with store.engine.connect() as connection:
         assert fetch_pin(connection, ALICE, BOB) is None
     assert issubclass(OperatorError, Exception)
+
+
+def is_current(store: Store, directory: PeerDirectory, after_ms: int = 0) -> bool:
+    """What a process asks of the directory each second."""
+    with store.engine.connect() as connection:
+        digests = Digests(*peer_store.fetch_all_digests(connection, ALICE))
+    return directory.is_current(digests, now_ms() + after_ms)
+
+
+def test_a_directory_is_read_again_for_every_announcement_that_matters_and_for_no_other(
+    store: Store, bob: Identity, thief: Identity
+) -> None:
+    directory = directory_of(store, over_bus(bob))
+    assert is_current(store, directory)
+    for announce, name in ((announce_over_bus, BOB), (announce_in_store, "KP_Carol")):
+        announce(store, name, bob)
+        assert not is_current(store, directory)
+        directory.refresh(now_ms())
+        assert is_current(store, directory)
+    announce_in_store(store, "Nobody", bob)
+    announce_in_store(store, BOB, thief)
+    announce_over_bus(store, "KP_Carol", thief)
+    announce_over_bus(store, BOB, thief, local_id="KP_Carol")
+    assert is_current(store, directory)
+    store.rows("DELETE FROM bus_announcements WHERE local_id = %s AND system_id = %s", ALICE, BOB)
+    assert not is_current(store, directory)
+
+
+def test_a_directory_reads_pins_again_though_no_announcement_changes(
+    store: Store, bob: Identity, thief: Identity
+) -> None:
+    announce_in_store(store, BOB, bob)
+    directory = directory_of(store)
+    assert is_current(store, directory)
+    assert not is_current(store, directory, PIN_REREAD_MS)
+    store.rows("DELETE FROM announcements")
+    announce_in_store(store, BOB, thief)
+    directory.refresh(now_ms())
+    # Until an operator has decided, each second.
+    assert directory.conflicts()
+    assert not is_current(store, directory)
+
+
+def test_a_directory_is_read_again_where_another_identity_was_presented_over_the_bus(
+    store: Store, bob: Identity, thief: Identity
+) -> None:
+    directory = directory_of(store, over_bus(bob))
+    directory.note_presented(BOB, thief.public_key, now_ms())
+    assert not is_current(store, directory)

@@ -16,7 +16,7 @@ from services.api.tls.context import Recipe, make_context
 from services.api.tls.handshakes import TlsContext
 from shared.config import TlsSettings
 from shared.errors import OperatorError
-from shared.lifecycle import pause
+from shared.lifecycle import pause_to_beat
 from shared.logs import get_logger
 from shared.psk_file import PskKeys, read_psk_file
 
@@ -52,7 +52,7 @@ class Material:
 
     async def watch(self, stop: asyncio.Event, hangup: asyncio.Event) -> None:
         """Looks at the files every second, and at once after ``hangup``, until ``stop``."""
-        while await pause(stop, _LOOK_SECONDS) or hangup.is_set():
+        while await pause_to_beat(stop, _LOOK_SECONDS) or hangup.is_set():
             if stop.is_set():
                 return
             self.warn_of_ends()

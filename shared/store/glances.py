@@ -1,0 +1,121 @@
+"""What each process looks up once a second, in one packet for each look (``shared.glance``).
+
+Every look is by primary key, and counts or reads rows of one KP only. As in ``packets``, values stand in the statements
+as integers and hexadecimal literals alone. What has to be read before something is changed is locked and read by the
+modules that change it: a look says only whether that is worth while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from pymysql.connections import Connection
+
+from shared.store.messages import NOBODY, PeerRow, PeerSigns
+from shared.store.packets import name
+from shared.store.processes import ProcessSeen
+from shared.store.steps import Rows
+from shared.store.stock import StockLevel
+
+_PEER_ROW = ", ".join(PeerRow.__dataclass_fields__)
+_PEER_SIGNS = ", ".join(PeerSigns.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """Digests of announcements by system id: of all KPs in the store, and of what bus peers sent to one of them."""
+
+    found: dict[str, bytes]
+    sent: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What there is for a janitor to do: a record of its KP has expired, and which announcement of it is stored."""
+
+    expired: bool
+    digest: bytes | None
+
+
+def look_at_signs(connection: Connection, local_id: str, *, bus: bool) -> tuple[Digests, list[PeerSigns]]:
+    """For a syncer. Without ``bus`` it needs no right to what bus peers announced. One row a KP and one a peer."""
+    signs, *digests = _ask(connection, [_of_peers(_PEER_SIGNS, local_id), *_digests(local_id, bus=bus)])
+    return _read_digests(digests), [PeerSigns(*row) for row in signs]
+
+
+def look_at_view(
+    connection: Connection, local_id: str, *, bus: bool
+) -> tuple[Digests, list[PeerRow], list[ProcessSeen]]:
+    """For an api. One row a KP, one a peer and one a process."""
+    seen = f"SELECT role, instance, seen_ms, detail FROM processes WHERE local_id = {name(local_id)}"
+    peers, processes, *digests = _ask(connection, [_of_peers(_PEER_ROW, local_id), seen, *_digests(local_id, bus=bus)])
+    return _read_digests(digests), [PeerRow(*row) for row in peers], [ProcessSeen(*row) for row in processes]
+
+
+def look_at_stock(
+    connection: Connection, local_id: str, peer_ids: Collection[str], usable_until_ms: int
+) -> tuple[dict[str, StockLevel], dict[str, int]]:
+    """Each of these peers' stock that lives until ``usable_until_ms``, and how much stock of each source waits here.
+
+    One stretch of the primary key for each peer, and one for ``local_id``.
+    """
+    levels = [
+        "SELECT COUNT(*), COUNT(placed_ms) FROM stock "
+        f"WHERE local_id = {name(local_id)} AND peer_id = {name(peer_id)} AND expires_ms >= {usable_until_ms:d}"
+        for peer_id in peer_ids
+    ]
+    held = f"SELECT source_id, COUNT(*) FROM stock_held WHERE local_id = {name(local_id)} GROUP BY source_id"
+    held_rows, *level_rows = _ask(connection, [held, *levels])
+    counted = {
+        peer_id: StockLevel(placed, total - placed)
+        for peer_id, ((total, placed),) in zip(peer_ids, level_rows, strict=True)
+    }
+    return counted, dict(held_rows)
+
+
+def look_at_oldest_stock(connection: Connection, local_id: str) -> dict[str, int]:
+    """The peers that there is stock for, and when the first of each expires (UTC ms).
+
+    The primary key begins with peer and expiry, so one row of each peer is looked at.
+    """
+    oldest = f"SELECT peer_id, MIN(expires_ms) FROM stock WHERE local_id = {name(local_id)} GROUP BY peer_id"
+    (rows,) = _ask(connection, [oldest])
+    return dict(rows)
+
+
+def look_at_due(connection: Connection, local_id: str, now_ms: int) -> Due:
+    """For a janitor. One row of the key records, one announcement."""
+    expired, digests = _ask(
+        connection,
+        [
+            f"SELECT 1 FROM key_records WHERE target_id = {name(local_id)} AND expires_ms <= {now_ms:d} LIMIT 1",
+            f"SELECT digest FROM announcements WHERE system_id = {name(local_id)}",
+        ],
+    )
+    return Due(bool(expired), digests[0][0] if digests else None)
+
+
+def _of_peers(columns: str, local_id: str) -> str:
+    return f"SELECT {columns} FROM peers WHERE local_id = {name(local_id)} AND peer_id <> {name(NOBODY)}"
+
+
+def _digests(local_id: str, *, bus: bool) -> list[str]:
+    sent = f"SELECT system_id, digest FROM bus_announcements WHERE local_id = {name(local_id)}"
+    return ["SELECT system_id, digest FROM announcements", *([sent] if bus else [])]
+
+
+def _read_digests(results: Sequence[Rows]) -> Digests:
+    found, *sent = results
+    return Digests(dict(found), dict(sent[0]) if sent else {})
+
+
+def _ask(connection: Connection, questions: Sequence[str]) -> list[Rows]:
+    """The rows that each question gives."""
+    results: list[Rows] = []
+    with connection.cursor() as cursor:
+        cursor.execute(";".join(questions))
+        results.append(cursor.fetchall())
+        while cursor.nextset():
+            results.append(cursor.fetchall())
+    return results
