@@ -18,10 +18,10 @@ from shared.database import driver_errors
 from shared.envelopes import EnvelopeType
 from shared.logs import get_logger
 from shared.store.expiry import ExpiredKey, delete_expired_keys, fetch_expired_keys, fetch_targets
-from shared.store.messages import insert_outbox
+from shared.store.packets import OutboxRow, insert_outbox_rows
 from shared.store.received import fetch_stock_held
 
-BATCH = 1000
+BATCH = 2000
 ABANDONED_AFTER_MS = 60_000
 # Between batches the api gets the store for itself for as long as a batch took.
 REST_RATIO = 1.0
@@ -76,8 +76,9 @@ class Zeroizer:
         held = fetch_stock_held(connection, self._local_id, source_id, [key.key_id for key in keys])
         told = [[k.key_id, k.expires_ms, k.correlation_id] for k in keys if k.key_id not in held]
         if told:
-            kind = EnvelopeType.KEY_EXPIRED
-            insert_outbox(connection, self._local_id, source_id, kind, wire.pack(told), len(told), until_ms)
+            row = OutboxRow(self._local_id, source_id, EnvelopeType.KEY_EXPIRED, wire.pack(told), len(told), until_ms)
+            # As a literal: the driver takes milliseconds to escape a hundred thousand bytes.
+            connection.exec_driver_sql(insert_outbox_rows([row]))
 
 
 def _by_source(expired: list[ExpiredKey]) -> dict[str, list[ExpiredKey]]:

@@ -75,8 +75,9 @@ class LetterMaker:
         try:
             kind = envelope_type(envelope.type)
             payload = self._payload(fetch, envelope.type, payloads)
-            entries = entries_of(read_payload(kind, payload))
-            return Letter(kind, envelope.peer_id, payload, envelope.number, keys_expire_ms(envelope.type, entries))
+            said = read_payload(kind, payload)
+            expire_ms = keys_expire_ms(envelope.type, entries_of(said))
+            return Letter(kind, envelope.peer_id, payload, envelope.number, expire_ms, told_of(said))
         except (ValueError, TypeError, IndexError, EnvelopeRefused) as error:
             _log.debug("malformed outbox row", reason=str(error))
         _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)

@@ -14,9 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from services.syncer.letters import told_of
 from services.syncer.outgoing import Letter, Outcome, Outgoing
-from services.syncer.payloads import read_payload
 from services.syncer.row_types import urgency
 from services.syncer.schedule import is_due
 from shared.clock import now_ms
@@ -239,7 +237,7 @@ class Sending:
 
 
 def _tell_sent(one: Waiting, letter: Letter, outcome: Outcome) -> None:
-    count, correlation_ids = told_of(read_payload(letter.type, letter.payload))
+    count, correlation_ids = letter.told
     tell = _log.info if outcome is Outcome.TAKEN and one.attempts == 0 else _log.debug
     tell(
         "events sent",

@@ -48,7 +48,8 @@ class Outcome(Enum):
 class Letter:
     """An envelope to be; ``number`` is None where a new one will do.
 
-    ``keys_expire_ms`` is when the last key expires that it speaks of (UTC ms), where it is pointless after that.
+    ``keys_expire_ms`` is when the last key expires that it speaks of (UTC ms), where it is pointless after that;
+    ``told`` how many keys it is about, and the first requests that they came from.
     """
 
     type: EnvelopeType
@@ -56,6 +57,7 @@ class Letter:
     payload: bytes
     number: int | None = None
     keys_expire_ms: int | None = None
+    told: tuple[int, tuple[str, ...]] = (0, ())
     signed: bytes | None = field(default=None, compare=False, repr=False)
     """The envelope, where it was signed ahead."""
 

@@ -12,7 +12,6 @@ others locked), wrapping keys by primary key, commit tokens by ``outbox_token``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store.packets import (
@@ -85,4 +84,4 @@ def fetch_commit_token(token: bytes) -> Steps[bool]:
 
 
 def _insert_events(events: Sequence[OutboxRow], token: bytes) -> str:
-    return insert_outbox_rows([replace(events[0], token=token), *events[1:]])
+    return insert_outbox_rows([events[0]._replace(token=token), *events[1:]])

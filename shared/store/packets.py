@@ -9,16 +9,15 @@ writes to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from shared.errors import CommitUnknown, StoreUnavailable
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store.steps import Statement, Steps
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxRow:
+class OutboxRow(NamedTuple):
     """A row for a peer; ``payload`` is MessagePack, ``items`` its length. A ``token`` is 16 random bytes."""
 
     local_id: str

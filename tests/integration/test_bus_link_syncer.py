@@ -305,7 +305,7 @@ def test_a_key_id_that_exists_is_never_overwritten_and_refuses_the_whole_envelop
     victim = alice.place(bob, 1)
     alice.wait_placed(victim)
     theft = seal(carol.kp, bob, 3)
-    theft.records[1] = replace(theft.records[1], key_id=victim.records[0].key_id)
+    theft.records[1] = theft.records[1]._replace(key_id=victim.records[0].key_id)
     number = fresh_number()
     scene.assert_refused(scene.from_carol(theft, number), "key_exists")
     assert bob.open(alice, victim.records[0].key_id) == victim.keys[0]
@@ -326,7 +326,7 @@ def test_a_wrapping_key_id_that_exists_is_never_overwritten(scene: Scene) -> Non
     sealed = replace(theft.wrapping_key, wrapping_key_id=stolen_id)
     signature = carol.kp.identity.sign(sealed.signed_bytes(), CONTEXT_WRAPPING_KEY)
     theft.wrapping_key = replace(sealed, signature=signature)
-    theft.records[0] = replace(theft.records[0], wrapping_key_id=stolen_id)
+    theft.records[0] = theft.records[0]._replace(wrapping_key_id=stolen_id)
     scene.assert_refused(scene.from_carol(theft), "key_exists")
     assert bob.open(alice, victim.records[0].key_id) == victim.keys[0]
 
@@ -409,7 +409,7 @@ def test_stock_that_a_peer_has_under_the_same_ids_is_dropped_and_not_sent_for_ev
     first = alice.place(bob, 1)
     alice.wait_placed(first)
     clash = seal(alice.kp, bob, 2)
-    clash.records[0] = replace(clash.records[0], key_id=first.records[0].key_id)
+    clash.records[0] = clash.records[0]._replace(key_id=first.records[0].key_id)
     alice.commit(clash, KEY_STOCKED)
     wait_for(lambda: not any(row.token == clash.token for row in alice.stock(bob)), timeout_seconds=TIMEOUT_SECONDS)
     alice.wait_told(bob)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +60,7 @@ ALL_DIGESTS = "SELECT system_id, digest FROM announcements"
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
 WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_MS, b"s", b"s")
 EVENT = packets.OutboxRow(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
-FEW = [replace(RECORD, key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
+FEW = [RECORD._replace(key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
 MOST = [record.key_id for record in FEW[:-1]]
 ROW = packets.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
 EXPIRED = [expiry.ExpiredKey(KEY_IDS[0], KP, NOW_MS - 1, "c")]
@@ -148,14 +147,14 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_placing": lambda c: run_steps(c, placing.commit_placing([WRAPPING_KEY], [ROW])),
     "fetch_waiting_tokens": lambda c: run_steps(c, placing.fetch_waiting_tokens(KEY_IDS)),
     "fetch_for_withdrawal": lambda c: run_steps(c, placing.fetch_for_withdrawal(KEY_IDS)),
-    "commit_withdrawn": lambda c: run_steps(c, placing.commit_withdrawn(KEY_IDS, [replace(ROW, token=b"s" * 16)])),
+    "commit_withdrawn": lambda c: run_steps(c, placing.commit_withdrawn(KEY_IDS, [ROW._replace(token=b"s" * 16)])),
     "delete_held": lambda c: run_steps(c, placing.delete_held(KP, {PEER: KEY_IDS})),
     "claim_stock": lambda c: run_steps(c, stock.claim_stock(KP, PEER, NOW_MS, 10)),
     "commit_given_out": lambda c: run_steps(
-        c, stock.commit_given_out([RECORD, RECORD], [replace(ROW, token=b"q" * 16)])
+        c, stock.commit_given_out([RECORD, RECORD], [ROW._replace(token=b"q" * 16)])
     ),
     "commit_stocked": lambda c: run_steps(
-        c, stock.commit_stocked([RECORD], [WRAPPING_KEY], replace(ROW, token=b"p" * 16))
+        c, stock.commit_stocked([RECORD], [WRAPPING_KEY], ROW._replace(token=b"p" * 16))
     ),
     "claim_unnumbered": lambda c: run_steps(c, relaying.claim_unnumbered(KP, 500)),
     "fetch_claimed_payloads": lambda c: run_steps(c, relaying.fetch_claimed_payloads([5, 6])),
@@ -163,7 +162,7 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
         c, relaying.commit_numbered(KP, [relaying.Numbered(PEER, 77, [5, 6], {"issued": 1})])
     ),
     "commit_received": lambda c: run_steps(
-        c, relaying.commit_received(KP, PEER, 10**9, [replace(RECORD, key_id=b"another id.16byt")], NOW_MS)
+        c, relaying.commit_received(KP, PEER, 10**9, [RECORD._replace(key_id=b"another id.16byt")], NOW_MS)
     ),
     "lock_envelope_rows": lambda c: run_steps(c, relaying.lock_envelope_rows(KP, PEER, [7, 8])),
     "commit_acknowledged": lambda c: run_steps(c, relaying.commit_acknowledged(KP, PEER, [5, 6], {"issued": 1})),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cryptography import x509
@@ -32,6 +34,8 @@ from sandbox.tls_files import TlsFiles
 from tests.system.harness import log_lines
 from tests.waiting import wait_for
 
+# By the names of key providers; gone with this process.
+_PREPARED: dict[str, TemporaryDirectory[str]] = {}
 REQUEST = "GET /capabilities HTTP/1.1\r\nHost: kp\r\nConnection: close\r\n\r\n"
 
 
@@ -68,10 +72,26 @@ class TlsApi:
         return self.tls.port
 
     def prepare(self) -> None:
-        """Keyring, certificates and a pre-shared key; may be changed before `start`."""
-        self.kp.run_skipctl("keyring", "init")
-        self.kp.run_skipctl("cert", "init", str(self.tls.folder))
-        self.kp.run_skipctl("psk", "add", self.tls.psk_identity, "--file", str(self.tls.psk_file))
+        """Keyring, certificates and a pre-shared key; may be changed before `start`.
+
+        They are made once for a name of a key provider, as an operator makes them, and then copied: what is tested
+        here is who gets in with them, and they take seconds of a processor.
+        """
+        system_id = self.kp.environ["SKIP_LOCAL_SYSTEM_ID"]
+        kept = _PREPARED.get(system_id)
+        if kept is None:
+            self.kp.run_skipctl("keyring", "init")
+            self.kp.run_skipctl("cert", "init", str(self.tls.folder))
+            self.kp.run_skipctl("psk", "add", self.tls.psk_identity, "--file", str(self.tls.psk_file))
+            kept = _PREPARED[system_id] = TemporaryDirectory(prefix="skipbus-tls-")
+            self._copy(self.kp.root, Path(kept.name))
+        else:
+            self._copy(Path(kept.name), self.kp.root)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        for folder in (self.kp.keyring_dir, self.tls.folder):
+            place = folder.relative_to(self.kp.root)
+            shutil.copytree(source / place, target / place)
 
     def start(self) -> TlsApi:
         """Returns once the TLS port is served."""
