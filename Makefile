@@ -20,7 +20,7 @@ demo:
 
 test:
 	@scripts/setup python servers curl stunnel clients
-	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TESTS)
+	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # A missing engine fails the run; it is not installed here, because it would be the whole machine's.
 # The tests end what they start, and say what is left, so they need no reaper beside them.
