@@ -8,6 +8,7 @@ TESTS ?= tests/unit tests/integration tests/system
 CONTAINER_TESTS ?= tests/containers
 # Most system tests wait for timeouts and for servers to start, so two share two cores well. 0: none beside pytest.
 TEST_PROCESSES ?= 2
+CONTAINER_PROCESSES ?= 3
 PYTHON := .venv/bin/python
 
 .PHONY: demo test test-containers lint format bench lock clean
@@ -26,7 +27,8 @@ test:
 # The tests end what they start, and say what is left, so they need no reaper beside them.
 test-containers:
 	@scripts/setup python
-	@TESTCONTAINERS_RYUK_DISABLED=true $(PYTHON) -m pytest $(CONTAINER_TESTS)
+	@PYTHON=$(PYTHON) PROCESSES=$(CONTAINER_PROCESSES) TESTCONTAINERS_RYUK_DISABLED=true \
+	    scripts/test-containers $(CONTAINER_TESTS)
 
 lint:
 	@scripts/setup python

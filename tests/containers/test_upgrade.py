@@ -20,7 +20,6 @@ from skipbus_testkit.client import Client, client_context
 from tests.containers.engine import docker
 from tests.containers.stack import Stack
 
-NEXT_IMAGE = "skipbus:test-next"
 NEXT_REVISION = "test_next"
 _MIGRATION = f'''
 from alembic import op
@@ -44,9 +43,10 @@ def next_image(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (context / "9999_next.py").write_text(_MIGRATION)
     versions = "/opt/skipbus/lib/python3.13/site-packages/shared/migrations/versions/"
     (context / "Dockerfile").write_text(f"FROM {image}\nCOPY --chmod=644 9999_next.py {versions}\n")
-    docker("build", "--quiet", "--tag", NEXT_IMAGE, str(context))
-    yield NEXT_IMAGE
-    docker("image", "rm", "--force", NEXT_IMAGE)
+    tag = f"{image}-next"
+    docker("build", "--quiet", "--tag", tag, str(context))
+    yield tag
+    docker("image", "rm", "--force", tag)
 
 
 @dataclass
@@ -123,6 +123,7 @@ def exchanging(stack: Stack) -> Iterator[Exchanges]:
             client.join(4 * HOLD_SECONDS)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("way", STEPS)
 def test_no_exchange_fails_while_up_brings_a_newer_image_and_its_migration(
     two_apis: Stack, image: str, next_image: str, way: str
