@@ -8,6 +8,7 @@ TESTS ?= tests/unit tests/integration tests/system
 CONTAINER_TESTS ?= tests/containers
 # Most system tests wait for timeouts and for servers to start, so two share two cores well. 0: none beside pytest.
 TEST_PROCESSES ?= 2
+# Most container tests wait for containers to be ready. 0 as above.
 CONTAINER_PROCESSES ?= 3
 PYTHON := .venv/bin/python
 

@@ -1,5 +1,6 @@
 """The suites of tests/integration on servers and the Python of the images: what there is, and how one is run.
 
+All of both suites runs on both databases (``test_suites_mysql``, ``test_suites_mariadb``), with the same broker.
 A suite runs in a container with the working copy mounted, in one network namespace with its servers: it reaches them on
 loopback, as it reaches private ones. A run that fails shows its end, and one that ran no test is no pass.
 """
@@ -73,8 +74,8 @@ def passes(test_image: str, network: str, *tests: str) -> None:
     pytest_command = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not stops_servers", *tests)
     try:
         told = run("docker", "run", *options, *environ, test_image, *pytest_command, timeout_seconds=_SECONDS)
-    except AssertionError:
-        # A client that was ended for its time leaves its container running.
+    except BaseException:
+        # A client that was ended, for its time or by Ctrl-C, leaves its container running.
         docker("rm", "--force", name)
         raise
     passed = re.search(r"(\d+) passed", told)
