@@ -34,11 +34,14 @@ LONGEST_FIRST = (
     # make test-containers.
     "tests/containers/test_suites_mysql.py",
     "tests/containers/test_suites_mariadb.py",
-    "tests/containers/test_two_sites.py",
     "tests/containers/test_tls.py",
+    "tests/containers/test_two_sites.py",
     "tests/containers/test_shared_store.py",
+    "tests/containers/test_site.py",
+    "tests/containers/test_suites.py",
     "tests/containers/test_image.py",
     "tests/containers/test_testkit.py",
+    "tests/containers/test_stunnel.py",
 )
 _PLACES = {name: place for place, name in enumerate(LONGEST_FIRST)}
 
