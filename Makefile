@@ -8,6 +8,8 @@ TESTS ?= tests/unit tests/integration tests/system
 CONTAINER_TESTS ?= tests/containers
 # Most system tests wait for timeouts and for servers to start, so two share two cores well. 0: none beside pytest.
 TEST_PROCESSES ?= 2
+# Most container tests wait for containers to be ready. 0 as above.
+CONTAINER_PROCESSES ?= 3
 PYTHON := .venv/bin/python
 
 .PHONY: demo test test-containers lint format bench lock clean
@@ -20,13 +22,14 @@ demo:
 
 test:
 	@scripts/setup python servers curl stunnel clients
-	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(TESTS)
+	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # A missing engine fails the run; it is not installed here, because it would be the whole machine's.
 # The tests end what they start, and say what is left, so they need no reaper beside them.
 test-containers:
 	@scripts/setup python
-	@TESTCONTAINERS_RYUK_DISABLED=true $(PYTHON) -m pytest $(CONTAINER_TESTS)
+	@PYTHON=$(PYTHON) PROCESSES=$(CONTAINER_PROCESSES) TESTCONTAINERS_RYUK_DISABLED=true \
+	    scripts/test-containers $(CONTAINER_TESTS)
 
 lint:
 	@scripts/setup python

@@ -17,6 +17,7 @@ import pytest
 from sandbox.ports import PORT_SHARE
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
 from tests.given_servers import GivenMySql, GivenRabbitMq
+from tests.longest_first import longest_first
 
 
 def pytest_configure() -> None:
@@ -24,6 +25,10 @@ def pytest_configure() -> None:
     worker, count = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if worker is not None and count is not None:
         os.environ[PORT_SHARE] = f"{worker.removeprefix('gw')}/{count}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 
@@ -19,7 +20,6 @@ from services.syncer.complaints import Complaints
 from services.syncer.effects import Effects
 from services.syncer.examination import Examiner
 from services.syncer.heartbeat import Heartbeats
-from services.syncer.https_link import HttpsLink
 from services.syncer.inbox import Inbox
 from services.syncer.intake import Intake
 from services.syncer.key_effects import Aftermath
@@ -47,6 +47,9 @@ from shared.store.peers import fetch_announcement
 from shared.store.processes import upsert_process
 from shared.system_ids import RemoteSystemIds
 
+if TYPE_CHECKING:
+    from services.syncer.https_link import HttpsLink
+
 _TICK_SECONDS = 1.0
 # One each for watch, relay, inbox, stock, replies and signs of life, so that none waits for another's statement, and
 # two for what the relay sends again.
@@ -72,7 +75,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     new_rows = asyncio.Event()
     bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, _items: new_rows.set())
     numbers = Numbers()
-    links = {peer.system_id: HttpsLink(peer, stop.is_set) for peer in settings.peers.values() if peer.endpoint}
+    links = _https_links(settings, stop.is_set)
     outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
     hop = Hop()
     watch = PeerWatch(settings, engine, keyring, directory, hop)
@@ -138,6 +141,17 @@ class SignsOfLife:
     def _write(self, detail: str) -> None:
         with driver_errors(), self._engine.begin() as connection:
             upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), detail)
+
+
+def _https_links(settings: Settings, stopping: Callable[[], bool]) -> dict[str, HttpsLink]:
+    """The ways to the peers that have an endpoint."""
+    peers = [peer for peer in settings.peers.values() if peer.endpoint]
+    if not peers:
+        return {}
+    # With the HTTP client that comes along, this is an eighth of a syncer's start.
+    from services.syncer.https_link import HttpsLink  # noqa: PLC0415
+
+    return {peer.system_id: HttpsLink(peer, stopping) for peer in peers}
 
 
 def _fetch_announcement(engine: Engine, local_id: str) -> bytes | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 
 from services.syncer import metrics
+from services.syncer.answers import Answer
 from services.syncer.effects import Effects
-from services.syncer.https_link import Answer
 from services.syncer.key_effects import Aftermath
 from services.syncer.outbox import Relay
 from services.syncer.outgoing import Letter

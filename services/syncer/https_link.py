@@ -14,12 +14,11 @@ import json
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from services.syncer.answers import Answer, Posted
 from services.syncer.payloads import printable
 from shared.envelopes import MAX_ENVELOPE_BYTES
 from shared.logs import get_logger
@@ -40,23 +39,6 @@ MAX_LIVE = 4
 _REFUSALS = {400: "malformed", 401: "unknown_sender", 413: "too_large"}
 
 _log = get_logger("https")
-
-
-class Posted(Enum):
-    """What became of an envelope."""
-
-    TAKEN = "taken"
-    REFUSED = "refused"
-    LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The peer's word on an envelope; ``reason`` and ``explanation`` where it is refused."""
-
-    posted: Posted
-    reason: str = ""
-    explanation: str = ""
 
 
 class _NotNow(Exception):

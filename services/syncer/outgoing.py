@@ -13,9 +13,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from services.syncer import metrics
-from services.syncer.https_link import Answer, HttpsLink, Posted
+from services.syncer.answers import Answer, Posted
 from services.syncer.numbers import Numbers
 from shared.bus import Bus
 from shared.bus_sending import Unconfirmed
@@ -24,6 +25,9 @@ from shared.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
 from shared.errors import BusUnavailable
 from shared.identity import Identity
 from shared.logs import get_logger
+
+if TYPE_CHECKING:
+    from services.syncer.https_link import HttpsLink
 
 # What means something only to a KP that listens now is not kept for one that does not.
 _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED})

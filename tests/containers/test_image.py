@@ -68,6 +68,7 @@ def test_a_wrong_word_is_refused_with_code_2(image: str) -> None:
     assert result.strip().endswith("code 2")
 
 
+@pytest.mark.timed
 def test_a_service_as_the_first_process_ends_within_ten_seconds_of_sigterm(image: str) -> None:
     keyring = "--tmpfs=/var/lib/skipbus/keyring:uid=10001,mode=0700"
     environment = [
@@ -95,7 +96,7 @@ def test_a_service_as_the_first_process_ends_within_ten_seconds_of_sigterm(image
 
 
 def test_the_same_sources_make_the_same_files(image: str) -> None:
-    again = "skipbus:test-again"
+    again = f"{image}-again"
     docker("build", "--quiet", "--no-cache", "--tag", again, str(REPOSITORY), timeout_seconds=600)
     try:
         assert in_image(again, "python", "-c", _DIGEST) == in_image(image, "python", "-c", _DIGEST)

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
 
 from skipbus_testkit import SkipPair, conformance
 from tests.containers.engine import docker
@@ -36,6 +37,7 @@ def pair(module_pair: SkipPair) -> SkipPair:
     return module_pair
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("database", ["mysql:9.7", "mariadb:11.8"])
 def test_a_pair_is_up_within_30_seconds_and_nothing_is_left_of_it(image: str, database: str) -> None:
     before = _everything()
@@ -85,6 +87,7 @@ def test_a_failed_retrieval_leaves_the_key_where_it_is(pair: SkipPair) -> None:
     assert pair.bob.get("key", issued["keyId"], remoteSystemID="KP_Alice").body == issued
 
 
+@pytest.mark.timed
 def test_a_slow_key_provider_answers_later(pair: SkipPair) -> None:
     pair.bob.slow(600)
     assert _seconds_of(lambda: pair.bob.get("capabilities")) >= 0.6
@@ -185,10 +188,6 @@ def _seconds_of(action: object) -> float:
 
 
 def _everything() -> set[str]:
-    """What the engine has that testcontainers made: its containers bear a label, its networks names of random UUIDs."""
-    containers = docker("ps", "-aq", "--filter=label=org.testcontainers")
-    networks = docker("network", "ls", "--format={{.Name}}").split()
-    return {
-        *containers.split(),
-        *(name for name in networks if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)),
-    }
+    """What the engine has that testcontainers made in this process: it labels containers and networks."""
+    label = f"--filter=label={LABEL_SESSION_ID}={SESSION_ID}"
+    return {*docker("ps", "-aq", label).split(), *docker("network", "ls", "-q", label).split()}

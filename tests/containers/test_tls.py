@@ -25,8 +25,8 @@ def in_test_image(test_image: str, *command: str) -> str:
     options = ("--rm", "--init", f"--name={name}", f"--volume={REPOSITORY}:/skipbus:ro")
     try:
         return docker("run", *options, test_image, *command, timeout_seconds=_TIMEOUT_SECONDS)
-    except AssertionError:
-        # A client that was ended for its time leaves its container running.
+    except BaseException:
+        # A client that was ended, for its time or by Ctrl-C, leaves its container running.
         docker("rm", "--force", name)
         raise
 

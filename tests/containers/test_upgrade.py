@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -20,33 +19,48 @@ from skipbus_testkit.client import Client, client_context
 from tests.containers.engine import docker
 from tests.containers.stack import Stack
 
-NEXT_IMAGE = "skipbus:test-next"
-NEXT_REVISION = "test_next"
-_MIGRATION = f'''
+_MIGRATION = """
 from alembic import op
 
-revision = "{NEXT_REVISION}"
-down_revision = "{head_revision()}"
+revision = "{revision}"
+down_revision = "{before}"
 branch_labels = None
 depends_on = None
 
 
 def upgrade() -> None:
-    op.execute("CREATE TABLE IF NOT EXISTS of_the_next_release (id INT PRIMARY KEY)")
-    op.execute("ALTER TABLE processes ADD COLUMN of_the_next_release INT NULL")
-'''
+    op.execute("CREATE TABLE IF NOT EXISTS of_{revision} (id INT PRIMARY KEY)")
+    op.execute("ALTER TABLE processes ADD COLUMN of_{revision} INT NULL")
+"""
+_VERSIONS = "/opt/skipbus/lib/python3.13/site-packages/shared/migrations/versions/"
+
+
+@dataclass(frozen=True)
+class Release:
+    """One after this: one more migration than the release before it."""
+
+    image: str
+    revision: str
 
 
 @pytest.fixture(scope="module")
-def next_image(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A release after this one: one more migration."""
-    context = tmp_path_factory.mktemp("next")
-    (context / "9999_next.py").write_text(_MIGRATION)
-    versions = "/opt/skipbus/lib/python3.13/site-packages/shared/migrations/versions/"
-    (context / "Dockerfile").write_text(f"FROM {image}\nCOPY --chmod=644 9999_next.py {versions}\n")
-    docker("build", "--quiet", "--tag", NEXT_IMAGE, str(context))
-    yield NEXT_IMAGE
-    docker("image", "rm", "--force", NEXT_IMAGE)
+def next_releases(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Release]]:
+    """For each way of upgrading the release that it brings, the second one after the first."""
+    releases: dict[str, Release] = {}
+    before = Release(image, head_revision())
+    for number, way in enumerate(STEPS, 1):
+        before = releases[way] = _release_after(before, number, f"{image}-next-{number}", tmp_path_factory)
+    yield releases
+    docker("image", "rm", "--force", *(release.image for release in releases.values()))
+
+
+def _release_after(before: Release, number: int, image: str, folders: pytest.TempPathFactory) -> Release:
+    made, context = Release(image, f"test_next_{number}"), folders.mktemp("next")
+    file = f"999{number}_next.py"
+    (context / file).write_text(_MIGRATION.format(revision=made.revision, before=before.revision))
+    (context / "Dockerfile").write_text(f"FROM {before.image}\nCOPY --chmod=644 {file} {_VERSIONS}\n")
+    docker("build", "--quiet", "--tag", image, str(context))
+    return made
 
 
 @dataclass
@@ -91,10 +105,10 @@ STEPS = {
 LONGEST_SECONDS = {"at once": HOLD_SECONDS, "in turn": 5.0}
 
 
-@pytest.fixture
-def two_apis(image: str, tmp_path: Path) -> Iterator[Stack]:
-    """Both key providers with two apis and a front each, running."""
-    stack = Stack(tmp_path, image)
+@pytest.fixture(scope="module")
+def two_apis(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Both key providers with two apis and a front each, running; an upgrade leaves them on its release."""
+    stack = Stack(tmp_path_factory.mktemp("two_apis"), image)
     stack.init("--kp", "KP_Alice", "--kp", "KP_Bob")
     shutil.copy(stack.folder / "two-apis.yaml", stack.folder / "compose.override.yaml")
     stack.environ["FRONT_IMAGE"] = image
@@ -123,18 +137,20 @@ def exchanging(stack: Stack) -> Iterator[Exchanges]:
             client.join(4 * HOLD_SECONDS)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("way", STEPS)
 def test_no_exchange_fails_while_up_brings_a_newer_image_and_its_migration(
-    two_apis: Stack, image: str, next_image: str, way: str
+    two_apis: Stack, image: str, next_releases: dict[str, Release], way: str
 ) -> None:
-    two_apis.environ["SKIPBUS_IMAGE"] = next_image
+    following = next_releases[way]
+    two_apis.environ["SKIPBUS_IMAGE"] = following.image
     with exchanging(two_apis) as exchanges:
         for step in STEPS[way]:
             two_apis.compose(*step)
     assert exchanges.faults == [], exchanges.figures()
     assert max(exchanges.seconds) < LONGEST_SECONDS[way], exchanges.figures()
-    assert NEXT_REVISION in two_apis.compose("logs", "provision")
-    assert {two_apis.image_of(service) for service in ("alice-api", "alice-api-b", "bob-api-b")} == {next_image}
+    assert following.revision in two_apis.compose("logs", "provision")
+    assert {two_apis.image_of(service) for service in ("alice-api", "alice-api-b", "bob-api-b")} == {following.image}
     assert two_apis.image_of("alice-front") == image
     two_apis.smoke()
 

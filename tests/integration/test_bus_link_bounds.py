@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, event, func, select, update
+from sqlalchemy import Engine, bindparam, event, func, select, update
 
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
 from services.syncer.effects import MAX_KEYS, Effects
@@ -198,8 +198,8 @@ def placed_rows(store: Store, count: int, items: int) -> list[bytes]:
     rows = [OutboxRow(KP, PEER, "key.placed", b"\x90", items, now_ms(), token) for token in tokens]
     with store.engine.begin() as connection:
         connection.exec_driver_sql(insert_outbox_rows(rows))
-    for number, token in enumerate(tokens, 1):
-        store.rows("UPDATE outbox SET envelope_no = %s WHERE token = %s", number, token)
+        numbered = update(OUTBOX).where(OUTBOX.c.token == bindparam("its")).values(envelope_no=bindparam("number"))
+        connection.execute(numbered, [{"its": token, "number": number} for number, token in enumerate(tokens, 1)])
     return tokens
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -228,3 +230,8 @@ def test_an_endpoint_with_a_foreign_certificate_is_sent_nothing(scene: Scene, tm
         ca_file.write_bytes(right)
         alice.kp.process.start("syncer")
     alice.wait_placed(placed)
+
+
+def test_a_syncer_without_such_a_peer_loads_no_http_client() -> None:
+    command = "import sys, services.syncer.__main__; sys.exit('aiohttp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], timeout=60, check=False).returncode == 0

@@ -1,0 +1,24 @@
+"""The whole suites of the store and of the bus on MySQL 9.7, RabbitMQ 4.0 and the Python of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.containers.suites import BUS, STORE, files, passes, servers
+
+
+@pytest.fixture(scope="module")
+def network(engine: None) -> Iterator[str]:
+    """Both servers' network, for both suites: each test makes a database and a key provider of its own."""
+    with servers("mysql:9.7") as name:
+        yield f"container:{name}"
+
+
+def test_the_suite_of_the_store_passes_on_mysql(network: str, test_image: str) -> None:
+    passes(test_image, network, *files(STORE))
+
+
+def test_the_suite_of_the_bus_passes_on_mysql(network: str, test_image: str) -> None:
+    passes(test_image, network, *files(BUS))
