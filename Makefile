@@ -11,6 +11,8 @@ TEST_PROCESSES ?= 2
 # Most container tests wait for containers to be ready. 0 as above.
 CONTAINER_PROCESSES ?= 3
 PYTHON := .venv/bin/python
+# Tests and demos start hundreds of processes; none of them should compile all of skipbus anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-containers lint format bench lock clean
 
