@@ -23,8 +23,8 @@ from shared.store.received import fetch_stock_held
 
 BATCH = 2000
 ABANDONED_AFTER_MS = 60_000
-# Between batches the api gets the store for itself for as long as a batch took.
-REST_RATIO = 1.0
+# Between batches the api gets the store for itself for half as long as a batch took.
+REST_RATIO = 0.5
 
 _log = get_logger("expiry")
 
