@@ -50,7 +50,7 @@ class Keyring:
         self.path = path
         self.system_id = system_id
         self.identity = identity
-        self.pins = PinBook(path / "pins")
+        self.pins = PinBook(path / "pins", path / "keyring.json")
         self._epochs = path / "epochs"
 
     @classmethod

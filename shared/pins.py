@@ -19,8 +19,10 @@ from shared.identity import PUBLIC_KEY_BYTES
 class PinBook:
     """Pinned public keys (raw ML-DSA-87) by system id."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keyring_file: Path | None = None) -> None:
+        """Nothing is written once ``keyring_file`` is gone: what is left in the folder of a lost keyring looks like one."""
         self._folder = folder
+        self._keyring_file = keyring_file
 
     def get(self, system_id: str) -> bytes | None:
         """The pinned key, None where there is none yet. Raises KeyringError for a damaged file."""
@@ -61,6 +63,8 @@ class PinBook:
         _sync(self._folder)
 
     def _written(self, path: Path, system_id: str, public_key: bytes) -> Path:
+        if self._keyring_file is not None and not self._keyring_file.exists():
+            raise KeyringError(f"the pin of {system_id} is not written: the keyring is gone from {self._folder.parent}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
         text = json.dumps({"system_id": system_id, "public_key": public_key.hex()})
         try:

@@ -24,12 +24,14 @@ STORE = (
     "election",
     "epoch_keeper",
     "expiry",
+    "glances",
     "indexes",
     "key_store",
     "log_metrics",
     "migrate",
     "pins",
     "pruning",
+    "regular_tasks",
 )
 BUS = (
     "bus_link_bounds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from shared.errors import KeyringError
 from shared.identity import PUBLIC_KEY_BYTES
+from shared.keyring import Keyring
 from shared.pins import PinBook
 
 FIRST, SECOND = b"1" * PUBLIC_KEY_BYTES, b"2" * PUBLIC_KEY_BYTES
@@ -128,3 +130,15 @@ def test_processes_that_learn_at_once_agree(tmp_path: Path) -> None:
         pinned = PinBook(folder).get("KP_Bob")
         assert pinned is not None
         assert learned == {pinned.hex() + "\n"}
+
+
+def test_nothing_is_written_into_the_folder_of_a_lost_keyring(tmp_path: Path) -> None:
+    # A process goes on for a while; what it left there would pass for a keyring, and none could be restored or made.
+    keyring = Keyring.create(tmp_path / "keyring", "KP_Alice")
+    keyring.pins.learn("KP_Bob", FIRST)
+    shutil.rmtree(keyring.path)
+    keyring.path.mkdir()
+    for write in (keyring.pins.learn, keyring.pins.replace):
+        with pytest.raises(KeyringError, match="the keyring is gone"):
+            write("KP_Bob", FIRST)
+    assert not list(keyring.path.iterdir())
