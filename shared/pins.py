@@ -20,7 +20,7 @@ class PinBook:
     """Pinned public keys (raw ML-DSA-87) by system id."""
 
     def __init__(self, folder: Path, keyring_file: Path | None = None) -> None:
-        """Nothing is written once ``keyring_file`` is gone: what is left in the folder of a lost keyring looks like one."""
+        """Nothing is written once ``keyring_file`` is gone: what lies in a lost keyring's folder looks like one."""
         self._folder = folder
         self._keyring_file = keyring_file
 
