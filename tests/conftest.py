@@ -13,11 +13,16 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from sandbox.ports import PORT_SHARE
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
 from tests.given_servers import GivenMySql, GivenRabbitMq
 from tests.longest_first import longest_first
+
+# How long one example takes says nothing on a machine that does other things; speed is measured in bench/.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:

@@ -103,7 +103,7 @@ class PlayedLink:
         found = self.rows("SELECT token, payload FROM outbox WHERE type = %s ORDER BY id", kind)
         return [(token, wire.unpack(payload)) for token, payload in found]
 
-    def wait_outbox(self, kind: str, count: int = 1, timeout_seconds: float = 10) -> list[tuple[bytes, list[Any]]]:
+    def wait_outbox(self, kind: str, count: int = 1, timeout_seconds: float = 30) -> list[tuple[bytes, list[Any]]]:
         wait_for(lambda: len(self.outbox(kind)) >= count, timeout_seconds=timeout_seconds, poll_seconds=0.01)
         return self.outbox(kind)
 
