@@ -5,11 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database
 from services.syncer.at_once import MAX_AT_ONCE
 from services.syncer.effects import Applied, Effects, Verdict
 from services.syncer.examination import Accepted
@@ -25,13 +23,6 @@ from tests.integration.key_providers import Store
 
 KP, PEER, STRANGER = "KP_Bob", "KP_Carol", "KP_Dora"
 WRAPPING_KEY = [b"w" * 16, b"e" * 16, now_ms() + 3_600_000, b"sealed", b"signature"]
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, bindparam, event, func, select, update
 
-from sandbox.servers import Database, MariaDbServer, RabbitMqServer
+from sandbox.servers import MariaDbServer, RabbitMqServer
 from services.syncer.effects import MAX_KEYS, Effects
 from services.syncer.examination import Accepted
 from services.syncer.numbers import RESERVED_US, Numbers, Reservation
@@ -145,13 +145,6 @@ class Transactions:
     def _on_commit(self, _connection: object) -> None:
         self.sizes.append(len(self._named))
         self._named = set()
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 def accepted(payload: Payload, kind: EnvelopeType, number: int = 1) -> Accepted:

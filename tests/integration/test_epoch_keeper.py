@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database
 from services.janitor.epochs import EpochKeeper
 from shared.announcements import Announcement, read_announcement, sign_announcement
 from shared.epochs import current_epoch
@@ -26,13 +24,6 @@ KP = "KP_Alice"
 START_MS = 1_800_000_123_456
 EPOCH_MS = 60_000
 TTL_MS = 300_000
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

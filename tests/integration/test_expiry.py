@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database
 from services.janitor import expiry
 from services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, Zeroizer
 from shared import wire
@@ -19,13 +16,6 @@ from shared.store.expiry import fetch_expired_keys
 from tests.integration.key_providers import Store
 
 NOW_MS = 1_800_000_000_000
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import statistics
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,13 +38,6 @@ from tests.integration.key_providers import KeyProvider, Store, announced, throu
 from tests.waiting import wait_for
 
 CUTS: list[Cut] = ["cut_before", "cut_after"]
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

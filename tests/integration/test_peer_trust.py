@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database
 from services.syncer.clocks import Clocks
 from services.syncer.effects import Effects
 from services.syncer.examination import Accepted, Examiner, Refusal
@@ -34,13 +33,6 @@ from skipctl.__main__ import main
 from tests.integration.key_providers import Store
 
 ALICE, BOB, CAROL = "KP_Alice", "KP_Bob", "KP_Carol"
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from sandbox.servers import Database
 from shared.clock import now_ms
 from shared.errors import SkipbusError
 from shared.identity import Identity
 from shared.peer_directory import PIN_REREAD_MS
 from tests.integration.key_providers import KeyProvider, Store, announced
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from sandbox.servers import Database
 from services.janitor import pruning
 from services.janitor.pruning import WITHDRAWN_KEPT_MS, prune
 from shared.epochs import MAX_CLOCK_SKEW_MS
@@ -17,13 +13,6 @@ from tests.integration.key_providers import Store
 
 NOW_MS = 1_800_000_000_000
 KP = "KP_Alice"
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 def prune_now(store: Store) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database
 from services.janitor.__main__ import Janitor
 from services.syncer.leader import Leader
 from services.syncer.numbers import Numbers, Reservation
@@ -21,13 +19,6 @@ from shared.peers_config import identity_line
 from tests.integration.key_providers import Store, settings_for
 
 KP, PEER = "KP_Alice", "KP_Bob"
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
