@@ -8,7 +8,7 @@ row and for nothing else. Knows no table.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pymysql
 from pymysql.connections import Connection
@@ -81,6 +81,34 @@ def connect(settings: MySqlSettings, *, several_statements: bool = False) -> Con
         with connection.cursor() as cursor:
             cursor.execute(_ISOLATION)
         return connection
+
+
+class OwnConnection:
+    """A connection that takes several statements in a packet, made when it is first needed and anew after ``close``.
+
+    With ``autocommit`` it never has a transaction open. For one thread at a time.
+    """
+
+    def __init__(self, settings: MySqlSettings, *, autocommit: bool = False) -> None:
+        self._settings = settings
+        self._autocommit = autocommit
+        self._connection: Connection | None = None
+
+    def opened(self) -> Connection:
+        """The connection. Raises StoreUnavailable, StoreRefused, and with ``autocommit`` what the driver raises."""
+        if self._connection is None:
+            connection = connect(self._settings, several_statements=True)
+            if self._autocommit:
+                connection.autocommit(True)
+            self._connection = connection
+        return self._connection
+
+    def close(self) -> None:
+        """Gives it back; what was half done ends with it."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):  # a broken connection may refuse to be closed politely
+                connection.close()
 
 
 def make_engine(settings: MySqlSettings, pool_size: int = 2, *, lean: bool = False) -> Engine:

@@ -17,6 +17,7 @@ from shared.envelopes import Header
 from shared.errors import StoreRefused, StoreUnavailable
 from shared.logs import get_logger
 from shared.store import relaying
+from shared.store.keys import end_without_change
 from shared.store.placing import KEY_PLACED, KEY_STOCKED
 from shared.store.steps import Steps, StepsRunner
 
@@ -79,7 +80,7 @@ class AtOnce:
             return None
         rows = yield from relaying.lock_envelope_rows(self._local_id, peer_id, numbers)
         if not rows or any(row.type == KEY_STOCKED for row in rows):
-            yield from relaying.end_unchanged()
+            yield from end_without_change()
             return None
         placed = [row for row in rows if row.type == KEY_PLACED]
         counts = {"issued": sum(row.items for row in placed)}

@@ -119,11 +119,6 @@ def commit_acknowledged(local_id: str, peer_id: str, row_ids: Sequence[int], cou
     return commit([*deletion, *_add_to_counters(local_id, peer_id, counts)])
 
 
-def end_unchanged() -> Steps[None]:
-    """Ends a transaction that has only locked, and gives its locks back."""
-    yield Statement("COMMIT")
-
-
 def _add_to_counters(local_id: str, peer_id: str, counts: Mapping[str, int]) -> list[str]:
     """A statement that adds to the named counters; none where there is nothing to add. Primary key."""
     added = {column: count for column, count in counts.items() if count}

@@ -8,7 +8,6 @@ store is raised where the statement was yielded, as StoreUnavailable or StoreRef
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from pymysql.connections import Connection
 from pymysql.constants import COMMAND
 
 from shared.config import MySqlSettings
-from shared.database import connect, driver_errors
+from shared.database import OwnConnection, driver_errors
 from shared.errors import StoreRefused
 
 Row = tuple[Any, ...]
@@ -78,17 +77,15 @@ class StepsRunner:
     """
 
     def __init__(self, mysql: MySqlSettings) -> None:
-        self._mysql = mysql
-        self._connection: Connection | None = None
+        self._own = OwnConnection(mysql)
 
     def run(self, steps: Steps[Outcome]) -> Outcome:
         """The outcome of the steps. Raises StoreUnavailable, StoreRefused, and what they raise themselves."""
-        if self._connection is None:
-            self._connection = connect(self._mysql, several_statements=True)
+        connection = self._own.opened()
         try:
-            return run_steps(self._connection, steps)
+            return run_steps(connection, steps)
         except StoreRefused:
-            self._roll_back(self._connection)
+            self._roll_back(connection)
             raise
         except BaseException:
             self.close()
@@ -102,10 +99,7 @@ class StepsRunner:
 
     def close(self) -> None:
         """Gives its connection back."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):  # a broken connection may refuse to be closed politely
-                connection.close()
+        self._own.close()
 
 
 def _do(connection: Connection, step: Step) -> Rows:

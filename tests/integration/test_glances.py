@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database, MariaDbServer
+from sandbox.servers import MariaDbServer
 from shared.errors import StoreRefused, StoreUnavailable
 from shared.glance import Glance
 from shared.store.glances import (
@@ -32,13 +31,6 @@ NOW_MS = 1_800_000_000_000
 DIGEST, SENT = b"d" * 48, b"s" * 48
 # What escaping by hand would trip over.
 ODD = "O'Neil\\;--"
-
-
-@pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    made = Store(database, tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -162,8 +154,8 @@ def test_a_connection_that_the_server_has_ended_costs_one_look(
 ) -> None:
     look = partial(look_at_due, local_id=KP, now_ms=NOW_MS)
     glance.read(look)
-    assert glance._connection is not None
-    with glance._connection.cursor() as cursor:
+    assert glance._own._connection is not None
+    with glance._own._connection.cursor() as cursor:
         cursor.execute("SELECT CONNECTION_ID()")
         (server_id,) = cursor.fetchone() or (0,)
     with mariadb.admin_connection() as connection, connection.cursor() as cursor:

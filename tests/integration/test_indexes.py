@@ -166,7 +166,6 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     ),
     "lock_envelope_rows": lambda c: run_steps(c, relaying.lock_envelope_rows(KP, PEER, [7, 8])),
     "commit_acknowledged": lambda c: run_steps(c, relaying.commit_acknowledged(KP, PEER, [5, 6], {"issued": 1})),
-    "end_unchanged": lambda c: run_steps(c, relaying.end_unchanged()),
     "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
     "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
     "look_at_stock": lambda c: glances.look_at_stock(c, KP, [PEER, "KP_19"], NOW_MS),
