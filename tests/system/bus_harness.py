@@ -457,6 +457,10 @@ class Scene:
         """A key of KP_Alice for KP_Bob."""
         return self.lab.issue(self.alice, self.bob_id, size)
 
+    def remember(self, answer: Answer) -> Key:
+        """The key that KP_Alice answered with, one for KP_Bob."""
+        return self.lab.remember(self.alice, self.bob_id, answer)
+
     def records_at_bob(self) -> set[str]:
         found = rows(self.bobs.database, "SELECT LOWER(HEX(key_id)) FROM key_records WHERE target_id = %s", self.bob_id)
         return {key_id for (key_id,) in found}

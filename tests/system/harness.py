@@ -124,12 +124,12 @@ class Lab:
         while (answer := get(source.url, "key", remoteSystemID=target_id)).status != 200:
             assert time.monotonic() < deadline, f"{source.system_id} -> {target_id}: {answer.error}"
             time.sleep(0.05)
-        self._remember(source, target_id, answer)
+        self.remember(source, target_id, answer)
 
     def issue(self, source: KeyProvider, target_id: str, size: str = "256") -> Key:
         answer = get(source.url, "key", remoteSystemID=target_id, size=size)
         assert answer.status == 200, f"GET /key answered {answer.status} {answer.error}"
-        return self._remember(source, target_id, answer)
+        return self.remember(source, target_id, answer)
 
     def retrieve(self, kp: KeyProvider, key: Key) -> Answer:
         """`GET /key/{keyId}` as the encryptor at `kp` would ask for a key from `key.source`."""
@@ -167,7 +167,8 @@ class Lab:
         assert needles.found_in_files(self.logs()) == []
         assert tracebacks(self.logs()) == []
 
-    def _remember(self, source: KeyProvider, target_id: str, answer: Answer) -> Key:
+    def remember(self, source: KeyProvider, target_id: str, answer: Answer) -> Key:
+        """What was handed out, so that logs can be searched for it."""
         key = Key(source.system_id, target_id, answer.body["keyId"], answer.body["key"])
         self.handed_out.append(key)
         return key

@@ -129,19 +129,13 @@ def test_a_duplicated_envelope_counts_once_and_its_key_is_given_out_once(scene: 
         tap.deliver(*[envelope] * 10)
         answer = asked.result(20)
         assert answer.status == 200
-    key = remember(scene, answer)
+    key = scene.remember(answer)
     scene.lab.assert_retrievable(key)
     scene.admin.send(scene.bob_id, envelope)
     scene.assert_goes_on()
     assert scene.at_bob(key).status == 400
     # The one that was duplicated, and the one by which the test saw that it goes on.
     assert scene.issued(scene.bob, scene.alice_id, inbound=True) == before + 2
-
-
-def remember(scene: Scene, answer: Answer) -> Key:
-    key = Key(scene.alice_id, scene.bob_id, answer.body["keyId"], answer.body["key"])
-    scene.lab.handed_out.append(key)
-    return key
 
 
 def test_a_duplicated_acknowledgement_moves_nothing_twice(scene: Scene) -> None:
@@ -165,7 +159,7 @@ def test_a_key_delayed_for_less_than_the_timeout_arrives(scene: Scene) -> None:
         tap.deliver(envelope)
         answer = asked.result(20)
     assert answer.status == 200
-    scene.lab.assert_retrievable(remember(scene, answer))
+    scene.lab.assert_retrievable(scene.remember(answer))
 
 
 @pytest.mark.parametrize("order", ["before-its-withdrawal", "after-its-withdrawal"])
@@ -265,7 +259,7 @@ def test_stock_whose_envelope_is_dropped_is_not_given_out_before_it_is_there(
             assert answer.status in (200, 500)
             assert now_ms() - started < 5000
             if answer.status == 200:
-                keys.append(remember(scene, answer))
+                keys.append(scene.remember(answer))
         for key in keys:
             scene.lab.assert_retrievable(key)
         assert dropped

@@ -11,11 +11,13 @@ import http.client
 import random
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from sandbox.client import get
 from sandbox.ports import LOOPBACK
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from shared import wire
@@ -24,12 +26,23 @@ from shared.clock import now_ms
 from shared.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType, SignedEnvelope
 from shared.identity import CONTEXT_ENVELOPE, Identity
 from shared.nudges import NudgeKind
-from tests.system.bus_harness import Load, Scene, attack_scene, metric, peer_status, post_sync, refused, wait_told
+from tests.system.bus_harness import (
+    Load,
+    Scene,
+    attack_scene,
+    metric,
+    peer_status,
+    post_sync,
+    refused,
+    wait_stock,
+    wait_told,
+)
 from tests.waiting import wait_for
 
 HUGE_BYTES = 100 * 1024 * 1024
 HUGE_ONES = 4
 MILLION = 1_000_000
+STOCK = 16
 
 
 @pytest.fixture(scope="module")
@@ -335,11 +348,40 @@ def test_one_record_too_many_is_refused_and_as_many_as_allowed_are_not(scene: Sc
     assert scene.at_bob(load.keys[-1]).body["key"] == load.keys[-1].key
 
 
-def test_ten_thousand_pieces_of_garbage_keep_nobody_from_exchanging_keys(scene: Scene) -> None:
-    before = refused_in_all(scene)
+def garbage(count: int) -> list[bytes]:
+    return [secrets.token_bytes(random.randint(0, 2000)) for _ in range(count)]
+
+
+def test_ten_thousand_pieces_of_garbage_keep_nobody_from_exchanging_keys_once_they_are_refused(scene: Scene) -> None:
+    """Nothing of what was waited for is lost: a key that lay behind the garbage is withdrawn, and the next one goes."""
+    before, records = refused_in_all(scene), scene.records_at_bob()
     for _ in range(10):
-        scene.admin.send_many(scene.bob_id, [secrets.token_bytes(random.randint(0, 2000)) for _ in range(1000)])
-    scene.lab.assert_retrievable(scene.issue())
+        scene.admin.send_many(scene.bob_id, garbage(1000))
+    behind = get(scene.alice.url, "key", remoteSystemID=scene.bob_id)
+    if behind.status == 200:
+        scene.lab.assert_retrievable(scene.remember(behind))
+    else:
+        assert behind.status == 500
+        assert behind.error.endswith("it is withdrawn")
     wait_for(lambda: refused_in_all(scene) >= before + 10_000, timeout_seconds=60)
     scene.assert_goes_on()
+    wait_for(lambda: scene.records_at_bob() == records, timeout_seconds=20)
+    assert refused_in_all(scene) == before + 10_000
     scene.admin.purge(dead_queue_name(scene.bob_id))
+
+
+def test_while_garbage_is_refused_keys_are_exchanged_from_stock(
+    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
+) -> None:
+    with attack_scene(tmp_path_factory.mktemp("flood"), mariadb, rabbitmq, stock=STOCK) as stocked:
+        wait_stock(stocked.alice, stocked.bob_id, STOCK)
+        before = refused_in_all(stocked)
+        with ThreadPoolExecutor(1) as pool:
+            flooding = pool.submit(stocked.admin.send_many, stocked.bob_id, garbage(5000))
+            wait_for(lambda: refused_in_all(stocked) > before, timeout_seconds=20)
+            for _ in range(STOCK // 2):
+                stocked.lab.assert_retrievable(stocked.issue())
+            assert refused_in_all(stocked) < before + 5000, "the flood was over before the keys were asked for"
+            flooding.result(60)
+        wait_for(lambda: refused_in_all(stocked) == before + 5000, timeout_seconds=60)
+        wait_stock(stocked.alice, stocked.bob_id, STOCK)

@@ -69,7 +69,7 @@ def ask_for_seconds(lab: Lab, alice: KeyProvider, seconds: float) -> list[int]:
         answer = get(alice.url, "key", remoteSystemID=BOB)
         statuses.append(answer.status)
         if answer.status == 200:
-            lab.assert_retrievable(lab._remember(alice, BOB, answer))
+            lab.assert_retrievable(lab.remember(alice, BOB, answer))
         else:
             assert "presents another identity than the pinned one" in answer.error
         time.sleep(0.1)
