@@ -11,15 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
-from shared import wire
 from shared.database import driver_errors
 from shared.envelopes import EnvelopeType
 from shared.logs import get_logger
-from shared.store.expiry import ExpiredKey, delete_expired_keys, fetch_expired_keys, fetch_targets
+from shared.store.expiry import delete_expired, fetch_expired, fetch_targets
 from shared.store.packets import OutboxRow, insert_outbox_rows
-from shared.store.received import fetch_stock_held
 
 BATCH = 2000
 ABANDONED_AFTER_MS = 60_000
@@ -51,38 +49,32 @@ class Zeroizer:
         total = 0
         while self._go_on():
             started = time.monotonic()
-            expired = self._one_batch(target_id, until_ms)
-            total += len(expired)
-            if len(expired) < BATCH:
+            count = self._one_batch(target_id, until_ms)
+            total += count
+            if count < BATCH:
                 break
             time.sleep((time.monotonic() - started) * REST_RATIO)
         if total:
             _log.info("keys zeroized", target=target_id, count=total)
         return total
 
-    def _one_batch(self, target_id: str, until_ms: int) -> list[ExpiredKey]:
+    def _one_batch(self, target_id: str, until_ms: int) -> int:
         with driver_errors(), self._engine.begin() as connection:
-            expired = fetch_expired_keys(connection, target_id, until_ms, BATCH)
-            if expired:
-                delete_expired_keys(connection, target_id, expired)
             # A peer is told by the KP that the keys were for; whoever sweeps up for another says nothing.
-            if target_id == self._local_id:
-                for source_id, keys in _by_source(expired).items():
-                    self._tell(connection, source_id, keys, until_ms)
-        return expired
-
-    def _tell(self, connection: Connection, source_id: str, keys: list[ExpiredKey], until_ms: int) -> None:
-        # Stock that its source has not given out was issued to nobody, so it does not count as expired either.
-        held = fetch_stock_held(connection, self._local_id, source_id, [key.key_id for key in keys])
-        told = [[k.key_id, k.expires_ms, k.correlation_id] for k in keys if k.key_id not in held]
-        if told:
-            row = OutboxRow(self._local_id, source_id, EnvelopeType.KEY_EXPIRED, wire.pack(told), len(told), until_ms)
-            # As a literal: the driver takes milliseconds to escape a hundred thousand bytes.
-            connection.exec_driver_sql(insert_outbox_rows([row]))
-
-
-def _by_source(expired: list[ExpiredKey]) -> dict[str, list[ExpiredKey]]:
-    by_source: dict[str, list[ExpiredKey]] = {}
-    for key in expired:
-        by_source.setdefault(key.source_id, []).append(key)
-    return by_source
+            if target_id != self._local_id:
+                return delete_expired(connection, target_id, until_ms, BATCH)
+            expired = fetch_expired(connection, target_id, until_ms, BATCH)
+            if not expired:
+                return 0
+            rows = [
+                OutboxRow(self._local_id, of.source_id, EnvelopeType.KEY_EXPIRED, of.payload, of.told, until_ms)
+                for of in expired
+                if of.told
+            ]
+            if rows:
+                # As a literal: the driver takes milliseconds to escape a hundred thousand bytes.
+                connection.exec_driver_sql(insert_outbox_rows(rows))
+            # These and no others: so many in the same order, up to the last of them.
+            return delete_expired(
+                connection, target_id, max(of.last_ms for of in expired), sum(of.records for of in expired)
+            )

@@ -68,20 +68,6 @@ def insert_stock_held(connection: Connection, local_id: str, source_id: str, rec
     connection.exec_driver_sql(f"INSERT IGNORE INTO stock_held (local_id, source_id, key_id, expires_ms) VALUES {rows}")
 
 
-def fetch_stock_held(
-    connection: Connection, local_id: str, source_id: str, key_ids: Collection[bytes]
-) -> frozenset[bytes]:
-    """Which of a source's keys are stock that it has not given out. Cheap where there is no stock of it at all."""
-    of_source = f"WHERE local_id = {text(local_id)} AND source_id = {text(source_id)}"
-    some = connection.exec_driver_sql(f"SELECT 1 FROM stock_held FORCE INDEX (PRIMARY) {of_source} LIMIT 1")
-    if some.first() is None:
-        return frozenset()
-    found = connection.exec_driver_sql(
-        f"SELECT key_id FROM stock_held FORCE INDEX (PRIMARY) {of_source} AND key_id IN ({hex_list(key_ids)})"
-    )
-    return frozenset(found.scalars())
-
-
 def delete_stock_held(connection: Connection, local_id: str, source_id: str, key_ids: Collection[bytes]) -> int:
     """These are stock no longer: given out, or taken back. Returns how many were."""
     return sum(

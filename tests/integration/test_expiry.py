@@ -12,7 +12,7 @@ from services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, Zeroizer
 from shared import wire
 from shared.database import connect, driver_errors
 from shared.errors import StoreUnavailable
-from shared.store.expiry import fetch_expired_keys
+from shared.store.expiry import fetch_expired
 from tests.integration.key_providers import Store
 
 NOW_MS = 1_800_000_000_000
@@ -52,7 +52,7 @@ def told(store: Store) -> list[tuple[str, str, list[list[object]]]]:
     for row in rows:
         assert row[2] == "key.expired"
         assert len(wire.unpack(row[3])) == row[4]
-    return [(row[0], row[1], wire.unpack(row[3])) for row in rows]
+    return [(row[0], row[1], sorted(wire.unpack(row[3]))) for row in rows]
 
 
 def test_only_the_expired_are_zeroized(store: Store, zeroizer: Zeroizer) -> None:
@@ -75,6 +75,60 @@ def test_every_source_is_told_of_its_own_keys_with_their_correlation_ids(store: 
         ("KP_Bob", "KP_Alice", [[alices[0], NOW_MS - 2, "c-0"], [alices[1], NOW_MS - 1, "c-1"]]),
         ("KP_Bob", "KP_Carol", [[carols, NOW_MS - 5, "c-0"]]),
     ]
+
+
+def hold_as_stock(store: Store, key_ids: list[bytes], source: str = "KP_Alice", local: str = "KP_Bob") -> None:
+    for key_id in key_ids:
+        store.rows(
+            "INSERT INTO stock_held (local_id, source_id, key_id, expires_ms) VALUES (%s, %s, %s, %s)",
+            local,
+            source,
+            key_id,
+            NOW_MS,
+        )
+
+
+def test_stock_that_was_given_to_nobody_expires_without_a_word(store: Store, zeroizer: Zeroizer) -> None:
+    issued, held, issued_too = fill(store, [NOW_MS - 3, NOW_MS - 2, NOW_MS - 1])
+    carols = fill(store, [NOW_MS - 2] * 2, source="KP_Carol", first=100)
+    daves = fill(store, [NOW_MS - 2], source="KP_Dave", first=200)
+    hold_as_stock(store, [held])
+    hold_as_stock(store, carols, source="KP_Carol")
+    # What is another's stock, or stock of another source, is not this one's.
+    hold_as_stock(store, [issued], source="KP_Dave")
+    hold_as_stock(store, [issued_too, *daves], local="KP_Other")
+    assert zeroizer.zeroize_own(NOW_MS) == 6
+    assert store.count("key_records") == 0
+    assert sorted(told(store)) == [
+        ("KP_Bob", "KP_Alice", [[issued, NOW_MS - 3, "c-0"], [issued_too, NOW_MS - 1, "c-2"]]),
+        ("KP_Bob", "KP_Dave", [[daves[0], NOW_MS - 2, "c-0"]]),
+    ]
+
+
+def test_a_whole_batch_of_the_longest_entries_is_told_of_as_it_is(store: Store, zeroizer: Zeroizer) -> None:
+    key_ids = [n.to_bytes(64, "big") for n in range(BATCH)]
+    longest, last_ms = "c" * 64, 2**62
+    with store.connect() as connection, connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, "
+            "sealed, correlation_id) VALUES ('KP_Bob', %s, %s, 'KP_Alice', 256, 'w', 'n', 's', %s)",
+            [(last_ms, key_id, longest) for key_id in key_ids],
+        )
+        connection.commit()
+    assert zeroizer.zeroize_own(last_ms) == BATCH
+    assert told(store) == [("KP_Bob", "KP_Alice", [[key_id, last_ms, longest] for key_id in key_ids])]
+
+
+def test_whatever_octets_a_key_id_has_it_is_told_of_as_it_is(store: Store, zeroizer: Zeroizer) -> None:
+    with store.connect() as connection, connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, "
+            "sealed, correlation_id) VALUES ('KP_Bob', %s, %s, 'KP_Alice', 256, 'w', 'n', 's', '')",
+            [(n + 1, bytes([n]) * 16) for n in range(256)],
+        )
+        connection.commit()
+    assert zeroizer.zeroize_own(NOW_MS) == 256
+    assert told(store) == [("KP_Bob", "KP_Alice", [[bytes([n]) * 16, n + 1, ""] for n in range(256)])]
 
 
 def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
@@ -117,7 +171,7 @@ def test_two_janitors_at_once_zeroize_every_key_once(store: Store, zeroizer: Zer
     key_ids = fill(store, [NOW_MS - 1] * 50)
     # The first holds its batch locked; the second must wait, and then find nothing.
     with store.engine.begin() as connection:
-        assert len(fetch_expired_keys(connection, "KP_Bob", NOW_MS, BATCH)) == 50
+        assert [of.records for of in fetch_expired(connection, "KP_Bob", NOW_MS, BATCH)] == [50]
         with closing(connect(store.settings.mysql)) as other, other.cursor() as cursor:
             cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
             with pytest.raises(StoreUnavailable), driver_errors():
