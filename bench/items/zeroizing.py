@@ -29,18 +29,23 @@ class _Expired:
 
     def __init__(self, connection: pymysql.connections.Connection[Any], stage: Stage, until_ms: int) -> None:
         self._connection = connection
-        self._question = (
-            f"SELECT key_id FROM `{stage.mysql.database}`.key_records "
-            f"WHERE target_id = '{stage.bob.system_id}' AND expires_ms <= {until_ms} "
-            # With target_id in front, though it is constant, MariaDB would sort all that has expired.
-            "ORDER BY expires_ms, key_id LIMIT 1"
-        )
+        self._of_bob = f"FROM `{stage.mysql.database}`.key_records WHERE target_id = '{stage.bob.system_id}'"
+        self._from_ms = 0
+        self._until_ms = until_ms
 
     def oldest(self) -> bytes | None:
+        """Begins where it found one last: to look must not cost what is looked at."""
         with self._connection.cursor() as cursor:
-            cursor.execute(self._question)
+            cursor.execute(
+                f"SELECT expires_ms, key_id {self._of_bob} AND expires_ms BETWEEN {self._from_ms} AND {self._until_ms} "
+                # With target_id in front, though it is constant, MariaDB would sort all that has expired.
+                "ORDER BY expires_ms, key_id LIMIT 1"
+            )
             row = cursor.fetchone()
-        return row[0] if row else None
+        if row is None:
+            return None
+        self._from_ms = int(row[0])
+        return bytes(row[1])
 
 
 def measure(stage: Stage, plan: Plan) -> Finding:

@@ -9,20 +9,20 @@ epoch's private half is destroyed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from shared.database import driver_errors
 from shared.envelopes import EnvelopeType
 from shared.logs import get_logger
-from shared.store.expiry import delete_expired, fetch_expired, fetch_targets
+from shared.store.expiry import Expired, delete_expired, fetch_expired, fetch_stretch, fetch_targets
 from shared.store.packets import OutboxRow, insert_outbox_rows
 
 BATCH = 2000
 ABANDONED_AFTER_MS = 60_000
-# Between batches the api gets the store for itself for half as long as a batch took.
-REST_RATIO = 0.5
+# Between batches the api gets the store for itself for almost as long as a batch took.
+REST_RATIO = 0.9
 
 _log = get_logger("expiry")
 
@@ -46,35 +46,28 @@ class Zeroizer:
         return sum(self._zeroize(target, now_ms - ABANDONED_AFTER_MS) for target in others)
 
     def _zeroize(self, target_id: str, until_ms: int) -> int:
-        total = 0
-        while self._go_on():
+        total, from_ms, is_rest = 0, 0, False
+        while not is_rest and self._go_on():
             started = time.monotonic()
-            count = self._one_batch(target_id, until_ms)
-            total += count
-            if count < BATCH:
-                break
-            time.sleep((time.monotonic() - started) * REST_RATIO)
+            with driver_errors(), self._engine.begin() as connection:
+                stretch = fetch_stretch(connection, target_id, from_ms, until_ms, BATCH)
+                # A peer is told by the KP that the keys were for; whoever sweeps up for another says nothing.
+                if target_id == self._local_id:
+                    self._tell(connection, fetch_expired(connection, stretch), until_ms)
+                total += delete_expired(connection, stretch)
+            from_ms, is_rest = stretch.last_ms, stretch.is_rest
+            if not is_rest:
+                time.sleep((time.monotonic() - started) * REST_RATIO)
         if total:
             _log.info("keys zeroized", target=target_id, count=total)
         return total
 
-    def _one_batch(self, target_id: str, until_ms: int) -> int:
-        with driver_errors(), self._engine.begin() as connection:
-            # A peer is told by the KP that the keys were for; whoever sweeps up for another says nothing.
-            if target_id != self._local_id:
-                return delete_expired(connection, target_id, until_ms, BATCH)
-            expired = fetch_expired(connection, target_id, until_ms, BATCH)
-            if not expired:
-                return 0
-            rows = [
-                OutboxRow(self._local_id, of.source_id, EnvelopeType.KEY_EXPIRED, of.payload, of.told, until_ms)
-                for of in expired
-                if of.told
-            ]
-            if rows:
-                # As a literal: the driver takes milliseconds to escape a hundred thousand bytes.
-                connection.exec_driver_sql(insert_outbox_rows(rows))
-            # These and no others: so many in the same order, up to the last of them.
-            return delete_expired(
-                connection, target_id, max(of.last_ms for of in expired), sum(of.records for of in expired)
-            )
+    def _tell(self, connection: Connection, expired: Sequence[Expired], at_ms: int) -> None:
+        rows = [
+            OutboxRow(self._local_id, e.source_id, EnvelopeType.KEY_EXPIRED, e.payload, e.told, at_ms)
+            for e in expired
+            if e.told
+        ]
+        if rows:
+            # As a literal: the driver takes milliseconds to escape a hundred thousand bytes.
+            connection.exec_driver_sql(insert_outbox_rows(rows))

@@ -11,12 +11,7 @@ from sqlalchemy import Connection, select, text
 
 from shared.schema import KEY_RECORDS as K
 
-# SQLAlchemy has no ORDER BY for DELETE. The order makes it the stretch that was read and locked before. It leaves
-# out target_id, which is constant here: with it in front MariaDB sorts all that has expired for every batch.
-_DELETE_STRETCH = text(
-    "DELETE FROM key_records WHERE target_id = :target_id AND expires_ms <= :until_ms "
-    "ORDER BY expires_ms, key_id LIMIT :rows"
-)
+# SQLAlchemy has no ORDER BY for DELETE.
 _DELETE_HELD = text(
     "DELETE FROM stock_held WHERE local_id = :local_id AND expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows"
 )
@@ -26,70 +21,99 @@ _DELETE_WITHDRAWN = text(
 _DELETE_WRAPPING_KEYS = text("DELETE FROM wrapping_keys WHERE expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows")
 
 
-class Expired(NamedTuple):
-    """Expired records of one source: how many, the last expiry among them (UTC ms), and what the source is told.
+class Stretch(NamedTuple):
+    """A target's records in the order of the primary key: all that expire at or after ``from_ms`` and up to the last.
 
-    ``payload`` is MessagePack, a list of ``told`` times keyId, expiry and correlation id; empty where that is 0.
+    That one is included: it expires at ``last_ms`` and has the greatest keyId of those, or would have.
+    """
+
+    target_id: str
+    from_ms: int
+    last_ms: int
+    last_key_id: bytes
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether there were no more of them than these."""
+        return self.last_key_id == _AFTER_ALL_KEY_IDS
+
+
+class Expired(NamedTuple):
+    """Expired records of one source: how many, and what the source is told of ``told`` of them.
+
+    ``payload`` is MessagePack, a list of [keyId, expiry in UTC ms, correlation id]; empty where ``told`` is 0.
     """
 
     source_id: str
     records: int
-    last_ms: int
     told: int
     payload: bytes
 
 
+_AFTER_ALL_KEY_IDS = b"\xff" * 64
+_LAST = text(
+    "SELECT expires_ms, key_id FROM key_records WHERE target_id = :target_id "
+    "AND expires_ms BETWEEN :from_ms AND :until_ms ORDER BY expires_ms, key_id LIMIT 1 OFFSET :before"
+)
+# Bounds instead of an order and a limit: for these MariaDB sorts what it deletes, which takes as long again.
+_IN_STRETCH = (
+    "s.target_id = :target_id AND s.expires_ms BETWEEN :from_ms AND :last_ms "
+    "AND (s.expires_ms < :last_ms OR s.key_id <= :last_key_id)"
+)
 # The server writes the MessagePack itself: to read thousands of rows only to write them again costs the driver and the
-# interpreter more than the server needs to delete them. An entry is [keyId, expiry, correlation id].
+# interpreter more than the server needs to delete them.
 _ENTRY = (
     "CONCAT(0x93C4, CHAR(LENGTH(s.key_id)), s.key_id, 0xCF, UNHEX(LPAD(HEX(s.expires_ms), 16, '0')), "
     "0xD9, CHAR(LENGTH(s.correlation_id)), s.correlation_id)"
 )
-_LONGEST_ENTRY_BYTES = 3 + 64 + 9 + 2 + 64
-# An array of up to 65,535.
-_MOST = 0xFFFF
-_STRETCH = (
-    "(SELECT key_id, source_id, expires_ms, correlation_id FROM key_records WHERE target_id = :target_id "
-    "AND expires_ms <= :now_ms ORDER BY expires_ms, key_id LIMIT :rows FOR UPDATE) AS s"
-)
+_LONGEST_LIST_BYTES = (3 + 64 + 9 + 2 + 64) * 50_000
 _EXPIRED = text(
-    f"SELECT s.source_id, COUNT(*), MAX(s.expires_ms), COUNT(*), GROUP_CONCAT({_ENTRY} SEPARATOR '') FROM {_STRETCH} "
-    "GROUP BY s.source_id"
+    f"SELECT s.source_id, COUNT(*), COUNT(*), GROUP_CONCAT({_ENTRY} SEPARATOR '') "
+    f"FROM key_records AS s WHERE {_IN_STRETCH} GROUP BY s.source_id FOR UPDATE"
 )
-# Stock that its source has not given out was issued to nobody, so nobody is told of it.
+# Stock that its source has not given out was issued to nobody, so nobody is told of it. A subquery locks nothing.
+_HELD = (
+    "EXISTS (SELECT 1 FROM stock_held AS h FORCE INDEX (PRIMARY) "
+    "WHERE h.local_id = :target_id AND h.source_id = s.source_id AND h.key_id = s.key_id)"
+)
 _EXPIRED_BUT_STOCK = text(
-    "SELECT s.source_id, COUNT(*), MAX(s.expires_ms), COUNT(IF(h.key_id IS NULL, 1, NULL)), "
-    f"GROUP_CONCAT(IF(h.key_id IS NULL, {_ENTRY}, NULL) SEPARATOR '') FROM {_STRETCH} "
-    "LEFT JOIN stock_held AS h FORCE INDEX (PRIMARY) "
-    "ON h.local_id = :target_id AND h.source_id = s.source_id AND h.key_id = s.key_id GROUP BY s.source_id"
+    f"SELECT s.source_id, COUNT(*), COUNT(IF({_HELD}, NULL, 1)), GROUP_CONCAT(IF({_HELD}, NULL, {_ENTRY}) SEPARATOR '')"
+    f" FROM key_records AS s WHERE {_IN_STRETCH} GROUP BY s.source_id FOR UPDATE"
 )
 _SOME_STOCK = text("SELECT 1 FROM stock_held FORCE INDEX (PRIMARY) WHERE local_id = :target_id LIMIT 1")
-_LONG_ENOUGH = text(f"SET SESSION group_concat_max_len = {_LONGEST_ENTRY_BYTES * _MOST}")
+_LONG_ENOUGH = text(f"SET SESSION group_concat_max_len = {_LONGEST_LIST_BYTES}")
+_DELETE_STRETCH = text(f"DELETE s FROM key_records AS s WHERE {_IN_STRETCH}")
 
 
-def fetch_expired(connection: Connection, target_id: str, now_ms: int, limit: int) -> list[Expired]:
-    """The oldest expired records of a target by their sources, locked until the transaction ends. Primary key.
+def fetch_stretch(connection: Connection, target_id: str, from_ms: int, until_ms: int, limit: int) -> Stretch:
+    """The oldest records of a target that expire between two times (UTC ms, both within), about ``limit`` at most.
 
-    ``limit`` is 65,535 at most.
+    Where others were deleted in front of them a moment ago, ``from_ms`` spares the server to pass over these again.
     """
+    values = {"target_id": target_id, "from_ms": from_ms, "until_ms": until_ms, "before": limit - 1}
+    last = connection.execute(_LAST, values).first()
+    return Stretch(target_id, from_ms, *(last or (until_ms, _AFTER_ALL_KEY_IDS)))
+
+
+def fetch_expired(connection: Connection, stretch: Stretch) -> list[Expired]:
+    """The records of a stretch by their sources, locked until the transaction ends. Primary key."""
     # What is longer would be cut off without an error, and MySQL's default is 1,024 bytes.
     connection.execute(_LONG_ENOUGH)
-    stock = connection.execute(_SOME_STOCK, {"target_id": target_id}).first()
-    values = {"target_id": target_id, "now_ms": now_ms, "rows": limit}
-    found = connection.execute(_EXPIRED if stock is None else _EXPIRED_BUT_STOCK, values)
+    stock = connection.execute(_SOME_STOCK, {"target_id": stretch.target_id}).first()
+    found = connection.execute(_EXPIRED if stock is None else _EXPIRED_BUT_STOCK, stretch._asdict())
     return [
-        Expired(source_id, records, last_ms, told, _list_of(told, entries) if told else b"")
-        for source_id, records, last_ms, told, entries in found
+        Expired(source_id, records, told, _list_of(told, entries) if told else b"")
+        for source_id, records, told, entries in found
     ]
 
 
 def _list_of(count: int, entries: bytes) -> bytes:
-    return b"\xdc" + count.to_bytes(2, "big") + entries
+    return b"\xdd" + count.to_bytes(4, "big") + entries
 
 
-def delete_expired(connection: Connection, target_id: str, until_ms: int, limit: int) -> int:
-    """Deletes the oldest records of a target that had expired at ``until_ms``: one stretch of the primary key."""
-    return connection.execute(_DELETE_STRETCH, {"target_id": target_id, "until_ms": until_ms, "rows": limit}).rowcount
+def delete_expired(connection: Connection, stretch: Stretch) -> int:
+    """Deletes the records of a stretch; how many there were. Primary key."""
+    return connection.execute(_DELETE_STRETCH, stretch._asdict()).rowcount
 
 
 def fetch_targets(connection: Connection) -> list[str]:

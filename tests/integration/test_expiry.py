@@ -12,7 +12,7 @@ from services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, Zeroizer
 from shared import wire
 from shared.database import connect, driver_errors
 from shared.errors import StoreUnavailable
-from shared.store.expiry import fetch_expired
+from shared.store.expiry import fetch_expired, fetch_stretch
 from tests.integration.key_providers import Store
 
 NOW_MS = 1_800_000_000_000
@@ -171,7 +171,8 @@ def test_two_janitors_at_once_zeroize_every_key_once(store: Store, zeroizer: Zer
     key_ids = fill(store, [NOW_MS - 1] * 50)
     # The first holds its batch locked; the second must wait, and then find nothing.
     with store.engine.begin() as connection:
-        assert [of.records for of in fetch_expired(connection, "KP_Bob", NOW_MS, BATCH)] == [50]
+        stretch = fetch_stretch(connection, "KP_Bob", 0, NOW_MS, BATCH)
+        assert [of_source.records for of_source in fetch_expired(connection, stretch)] == [50]
         with closing(connect(store.settings.mysql)) as other, other.cursor() as cursor:
             cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
             with pytest.raises(StoreUnavailable), driver_errors():

@@ -63,10 +63,12 @@ EVENT = packets.OutboxRow(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
 FEW = [RECORD._replace(key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
 MOST = [record.key_id for record in FEW[:-1]]
 ROW = packets.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
+STRETCH = expiry.Stretch(KP, NOW_MS - 1000, NOW_MS, KEY_IDS[0])
 
 SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
-    "fetch_expired": lambda c: expiry.fetch_expired(c, KP, NOW_MS, 100),
-    "delete_expired": lambda c: expiry.delete_expired(c, KP, NOW_MS, 100),
+    "fetch_stretch": lambda c: expiry.fetch_stretch(c, KP, NOW_MS - 1000, NOW_MS, 100),
+    "fetch_expired": lambda c: expiry.fetch_expired(c, STRETCH),
+    "delete_expired": lambda c: expiry.delete_expired(c, STRETCH),
     "fetch_targets": expiry.fetch_targets,
     "delete_expired_wrapping_keys": lambda c: expiry.delete_expired_wrapping_keys(c, NOW_MS, 100),
     "delete_expired_held": lambda c: expiry.delete_expired_held(c, KP, NOW_MS, 100),
