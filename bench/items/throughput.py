@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from bench import wrk
+from bench.bare_servers import bare_handler
 from bench.bare_store import BareStore
 from bench.cpu import CpuMeter
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
-from bench.stage import Stage, get_bytes
-from bench.waiting import key_url, wait_until
-from sandbox.ports import LOOPBACK, answers, free_port
-from sandbox.processes import Child, minimal_environ
+from bench.stage import Stage
+from bench.waiting import key_url
 
-_REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # Room for a run that is faster than the one that the number of keyIds is taken from.
 _SPARE = 1.25
 
@@ -31,7 +24,7 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     claimed: list[float] = []
     rows: list[float] = []
     meter = CpuMeter(api=stage.alice.processes["api"].pid, database=stage.mysql.pid)
-    with _bare_server(stage) as bare_url:
+    with bare_handler(stage) as bare_url:
         for _ in range(plan.rounds):
             bare.append(wrk.rate(bare_url, plan.step_seconds))
             capabilities.append(wrk.rate(f"{stage.alice.url}/capabilities", plan.step_seconds))
@@ -64,18 +57,3 @@ def claim_rate(stage: Stage, key_ids: list[str], plan: Plan) -> float:
     """`GET /key/{keyId}` at KP_Alice, each keyId once: answers in a second."""
     run = wrk.start_key_ids(stage.alice.url, stage.bob.system_id, key_ids, plan.step_seconds)
     return run.result().per_second
-
-
-@contextmanager
-def _bare_server(stage: Stage) -> Iterator[str]:
-    """A bare server that answers with the bytes of KP_Alice's own capabilities; its URL."""
-    port = free_port()
-    body = get_bytes(stage.alice.url, "/capabilities").decode()
-    environ = {**minimal_environ(stage.root), "PYTHONPATH": str(_REPOSITORY)}
-    command = [sys.executable, "-m", "bench.bare_server", str(port), body]
-    child = Child(command, environ=environ, log=stage.root / "bare.log", cwd=stage.root)
-    try:
-        wait_until(lambda: answers(port), "the bare server")
-        yield f"http://{LOOPBACK}:{port}/capabilities"
-    finally:
-        child.kill()

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from services.api import workers
 from services.api.access_log import AccessLine, AccessLogger
+from services.api.afterwards import Afterwards
 from services.api.app import Application
 from services.api.batching import Lane
 from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
@@ -76,7 +77,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     )
     claim: Lane[ClaimRequest, ClaimedKey] = make_lane(settings, "claim", functools.partial(ClaimBatch, opener))
     links = BusLinks(settings, keyring, directory, hop) if settings.bus_peers else None
-    skip = SkipMethods(settings, directory, issue, claim, links)
+    afterwards = AccessLogger.afterwards = Afterwards(asyncio.get_running_loop())
+    skip = SkipMethods(settings, directory, issue, claim, afterwards, links)
     tls = Tls(settings)
     sync = _make_sync(settings, directory, links) if links is not None else None
     application = Application(skip, StatusPages(settings, directory, view, tls.warnings, links), sync)
@@ -106,6 +108,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         finally:
             tls.close()
             await runner.cleanup()
+            afterwards.do()
             await issue.close()
             await claim.close()
             view.close()

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-import time
 from logging import Logger
 from time import perf_counter
+from time import time as clock
 
 import orjson
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.web import BaseRequest, StreamResponse
 
+from services.api.afterwards import Afterwards
 from services.api.metrics import observe_request
 from services.api.tls.callers import Caller
 from shared.log_rendering import utc_timestamp
@@ -51,15 +52,15 @@ class AccessLine:
         self._constant = constant
         self._readable = readable
 
-    def render(self, request: BaseRequest, response: StreamResponse, seconds: float) -> bytes:
-        """One line, without its end."""
-        fields = self._fields(request, response, seconds)
+    def render(self, request: BaseRequest, response: StreamResponse, seconds: float, at: float) -> bytes:
+        """One line, without its end; ``at`` is Unix time in seconds."""
+        fields = self._fields(request, response, seconds, at)
         return _readable(fields) if self._readable else orjson.dumps(fields)
 
-    def _fields(self, request: BaseRequest, response: StreamResponse, seconds: float) -> dict[str, object]:
+    def _fields(self, request: BaseRequest, response: StreamResponse, seconds: float, at: float) -> dict[str, object]:
         entry = request.get(ENTRY)
         fields: dict[str, object] = {
-            "timestamp": utc_timestamp(time.time()),
+            "timestamp": utc_timestamp(at),
             "level": "info" if response.status < 400 else "warning",
             "event": "request",
             **self._constant,
@@ -100,9 +101,10 @@ def shown_path(request: BaseRequest, entry: Entry | None) -> str:
 
 
 class AccessLogger(AbstractAccessLogger):
-    """aiohttp's hook. The line goes out with the others of this turn of the event loop."""
+    """aiohttp's hook. Lines are made and written when there is time for them (``Afterwards``)."""
 
     line = AccessLine({})
+    afterwards: Afterwards
 
     def __init__(self, logger: Logger, log_format: str) -> None:
         super().__init__(logger, log_format)
@@ -113,5 +115,9 @@ class AccessLogger(AbstractAccessLogger):
         """One line for one answered request; ``time`` is its duration in seconds, in whole milliseconds."""
         entry = request.get(ENTRY)
         seconds = time if entry is None else perf_counter() - entry.started
+        self.afterwards.put(functools.partial(self._tell, request, response, seconds, clock()))
+
+    def _tell(self, request: BaseRequest, response: StreamResponse, seconds: float, at: float) -> None:
+        entry = request.get(ENTRY)
         observe_request(entry.route if entry is not None else None, response.status, seconds)
-        self._write(self.line.render(request, response, seconds))
+        self._write(self.line.render(request, response, seconds, at))

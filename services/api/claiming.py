@@ -118,7 +118,7 @@ class ClaimBatch:
         self._opener = opener
         self._requests = requests
         self._answers: list[ClaimedKey | SkipbusError] = []
-        self._tokens = CommitTokens[list[ClaimedKey | SkipbusError]]()
+        self._tokens: CommitTokens[list[ClaimedKey | SkipbusError]] = CommitTokens()
         self._seen: set[bytes] = set()
 
     def run(self) -> Steps[Sequence[ClaimedKey | SkipbusError]]:

@@ -137,7 +137,7 @@ class IssueBatch:
         self._ttl_ms = key_ttl_seconds * 1000
         self._requests = requests
         self._answers: list[IssuedKey | SkipbusError] = []
-        self._tokens = CommitTokens[list[IssuedKey | SkipbusError]]()
+        self._tokens: CommitTokens[list[IssuedKey | SkipbusError]] = CommitTokens()
 
     def run(self) -> Steps[Sequence[IssuedKey | SkipbusError]]:
         """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot."""

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from services.api import parameters
 from services.api.access_log import Entry
+from services.api.afterwards import Afterwards
 from services.api.batching import Lane
 from services.api.claiming import ClaimedKey, ClaimRequest
 from services.api.issuing import IssuedKey, IssueRequest, not_usable
@@ -39,8 +40,10 @@ class SkipMethods:
         directory: PeerDirectory,
         issue: Lane[IssueRequest, IssuedKey],
         claim: Lane[ClaimRequest, ClaimedKey],
+        afterwards: Afterwards,
         links: BusLinks | None = None,
     ) -> None:
+        self._afterwards = afterwards
         self._peers = settings.peers
         self._links = links
         self._remote_ids = RemoteSystemIds(settings.remote_system_ids, settings.local_system_id)
@@ -75,6 +78,7 @@ class SkipMethods:
                 raise not_usable(target, identity_changed=target in self._directory.conflicts())
             on_its_way = self._issue.begin(IssueRequest(target, size_bits, entry.correlation_id))
             response = KeyResponse(body_octets)
+            self._afterwards.do()
             issued = await on_its_way
         entry.key_id = issued.key_id
         response.body = _KEY_BODY % (issued.key_id.encode(), issued.key.encode())
@@ -94,6 +98,7 @@ class SkipMethods:
             on_its_way = self._claim.begin(request)
             # The size of the key is not known yet; 256 bits is what nearly all have.
             response = KeyResponse(_KEY_BODY_OCTETS + len(key_id) + DEFAULT_KEY_BITS // 4)
+            self._afterwards.do()
             claimed = await on_its_way
         entry.issued_as = claimed.issued_as
         response.body = _KEY_BODY % (key_id.encode(), claimed.key.encode())

@@ -68,7 +68,7 @@ class StockClaimBatch:
         self._opener = opener
         self._key_ttl_seconds = key_ttl_seconds
         self._requests = requests
-        self._tokens = CommitTokens[list[IssuedKey | None]]()
+        self._tokens: CommitTokens[list[IssuedKey | None]] = CommitTokens()
 
     def run(self) -> Steps[Sequence[IssuedKey | SkipbusError | None]]:
         """Claims, opens, deletes and commits."""

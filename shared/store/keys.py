@@ -84,4 +84,4 @@ def fetch_commit_token(token: bytes) -> Steps[bool]:
 
 
 def _insert_events(events: Sequence[OutboxRow], token: bytes) -> str:
-    return insert_outbox_rows([events[0]._replace(token=token), *events[1:]])
+    return insert_outbox_rows([OutboxRow(*events[0][:-1], token), *events[1:]])

@@ -82,8 +82,14 @@ def test_skip_qkd_exchanges_a_key_by_client_certificates(lab: Lab) -> None:
     assert len(bytes.fromhex(issued["key"])) == 64
     assert called(bob, "fetch_key_by_id", issued["keyId"], ALICE) == issued
 
-    seen = [line for line in log_lines(bob, "api") if line["event"] == "request" and "issued_as" in line]
+    wait_for(lambda: bool(claims(bob)), timeout_seconds=5)
+    seen = claims(bob)
     assert [(line["identity"], line["proof"]) for line in seen] == [("CN=client; DNS:client", "certificate")]
+
+
+def claims(kp: KeyProvider) -> list[dict[str, Any]]:
+    """The access lines of keys that were handed out."""
+    return [line for line in log_lines(kp, "api") if line["event"] == "request" and "issued_as" in line]
 
 
 def test_skip_qkd_with_a_certificate_of_another_authority_is_refused(tmp_path: Path) -> None:
