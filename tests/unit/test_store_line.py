@@ -68,6 +68,15 @@ async def test_statements_go_out_as_one_query_and_the_answer_comes_back(rig: Rig
     assert rig.line.open
 
 
+async def test_what_is_to_be_done_meanwhile_is_done_when_the_statement_has_gone(rig: Rig) -> None:
+    seen: list[bytes] = []
+    answer = rig.ask(Statement("COMMIT", meanwhile=lambda: seen.append(rig.server.recv(100))))
+    assert seen == [b"\x07\0\0\0\3COMMIT"]
+    rig.server.sendall(packets(ok()))
+    assert await told(answer) == []
+    assert len(seen) == 1
+
+
 async def test_one_line_serves_rows_and_commits_in_turn(rig: Rig) -> None:
     for _ in range(3):
         answer = rig.ask(Statement("SELECT", (octets,)))
