@@ -453,6 +453,4 @@ def test_clients_that_do_not_read_are_given_up_in_the_end(deaf: Deaf) -> None:
     left_seconds = max(0.0, deaf.started + ANSWER_TIMEOUT_SECONDS - time.monotonic())
     # First they are answered until the kernel takes no more: tens of thousands of answers for all of them.
     filled_seconds = 30
-    wait_for(
-        lambda: deaf.ended() == len(deaf.sockets), timeout_seconds=left_seconds + filled_seconds, poll_seconds=0.5
-    )
+    wait_for(lambda: deaf.ended() == len(deaf.sockets), timeout_seconds=left_seconds + filled_seconds, poll_seconds=0.5)
