@@ -55,7 +55,7 @@ _LAST = text(
     "SELECT expires_ms, key_id FROM key_records WHERE target_id = :target_id "
     "AND expires_ms BETWEEN :from_ms AND :until_ms ORDER BY expires_ms, key_id LIMIT 1 OFFSET :before"
 )
-# Bounds instead of an order and a limit: for these MariaDB sorts what it deletes, which takes as long again.
+# Bounds instead of an order and a limit: with these MariaDB takes almost twice as long to delete.
 _IN_STRETCH = (
     "s.target_id = :target_id AND s.expires_ms BETWEEN :from_ms AND :last_ms "
     "AND (s.expires_ms < :last_ms OR s.key_id <= :last_key_id)"
