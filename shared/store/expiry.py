@@ -39,13 +39,12 @@ class Stretch(NamedTuple):
 
 
 class Expired(NamedTuple):
-    """Expired records of one source: how many, and what the source is told of ``told`` of them.
+    """What a source is told of ``told`` expired records of its own.
 
     ``payload`` is MessagePack, a list of [keyId, expiry in UTC ms, correlation id]; empty where ``told`` is 0.
     """
 
     source_id: str
-    records: int
     told: int
     payload: bytes
 
@@ -68,7 +67,7 @@ _ENTRY = (
 )
 _LONGEST_LIST_BYTES = (3 + 64 + 9 + 2 + 64) * 50_000
 _EXPIRED = text(
-    f"SELECT s.source_id, COUNT(*), COUNT(*), GROUP_CONCAT({_ENTRY} SEPARATOR '') "
+    f"SELECT s.source_id, COUNT(*), GROUP_CONCAT({_ENTRY} SEPARATOR '') "
     f"FROM key_records AS s WHERE {_IN_STRETCH} GROUP BY s.source_id FOR UPDATE"
 )
 # Stock that its source has not given out was issued to nobody, so nobody is told of it. A subquery locks nothing.
@@ -77,7 +76,7 @@ _HELD = (
     "WHERE h.local_id = :target_id AND h.source_id = s.source_id AND h.key_id = s.key_id)"
 )
 _EXPIRED_BUT_STOCK = text(
-    f"SELECT s.source_id, COUNT(*), COUNT(IF({_HELD}, NULL, 1)), GROUP_CONCAT(IF({_HELD}, NULL, {_ENTRY}) SEPARATOR '')"
+    f"SELECT s.source_id, COUNT(IF({_HELD}, NULL, 1)), GROUP_CONCAT(IF({_HELD}, NULL, {_ENTRY}) SEPARATOR '')"
     f" FROM key_records AS s WHERE {_IN_STRETCH} GROUP BY s.source_id FOR UPDATE"
 )
 _SOME_STOCK = text("SELECT 1 FROM stock_held FORCE INDEX (PRIMARY) WHERE local_id = :target_id LIMIT 1")
@@ -101,10 +100,7 @@ def fetch_expired(connection: Connection, stretch: Stretch) -> list[Expired]:
     connection.execute(_LONG_ENOUGH)
     stock = connection.execute(_SOME_STOCK, {"target_id": stretch.target_id}).first()
     found = connection.execute(_EXPIRED if stock is None else _EXPIRED_BUT_STOCK, stretch._asdict())
-    return [
-        Expired(source_id, records, told, _list_of(told, entries) if told else b"")
-        for source_id, records, told, entries in found
-    ]
+    return [Expired(source_id, told, _list_of(told, entries) if told else b"") for source_id, told, entries in found]
 
 
 def _list_of(count: int, entries: bytes) -> bytes:

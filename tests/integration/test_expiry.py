@@ -172,7 +172,7 @@ def test_two_janitors_at_once_zeroize_every_key_once(store: Store, zeroizer: Zer
     # The first holds its batch locked; the second must wait, and then find nothing.
     with store.engine.begin() as connection:
         stretch = fetch_stretch(connection, "KP_Bob", 0, NOW_MS, BATCH)
-        assert [of_source.records for of_source in fetch_expired(connection, stretch)] == [50]
+        assert [of_source.told for of_source in fetch_expired(connection, stretch)] == [50]
         with closing(connect(store.settings.mysql)) as other, other.cursor() as cursor:
             cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
             with pytest.raises(StoreUnavailable), driver_errors():
