@@ -232,9 +232,13 @@ def test_one_address_cannot_fill_the_memory_and_is_served_again_afterwards(link:
     connections = [RawConnection(link.alice.port) for _ in range(8)]
     try:
 
-        def send(connection: RawConnection) -> int:
-            connection.send(head(MAX_ENVELOPE_BYTES) + large)
-            return connection.read().status
+        def send(connection: RawConnection) -> int | None:
+            try:
+                connection.send(head(MAX_ENVELOPE_BYTES) + large)
+                return connection.read().status
+            except ConnectionError:
+                # Refused, and too slow on this machine to be told: nobody reads for a refused client for ever.
+                return None
 
         with ThreadPoolExecutor(8) as senders:
             statuses = list(senders.map(send, connections))
@@ -242,7 +246,7 @@ def test_one_address_cannot_fill_the_memory_and_is_served_again_afterwards(link:
         for connection in connections:
             connection.close()
     # As many as have room wait for their end until they are given up.
-    assert set(statuses) == {408, 503}
+    assert {408, 503} <= set(statuses) <= {408, 503, None}
     assert statuses.count(408) <= 4
     assert post(link, link.carol.retrieved(ALICE)).status == 202
 
