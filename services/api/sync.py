@@ -39,7 +39,7 @@ MAX_HELD_BYTES = 64 * 1024 * 1024
 MAX_HELD_PER_ADDRESS = MAX_HELD_BYTES // 4
 MAX_CHECKS_WAITING = 256
 _CHECKS_AT_ONCE = 2
-# So long what is too large, or has no room, is read and thrown away: a client that still writes does not see its answer.
+# So long what is too large or has no room is read and thrown away: a client that still writes does not see its answer.
 _DISCARD_SECONDS = 2.0
 # What only says how things are goes to whoever listens now, as it does over the bus.
 _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
