@@ -54,34 +54,37 @@ _LAST = text(
     "SELECT expires_ms, key_id FROM key_records WHERE target_id = :target_id "
     "AND expires_ms BETWEEN :from_ms AND :until_ms ORDER BY expires_ms, key_id LIMIT 1 OFFSET :before"
 )
-# Bounds instead of an order and a limit: with these MariaDB takes almost twice as long to delete.
+# Bounds instead of an order and a limit, and no alias: with any of these MariaDB takes half as long again to delete, or
+# twice as long.
 _IN_STRETCH = (
-    "s.target_id = :target_id AND s.expires_ms BETWEEN :from_ms AND :last_ms "
-    "AND (s.expires_ms < :last_ms OR s.key_id <= :last_key_id)"
+    "key_records.target_id = :target_id AND key_records.expires_ms BETWEEN :from_ms AND :last_ms "
+    "AND (key_records.expires_ms < :last_ms OR key_records.key_id <= :last_key_id)"
 )
 # The server writes the MessagePack itself: to read thousands of rows only to write them again costs the driver and the
-# interpreter more than the server needs to delete them.
+# interpreter more than the server needs to delete them. The bit that is set and cut off again keeps the zeros in front
+# of a time, which is below 2**56 ms.
 _ENTRY = (
-    "CONCAT(0x93C4, CHAR(LENGTH(s.key_id)), s.key_id, 0xCF, UNHEX(LPAD(HEX(s.expires_ms), 16, '0')), "
-    "0xD9, CHAR(LENGTH(s.correlation_id)), s.correlation_id)"
+    "CONCAT(0x93C4, CHAR(LENGTH(key_records.key_id)), key_records.key_id, "
+    "0xCF00, SUBSTR(UNHEX(HEX(key_records.expires_ms | 0x100000000000000)), 2), "
+    "0xD9, CHAR(LENGTH(key_records.correlation_id)), key_records.correlation_id)"
 )
 _LONGEST_LIST_BYTES = (3 + 64 + 9 + 2 + 64) * 50_000
 _EXPIRED = text(
-    f"SELECT s.source_id, COUNT(*), GROUP_CONCAT({_ENTRY} SEPARATOR '') "
-    f"FROM key_records AS s WHERE {_IN_STRETCH} GROUP BY s.source_id FOR UPDATE"
+    f"SELECT source_id, COUNT(*), GROUP_CONCAT({_ENTRY} SEPARATOR '') "
+    f"FROM key_records WHERE {_IN_STRETCH} GROUP BY source_id FOR UPDATE"
 )
 # Stock that its source has not given out was issued to nobody, so nobody is told of it. A subquery locks nothing.
 _HELD = (
-    "EXISTS (SELECT 1 FROM stock_held AS h FORCE INDEX (PRIMARY) "
-    "WHERE h.local_id = :target_id AND h.source_id = s.source_id AND h.key_id = s.key_id)"
+    "EXISTS (SELECT 1 FROM stock_held AS h FORCE INDEX (PRIMARY) WHERE h.local_id = :target_id "
+    "AND h.source_id = key_records.source_id AND h.key_id = key_records.key_id)"
 )
 _EXPIRED_BUT_STOCK = text(
-    f"SELECT s.source_id, COUNT(IF({_HELD}, NULL, 1)), GROUP_CONCAT(IF({_HELD}, NULL, {_ENTRY}) SEPARATOR '')"
-    f" FROM key_records AS s WHERE {_IN_STRETCH} GROUP BY s.source_id FOR UPDATE"
+    f"SELECT source_id, COUNT(IF({_HELD}, NULL, 1)), GROUP_CONCAT(IF({_HELD}, NULL, {_ENTRY}) SEPARATOR '')"
+    f" FROM key_records WHERE {_IN_STRETCH} GROUP BY source_id FOR UPDATE"
 )
 _SOME_STOCK = text("SELECT 1 FROM stock_held FORCE INDEX (PRIMARY) WHERE local_id = :target_id LIMIT 1")
 _LONG_ENOUGH = text(f"SET SESSION group_concat_max_len = {_LONGEST_LIST_BYTES}")
-_DELETE_STRETCH = text(f"DELETE s FROM key_records AS s WHERE {_IN_STRETCH}")
+_DELETE_STRETCH = text(f"DELETE FROM key_records WHERE {_IN_STRETCH}")
 
 
 def fetch_stretch(connection: Connection, target_id: str, from_ms: int, until_ms: int, limit: int) -> Stretch:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from services.janitor import expiry
-from services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, Zeroizer
+from services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, PACE_PER_SECOND, Zeroizer
 from shared import wire
 from shared.database import connect, driver_errors
 from shared.errors import StoreUnavailable
@@ -107,7 +107,7 @@ def test_stock_that_was_given_to_nobody_expires_without_a_word(store: Store, zer
 
 def test_a_whole_batch_of_the_longest_entries_is_told_of_as_it_is(store: Store, zeroizer: Zeroizer) -> None:
     key_ids = [n.to_bytes(64, "big") for n in range(BATCH)]
-    longest, last_ms = "c" * 64, 2**62
+    longest, last_ms = "c" * 64, 2**56 - 1
     with store.connect() as connection, connection.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, "
@@ -134,7 +134,13 @@ def test_whatever_octets_a_key_id_has_it_is_told_of_as_it_is(store: Store, zeroi
 def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
     store: Store, zeroizer: Zeroizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expiry, "REST_RATIO", 0.0)
+    worked: list[float] = []
+
+    def rest_seconds(worked_seconds: float) -> float:
+        worked.append(worked_seconds)
+        return 0.0
+
+    monkeypatch.setattr(expiry, "rest_seconds", rest_seconds)
     # Many expire in the same millisecond, and batches end in the middle of one.
     expiries = [NOW_MS - 1 - n // 700 for n in range(2 * BATCH + 300)]
     key_ids = fill(store, expiries)
@@ -143,7 +149,22 @@ def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
     assert key_ids_left(store) == kept
     reports = [item for _, _, items in told(store) for item in items]
     assert len(told(store)) == 3
+    assert len(worked) == 2
     assert sorted(item[0] for item in reports) == key_ids  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("worked_seconds", "rest_seconds"),
+    [
+        (0.01, 0.025),
+        (0.04, 0.1),
+        (0.09, BATCH / PACE_PER_SECOND - 0.09),
+        (0.2, 0.1),
+    ],
+)
+def test_it_rests_for_a_million_keys_in_a_minute_but_within_bounds(worked_seconds: float, rest_seconds: float) -> None:
+    assert expiry.rest_seconds(worked_seconds) == pytest.approx(rest_seconds)
+    assert 10**6 / PACE_PER_SECOND < 57
 
 
 def test_keys_of_other_targets_are_left_to_their_own_janitors(store: Store, zeroizer: Zeroizer) -> None:
