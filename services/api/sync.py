@@ -144,19 +144,17 @@ class SyncEndpoint:
             raise RouteError(417, "no expectation but 100-continue is met here")
         try:
             async with asyncio.timeout(self._body_timeout_seconds):
-                body = None if too_large else await _read_at_most(request, share, MAX_ENVELOPE_BYTES)
+                if too_large:
+                    raise _too_large()
+                body = await _read_at_most(request, share, MAX_ENVELOPE_BYTES)
         except TimeoutError:
             raise RouteError(408, f"the body was not complete within {self._body_timeout_seconds:g} s") from None
         except (OSError, ClientPayloadError, HttpProcessingError, web.RequestPayloadError) as error:
             raise SyncRefused(400, "malformed", "the body did not come as announced") from error
-        except Overloaded:
+        except (SyncRefused, Overloaded):
             share.give_back()
             await _discard(request)
             raise
-        if body is None:
-            share.give_back()
-            await _discard(request)
-            raise _too_large()
         _mark_complete(request)
         return body
 
@@ -203,12 +201,12 @@ class _Share:
             del self._room.by_address[self._address]
 
 
-async def _read_at_most(request: web.BaseRequest, share: _Share, limit: int) -> bytes | None:
-    """The body, None where it is longer."""
+async def _read_at_most(request: web.BaseRequest, share: _Share, limit: int) -> bytes:
+    """The body; raises SyncRefused where it is longer, and Overloaded."""
     chunks = bytearray()
     while chunk := await request.content.readany():
         if len(chunks) + len(chunk) > limit:
-            return None
+            raise _too_large()
         share.take(len(chunk))
         chunks += chunk
     return bytes(chunks)

@@ -54,18 +54,17 @@ _LAST = text(
     "SELECT expires_ms, key_id FROM key_records WHERE target_id = :target_id "
     "AND expires_ms BETWEEN :from_ms AND :until_ms ORDER BY expires_ms, key_id LIMIT 1 OFFSET :before"
 )
-# Bounds instead of an order and a limit, and no alias: with any of these MariaDB takes half as long again to delete, or
-# twice as long.
+# Bounds instead of an order and a limit, with which MariaDB takes almost twice as long to delete; and no alias, with
+# which it takes a tenth longer.
 _IN_STRETCH = (
     "key_records.target_id = :target_id AND key_records.expires_ms BETWEEN :from_ms AND :last_ms "
     "AND (key_records.expires_ms < :last_ms OR key_records.key_id <= :last_key_id)"
 )
 # The server writes the MessagePack itself: to read thousands of rows only to write them again costs the driver and the
-# interpreter more than the server needs to delete them. The bit that is set and cut off again keeps the zeros in front
-# of a time, which is below 2**56 ms.
+# interpreter more than the server needs to delete them.
 _ENTRY = (
     "CONCAT(0x93C4, CHAR(LENGTH(key_records.key_id)), key_records.key_id, "
-    "0xCF00, SUBSTR(UNHEX(HEX(key_records.expires_ms | 0x100000000000000)), 2), "
+    "0xCF, UNHEX(LPAD(HEX(key_records.expires_ms), 16, '0')), "
     "0xD9, CHAR(LENGTH(key_records.correlation_id)), key_records.correlation_id)"
 )
 _LONGEST_LIST_BYTES = (3 + 64 + 9 + 2 + 64) * 50_000
