@@ -129,6 +129,16 @@ def not_usable(target_id: str, *, identity_changed: bool) -> PeerNotReady:
     )
 
 
+@dataclass(slots=True)
+class _Planned:
+    """All of a key but its octets: its keyId, when it expires (UTC ms), and the wrapping key that will close it."""
+
+    request: IssueRequest
+    key_id: bytes
+    expires_ms: int
+    wrapping_key: WrappingKey
+
+
 class IssueBatch:
     """One transaction that places several keys."""
 
@@ -136,53 +146,78 @@ class IssueBatch:
         self._sealer = sealer
         self._ttl_ms = key_ttl_seconds * 1000
         self._requests = requests
-        self._answers: list[IssuedKey | SkipbusError] = []
         self._tokens: CommitTokens[list[IssuedKey | SkipbusError]] = CommitTokens()
 
     def run(self) -> Steps[Sequence[IssuedKey | SkipbusError]]:
-        """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot."""
+        """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot.
+
+        The events are sent first, since they need no key: the server works on them while keys are made and sealed.
+        """
         at_ms = now_ms()
-        self._answers = []
         used = yield from self._sealer.load({request.target_id for request in self._requests}, at_ms)
-        records: list[KeyRecord] = []
-        for request in self._requests:
-            try:
-                records.append(self._seal_one(request, at_ms, used))
-            except SkipbusError as error:
-                self._answers.append(error)
-        if not records:
-            return self._answers
+        outcomes = [self._plan(request, at_ms, used) for request in self._requests]
+        planned = [outcome for outcome in outcomes if isinstance(outcome, _Planned)]
+        if not planned:
+            return [outcome for outcome in outcomes if isinstance(outcome, SkipbusError)]
+        answers: list[IssuedKey | SkipbusError] = []
+        make_records = partial(_make_records, outcomes, answers)
         unstored = [current.unstored for current in used.values() if current.unstored]
-        yield from commit_issued(records, unstored, self._events(records, at_ms), self._tokens.new(self._answers))
+        yield from commit_issued(make_records, unstored, self._events(planned, at_ms), self._tokens.new(answers))
         for current in used.values():
             current.unstored = None
-        return self._answers
+        return answers
 
     def committed(self) -> Steps[Sequence[IssuedKey | SkipbusError] | None]:
         """The answers of an interrupted commit that happened: its token then stands in the outbox."""
         return self._tokens.committed()
 
-    def _seal_one(self, request: IssueRequest, at_ms: int, used: dict[str, _Current]) -> KeyRecord:
-        current = used.get(request.target_id)
-        if current is None:
-            # Raises for all but a peer that has become usable since.
-            current = used[request.target_id] = self._sealer.wrapping_key_for(request.target_id, at_ms)
+    def _plan(self, request: IssueRequest, at_ms: int, used: dict[str, _Current]) -> _Planned | SkipbusError:
+        target_id = request.target_id
         try:
-            key = os.urandom(request.size_bits // 8)
+            if target_id not in used:
+                # Raises for all but a peer that has become usable since.
+                used[target_id] = self._sealer.wrapping_key_for(target_id, at_ms)
             key_id = new_key_id()
+        except SkipbusError as error:
+            return error
         except OSError as error:
-            raise NoEntropy("the random number generator of the operating system failed") from error
+            raise _no_entropy() from error
+        wrapping_key = used[target_id].key
         # A record must not outlive the private half that opens it.
-        expires_ms = min(at_ms + self._ttl_ms, current.key.expires_ms)
-        record = current.key.seal(key_id, key, expires_ms, request.correlation_id)
-        self._answers.append(IssuedKey(key_id.hex(), key.hex()))
-        return record
+        return _Planned(request, key_id, min(at_ms + self._ttl_ms, wrapping_key.expires_ms), wrapping_key)
 
-    def _events(self, records: Sequence[KeyRecord], at_ms: int) -> list[OutboxRow]:
+    def _events(self, planned: Sequence[_Planned], at_ms: int) -> list[OutboxRow]:
         by_target: dict[str, list[list[object]]] = {}
-        for r in records:
-            by_target.setdefault(r.target_id, []).append([r.key_id, r.size_bits, r.expires_ms, r.correlation_id])
+        for p in planned:
+            item = [p.key_id, p.request.size_bits, p.expires_ms, p.request.correlation_id]
+            by_target.setdefault(p.request.target_id, []).append(item)
         return [
             OutboxRow(self._sealer.local_id, target, EnvelopeType.KEY_ISSUED, wire.pack(items), len(items), at_ms)
             for target, items in by_target.items()
         ]
+
+
+def _make_records(
+    outcomes: Iterable[_Planned | SkipbusError], answers: list[IssuedKey | SkipbusError]
+) -> list[KeyRecord]:
+    """Makes the keys that are planned, sealed; ``answers`` gets them in clear, in order, with the errors between them.
+
+    Raises NoEntropy.
+    """
+    records: list[KeyRecord] = []
+    for outcome in outcomes:
+        if isinstance(outcome, SkipbusError):
+            answers.append(outcome)
+            continue
+        try:
+            key = os.urandom(outcome.request.size_bits // 8)
+        except OSError as error:
+            raise _no_entropy() from error
+        key_id = outcome.key_id
+        records.append(outcome.wrapping_key.seal(key_id, key, outcome.expires_ms, outcome.request.correlation_id))
+        answers.append(IssuedKey(key_id.hex(), key.hex()))
+    return records
+
+
+def _no_entropy() -> NoEntropy:
+    return NoEntropy("the random number generator of the operating system failed")

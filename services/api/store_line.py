@@ -1,9 +1,9 @@
 """A connection to the store that never blocks the event loop.
 
 PyMySQL makes the connection, in a thread: handshake, authentication, TLS, session settings. From then on its socket
-does not block, and the loop writes the statements and is told when the socket can be read. One packet of
-statements is under way at a time. Whatever goes wrong ends the line; nothing is ever raised here: who sent the
-statement is told.
+does not block, and the loop writes the statements and is told when the socket can be read. One step's packets
+are under way at a time. Whatever goes wrong ends the line; nothing of that is ever raised here: who sent
+the statement is told.
 """
 
 from __future__ import annotations
@@ -48,17 +48,22 @@ class StoreLine:
         loop.add_reader(self._socket, self._readable)
 
     def send(self, statement: Statement, told: Told) -> None:
-        """Sends the statements; ``told`` gets the rows or the error, perhaps before this returns."""
+        """Sends the statements; ``told`` gets the rows or the error, perhaps before this returns.
+
+        What ``statement.meanwhile`` raises is raised here: then nobody is told, and the line must be closed.
+        """
         self._answer = Answer(statement.columns)
         self._told = told
         self._late_at = self._loop.time() + STATEMENT_TIMEOUT_SECONDS
         if not self.open:
             self._fail(_lost())
             return
-        self._unsent = memoryview(b"".join(_packets(statement.sql.encode())))
-        self._write()
-        if statement.meanwhile is not None:
-            statement.meanwhile()
+        self._write(statement.sql)
+        if statement.meanwhile is not None and self.open:
+            more = statement.meanwhile()
+            if more:
+                self._answer.expect_another()
+                self._write(more)
 
     def check(self, now: float) -> None:
         """Ends the line where the server has taken too long over a statement; ``now`` is the loop's time."""
@@ -78,7 +83,11 @@ class StoreLine:
         with contextlib.suppress(OSError):
             self._connection._force_close()  # type: ignore[attr-defined]  # noqa: SLF001 -- close() would wait
 
-    def _write(self) -> None:
+    def _write(self, sql: str) -> None:
+        self._unsent = memoryview(b"".join((self._unsent, *_packets(sql.encode()))))
+        self._write_on()
+
+    def _write_on(self) -> None:
         try:
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
@@ -89,7 +98,7 @@ class StoreLine:
 
     def _writable(self) -> None:
         self._loop.remove_writer(self._socket)
-        self._write()
+        self._write_on()
 
     def _readable(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The api's hot path: key records in and out, as steps, a whole transaction in one round trip.
+"""The api's hot path: key records in and out, as steps, and the writing of a transaction in one round trip.
 
 Statements are put together here, not by the driver, because escaping costs more than sealing. What makes that
 safe: every value of a row goes in as an integer or as a hexadecimal literal (``bytes.hex``), so no text of
@@ -11,17 +11,17 @@ others locked), wrapping keys by primary key, commit tokens by ``outbox_token``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store.packets import (
     OutboxRow,
     commit,
+    commit_with_records,
     delete_listed,
     hex_list,
     hexes,
     insert_outbox_rows,
-    insert_records,
     insert_wrapping_keys,
 )
 from shared.store.steps import Statement, Steps, octets, text
@@ -31,17 +31,18 @@ _WRAPPING_KEY = (octets, text, text, octets, int, octets, octets)
 
 
 def commit_issued(
-    records: Sequence[KeyRecord],
+    make_records: Callable[[], Sequence[KeyRecord]],
     wrapping_keys: Sequence[SealedWrappingKey],
     events: Sequence[OutboxRow],
     token: bytes,
 ) -> Steps[None]:
-    """Inserts sealed keys, the wrapping keys that are new, and the events, of which the first bears the token; commits.
+    """Inserts the wrapping keys that are new, the events, of which the first bears the token, and sealed keys; commits.
 
-    Raises CommitUnknown or StoreRefused; after any of them the connection must go.
+    The keys are made while the server inserts the events. Raises CommitUnknown, StoreRefused, and what ``make_records``
+    raises; after any of them the connection must go.
     """
     first = [insert_wrapping_keys(wrapping_keys)] if wrapping_keys else []
-    return commit([*first, insert_records(records), _insert_events(events, token)])
+    return commit_with_records([*first, _insert_events(events, token)], make_records)
 
 
 def fetch_for_claim(key_ids: Iterable[bytes]) -> Steps[dict[bytes, KeyRecord]]:

@@ -34,20 +34,43 @@ def commit(statements: Sequence[str], meanwhile: Callable[[], None] | None = Non
 
     Raises CommitUnknown or StoreRefused; after any of them the connection must go.
     """
+    return _committed(Statement(";".join((*statements, "COMMIT")), meanwhile=meanwhile))
+
+
+def commit_with_records(statements: Sequence[str], make_records: Callable[[], Sequence[KeyRecord]]) -> Steps[None]:
+    """``commit`` with sealed keys that are made while the server works on the statements, of which the last inserts.
+
+    They go in a second packet, which fails and commits nothing where the first one has failed.
+    """
+
+    def insertion() -> str:
+        return f"{insert_records(make_records(), after_insertion=True)};COMMIT"
+
+    return _committed(Statement(";".join(statements), meanwhile=insertion))
+
+
+def _committed(committing: Statement) -> Steps[None]:
     try:
-        yield Statement(";".join((*statements, "COMMIT")), meanwhile=meanwhile)
+        yield committing
     except StoreUnavailable as error:
         # A connection that breaks here leaves unknown whether it was committed.
         raise CommitUnknown("the connection to the store broke during a commit") from error
 
 
-def insert_records(records: Sequence[KeyRecord]) -> str:
-    """A statement: sealed keys. Fails as a whole where a keyId exists: nothing is ever overwritten."""
+def insert_records(records: Sequence[KeyRecord], *, after_insertion: bool = False) -> str:
+    """A statement: sealed keys. Fails as a whole where a keyId exists: nothing is ever overwritten.
+
+    With ``after_insertion`` it fails as well where the connection's statement before it has not inserted anything.
+    """
     values = ",".join(
         f"({name(r.target_id)},{r.expires_ms},0x{r.key_id.hex()},{name(r.source_id)},{r.size_bits},"
         f"0x{r.wrapping_key_id.hex()},0x{r.nonce.hex()},0x{r.sealed.hex()},{text(r.correlation_id)})"
         for r in records
     )
+    if after_insertion:
+        # -1 after an error, 0 where nothing was to be done. No column may be NULL, and the session is strict about it.
+        target = name(records[0].target_id)
+        values = f"(IF(ROW_COUNT() > 0,{target},NULL){values.removeprefix(f'({target}')}"
     return (
         "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, sealed, "
         f"correlation_id) VALUES {values}"

@@ -21,6 +21,7 @@ from shared.errors import StoreRefused
 Row = tuple[Any, ...]
 Rows = Sequence[Row]
 Reader = Callable[[bytes], object]
+Meanwhile = Callable[[], str | None]
 Outcome = TypeVar("Outcome")
 
 
@@ -28,12 +29,14 @@ class Statement:
     """SQL for one packet, several statements with ``;`` between them, of which at most one gives rows.
 
     ``columns`` reads each column of a row from the text that the server sends; none of them may be NULL.
-    ``meanwhile`` is done while a server works on statements that give no rows; what it raises ends the steps.
+    ``meanwhile`` is done while a server works on statements that give no rows; what it raises ends the steps, and the
+    connection with them. It may return more statements, for a second packet. That one may leave before the first is
+    answered, and the server then works on it even where the first has failed: its statements must see to that.
     """
 
     __slots__ = ("columns", "meanwhile", "sql")
 
-    def __init__(self, sql: str, columns: tuple[Reader, ...] = (), meanwhile: Callable[[], None] | None = None) -> None:
+    def __init__(self, sql: str, columns: tuple[Reader, ...] = (), meanwhile: Meanwhile | None = None) -> None:
         self.sql = sql
         self.columns = columns
         self.meanwhile = meanwhile
@@ -106,24 +109,29 @@ def _do(connection: Connection, step: Step) -> Rows:
     if not isinstance(step, Statement):
         step()
         return ()
-    if step.meanwhile is not None:
-        with driver_errors():
-            _execute_meanwhile(connection, step.sql, step.meanwhile)
-        return ()
-    with driver_errors(), connection.cursor() as cursor:
-        cursor.execute(step.sql)
-        rows: Rows = cursor.fetchall() if step.columns else ()
+    with driver_errors():
+        if step.meanwhile is None:
+            return _execute(connection, step)
+        more = _execute_meanwhile(connection, step.sql, step.meanwhile)
+        return _execute(connection, Statement(more)) if more else ()
+
+
+def _execute(connection: Connection, statement: Statement) -> Rows:
+    with connection.cursor() as cursor:
+        cursor.execute(statement.sql)
+        rows: Rows = cursor.fetchall() if statement.columns else ()
         # Each statement's own result must be read: an error of a later one only shows there.
         while cursor.nextset():
             pass
         return rows
 
 
-def _execute_meanwhile(connection: Connection, sql: str, meanwhile: Callable[[], None]) -> None:
+def _execute_meanwhile(connection: Connection, sql: str, meanwhile: Meanwhile) -> str | None:
     """PyMySQL's ``query`` with something between the sending and the reading. Its names are held by a test."""
     driver: Any = connection
     driver._execute_command(COMMAND.COM_QUERY, sql.encode())  # noqa: SLF001 -- see above
-    meanwhile()
+    more = meanwhile()
     driver.next_result()
     while driver._result.has_next:  # noqa: SLF001
         driver.next_result()
+    return more

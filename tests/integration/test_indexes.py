@@ -138,7 +138,7 @@ SQLALCHEMY_CALLS |= {
     "fetch_stock_levels": lambda c: stock.fetch_stock_levels(c, KP, PEER, NOW_MS),
 }
 RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
-    "commit_issued": lambda c: run_steps(c, keys.commit_issued([RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16)),
+    "commit_issued": lambda c: run_steps(c, keys.commit_issued(lambda: [RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16)),
     "fetch_for_claim": lambda c: run_steps(c, keys.fetch_for_claim(KEY_IDS)),
     "fetch_wrapping_keys": lambda c: run_steps(c, keys.fetch_wrapping_keys([b"w" * 16, b"v" * 16])),
     "commit_claimed": lambda c: run_steps(c, keys.commit_claimed(KEY_IDS, [EVENT], b"u" * 16)),
@@ -301,7 +301,7 @@ def small(database: Database, tmp_path: Path) -> Iterator[Store]:
     """A store with a handful of keys: the optimizer would rather read them all than look most of them up."""
     made = Store(database, tmp_path)
     with made.connect() as connection:
-        run_steps(connection, keys.commit_issued(FEW, [], [EVENT], b"t" * 16))
+        run_steps(connection, keys.commit_issued(lambda: FEW, [], [EVENT], b"t" * 16))
     made.rows("ANALYZE TABLE key_records")
     yield made
     made.close()

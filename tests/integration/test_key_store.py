@@ -19,12 +19,14 @@ from pymysql.connections import Connection
 from sandbox.servers import Database
 from services.api.batching import Lane
 from services.api.claiming import ClaimedKey, ClaimRequest
+from services.api.commit_tokens import CommitTokens
 from services.api.issuing import IssuedKey, IssueRequest
 from shared import wire
 from shared.clock import now_ms
 from shared.errors import (
     CommitUnknown,
     KeyNotAvailable,
+    NoEntropy,
     PeerNotReady,
     SealBroken,
     SkipbusError,
@@ -32,6 +34,7 @@ from shared.errors import (
     StoreUnavailable,
 )
 from shared.store.keys import commit_issued
+from shared.store.packets import OutboxRow, commit, insert_outbox_rows
 from shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
 from tests.integration.key_providers import KeyProvider, Store, announced, through_port
@@ -59,10 +62,11 @@ def place(source: KeyProvider, target: KeyProvider, expires_ms: int) -> bytes:
     current = source.sealer.wrapping_key_for(target.system_id, now_ms())
     key_id = bytes([7]) * 16
     record = current.key.seal(key_id, bytes(32), expires_ms, "placed")
-    batch = source.issue_batch([])
+    told = wire.pack([[key_id, 256, expires_ms, "placed"]])
+    event = OutboxRow(source.system_id, target.system_id, "key.issued", told, 1, now_ms())
     with source.store.connect() as connection:
         wrapping_keys = [current.unstored] if current.unstored else []
-        run_steps(connection, commit_issued([record], wrapping_keys, batch._events([record], now_ms()), b"t" * 16))
+        run_steps(connection, commit_issued(lambda: [record], wrapping_keys, [event], b"t" * 16))
     return key_id
 
 
@@ -603,6 +607,67 @@ async def test_a_claim_whose_connection_is_killed_while_it_waits_is_tried_again(
     (answer,) = await run_lanes([lane], work)
     assert isinstance(answer, ClaimedKey)
     assert answer.key == issued.key
+
+
+# --- what fails between the two packets in which keys are placed
+
+
+async def test_where_the_events_are_refused_no_key_is_committed_although_its_packet_has_left(
+    store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob, _ = kps
+    taken = b"t" * 16
+    with store.connect() as connection:
+        told = OutboxRow("KP_Alice", "KP_Bob", "key.issued", wire.pack([]), 1, now_ms(), taken)
+        run_steps(connection, commit([insert_outbox_rows([told])]))
+    monkeypatch.setattr(CommitTokens, "new", lambda _self, _answers: taken)
+    connections: list[int] = []
+
+    def connect() -> Connection[Any]:
+        made = through_port(alice.settings, database.port)()
+        connections.append(made.thread_id())  # type: ignore[no-untyped-call]
+        return made
+
+    lane = lane_of(alice.issue_batch, connect)
+    requests = [IssueRequest(target, 256, "") for target in ("KP_Bob", "KP_Bob", "KP_Carol")]
+
+    async def work() -> list[object]:
+        return list(await asyncio.gather(*map(lane.submit, requests), return_exceptions=True))
+
+    answers = await run_lanes([lane], work)
+    assert [type(answer) for answer in answers] == [StoreRefused] * 3
+    # The server has done all that it was sent, once it has ended the connections.
+    alive = "SELECT COUNT(*) FROM information_schema.processlist WHERE id IN %s"
+    wait_for(lambda: store.rows(alive, tuple(connections)) == [(0,)], timeout_seconds=5)
+    assert connections
+    assert store.count("key_records") == 0
+    assert store.count("wrapping_keys") == 0
+    monkeypatch.undo()
+    (issued,) = alice.issue(bob)
+    assert bob.claim(issued.key_id, alice).key == issued.key
+
+
+async def test_where_no_key_can_be_made_nothing_is_committed_and_the_next_request_is_served(
+    store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob, _ = kps
+    lane = lane_of(alice.issue_batch, through_port(alice.settings, database.port))
+
+    def fail(_count: int) -> bytes:
+        raise OSError("no entropy")
+
+    async def work() -> list[object]:
+        monkeypatch.setattr("services.api.issuing.os.urandom", fail)
+        with pytest.raises(NoEntropy):
+            await lane.submit(IssueRequest("KP_Bob", 256, ""))
+        monkeypatch.undo()
+        assert store.count("outbox") == 0
+        return [await lane.submit(IssueRequest("KP_Bob", 256, ""))]
+
+    (issued,) = await run_lanes([lane], work)
+    assert isinstance(issued, IssuedKey)
+    assert bob.claim(issued.key_id, alice).key == issued.key
+    assert store.count("outbox") == 2
 
 
 # --- statements

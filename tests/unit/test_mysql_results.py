@@ -55,6 +55,23 @@ def test_three_statements_are_answered_when_the_last_one_is(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 10**6])
+def test_two_packets_are_answered_when_the_last_statement_of_the_second_is(chunk: int) -> None:
+    data = packets(ok(MORE), ok()) + packets(ok(MORE), ok())
+    answer = Answer(())
+    answer.expect_another()
+    complete = [answer.feed(data[start : start + chunk]) for start in range(0, len(data), chunk)]
+    assert complete == [False] * (len(complete) - 1) + [True]
+
+
+@pytest.mark.parametrize("data", [packets(ok()) + packets(ok()) + b"x", packets(ok(), ok())])
+def test_what_follows_the_second_packets_answer_and_a_second_answer_out_of_sequence_are_refused(data: bytes) -> None:
+    answer = Answer(())
+    answer.expect_another()
+    with pytest.raises(pymysql.err.InterfaceError):
+        answer.feed(data)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10**6])
 def test_rows_are_read_as_the_statement_says(chunk: int) -> None:
     long = b"\xff\xfe" * 300
     found = [row(b"\0\1", "é".encode(), b"12"), row(long, b"", b"-3"), row(b"", b"x" * 250, b"0")]
