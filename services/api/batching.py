@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from pymysql.connections import Connection
@@ -153,13 +152,14 @@ class Lane(Generic[Request, Answer]):
         else:
             told((), StoreUnavailable("there is no connection to the store"))
 
-    def with_line(self, told: Told) -> None:
-        """Sees to it that there is a connection; ``told`` is called once."""
-        if self._line is not None and self._line.open:
-            told((), None)
-        else:
-            self.drop_line()
-            self._in_thread(self._connect, told)
+    def has_line(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._line is not None and self._line.open
+
+    def connect(self, told: Told) -> None:
+        """Makes a connection; ``told`` is called once."""
+        self.drop_line()
+        self._in_thread(self._connect, told)
 
     def end(self, run: _Run[Request, Answer], answers: Sequence[Answer | SkipbusError]) -> None:
         """Starts the next batch and hands out the answers of the one that has been run."""
@@ -273,29 +273,26 @@ class _Run(Generic[Request, Answer]):
             self._try()
 
     def _try(self) -> None:
-        self._steps = self._attempted()
-        self._lane.with_line(self._ready)
+        self._steps = self._tried_again() if self._unknown else self._batch.run()
+        if self._lane.has_line():
+            self._go_on(None, None)
+        else:
+            self._lane.connect(self._connected)
 
-    def _attempted(self) -> Steps[Sequence[Answer | SkipbusError]]:
-        if self._unknown:
-            answers = yield from self._batch.committed()
-            if answers is not None:
-                return answers
-        return (yield from self._batch.run())
+    def _tried_again(self) -> Steps[Sequence[Answer | SkipbusError]]:
+        answers = yield from self._batch.committed()
+        return (yield from self._batch.run()) if answers is None else answers
 
-    def _ready(self, _rows: Rows, error: BaseException | None) -> None:
+    def _connected(self, _rows: Rows, error: BaseException | None) -> None:
         if error is None and self._loop.time() >= self._deadline:
             # To connect took too long: nothing may be done in the name of callers who have gone.
             error = StoreUnavailable("the key store did not answer in time")
-        self._drive(self._steps.__next__ if error is None else partial(self._steps.throw, error))
+        self._go_on(None, error)
 
-    def _go_on(self, rows: Rows, error: BaseException | None) -> None:
-        self._drive(partial(self._steps.send, rows) if error is None else partial(self._steps.throw, error))
-
-    def _drive(self, advance: Callable[[], Step]) -> None:
-        """Goes on from where a step has been done, or has failed, to the next one."""
+    def _go_on(self, rows: Rows | None, failure: BaseException | None) -> None:
+        """Goes on from the beginning (no rows), or from where a step has been done or has failed, to the next step."""
         try:
-            step = advance()
+            step = self._steps.send(rows) if failure is None else self._steps.throw(failure)  # type: ignore[arg-type]
         except StopIteration as end:
             self._lane.end(self, end.value)
         except StoreUnavailable as error:
@@ -304,13 +301,10 @@ class _Run(Generic[Request, Answer]):
             # The transaction may be half done; the connection's end undoes it.
             self._lane.fail(self, error)
         else:
-            self._take(step)
-
-    def _take(self, step: Step) -> None:
-        try:
-            self._lane.take(step, self._go_on)
-        except Exception as error:  # noqa: BLE001 -- a lane that forgot its batch would never start another one
-            self._lane.fail(self, error)
+            try:
+                self._lane.take(step, self._go_on)
+            except Exception as error:  # noqa: BLE001 -- a lane that forgot its batch would never start another one
+                self._lane.fail(self, error)
 
     def _retry(self, error: StoreUnavailable) -> None:
         self._lane.drop_line()

@@ -10,12 +10,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from services.api.commit_tokens import CommitTokens
 from shared import wire
+from shared.announcements import Announcement
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType
-from shared.epochs import PublicEpoch, current_epoch
+from shared.epochs import EpochSpan, PublicEpoch, current_epoch
 from shared.errors import NoEntropy, PeerNotReady, SkipbusError
 from shared.identity import Identity
 from shared.keys import new_key_id
@@ -26,8 +28,7 @@ from shared.store.packets import OutboxRow
 from shared.store.steps import Steps
 
 
-@dataclass(frozen=True, slots=True)
-class IssueRequest:
+class IssueRequest(NamedTuple):
     """A fresh key of ``size_bits`` for the KP ``target_id``."""
 
     target_id: str
@@ -45,10 +46,15 @@ class IssuedKey:
 
 @dataclass(slots=True)
 class _Current:
-    """The wrapping key in use for a target, and its sealed form for as long as the store may not have it."""
+    """The wrapping key in use for a target, and its sealed form for as long as the store may not have it.
+
+    During ``span`` it is the one to use, as long as the target has not announced anything else.
+    """
 
     key: WrappingKey
     unstored: SealedWrappingKey | None
+    announcement: Announcement
+    span: EpochSpan
 
 
 class Sealer:
@@ -67,8 +73,10 @@ class Sealer:
         """
         current = self.held(target_id, at_ms)
         if current is None:
-            made = make_wrapping_key(self._identity, self.local_id, target_id, self._epoch(target_id, at_ms))
-            current = self._current[target_id] = _Current(*made)
+            announcement = self._announcement(target_id)
+            epoch = _epoch_at(announcement, at_ms)
+            made = make_wrapping_key(self._identity, self.local_id, target_id, epoch)
+            current = self._current[target_id] = _Current(*made, announcement, epoch.span)
         return current
 
     def make(self, target_id: str, at_ms: int) -> None:
@@ -77,11 +85,17 @@ class Sealer:
 
     def held(self, target_id: str, at_ms: int) -> _Current | None:
         """The wrapping key for the target's epoch at ``at_ms``, if it is made. Raises PeerNotReady."""
-        epoch = self._epoch(target_id, at_ms)
+        announcement = self._announcement(target_id)
         current = self._current.get(target_id)
-        if current is None or current.key.epoch_id != epoch.epoch_id or current.key.seals >= MAX_SEALS:
+        if current is None:
             return None
-        return current
+        span = current.span
+        if current.announcement is not announcement or not span.starts_ms <= at_ms < span.ends_ms:
+            epoch = _epoch_at(announcement, at_ms)
+            if current.key.epoch_id != epoch.epoch_id:
+                return None
+            current.announcement, current.span = announcement, epoch.span
+        return None if current.key.seals >= MAX_SEALS else current
 
     def load(self, target_ids: Iterable[str], at_ms: int) -> Steps[dict[str, _Current]]:
         """The wrapping keys of those that can be sealed to; one that must be made is made in a thread."""
@@ -97,23 +111,27 @@ class Sealer:
             used[target_id] = current
         return used
 
-    def _epoch(self, target_id: str, at_ms: int) -> PublicEpoch:
+    def _announcement(self, target_id: str) -> Announcement:
         announcement = self._directory.get(target_id)
         if announcement is None:
             raise not_usable(target_id, identity_changed=target_id in self._directory.conflicts())
-        epoch = current_epoch(announcement.epochs, at_ms)
-        if epoch is None:
-            raise PeerNotReady(
-                f"key provider {target_id} has no epoch for the present time: its janitor has been away for too "
-                "long, or the clocks differ"
-            )
-        return epoch
+        return announcement
 
     def forget_ended(self, at_ms: int) -> None:
         """Drops wrapping keys whose epoch's private half is destroyed by now."""
         for target_id, current in list(self._current.items()):
             if current.key.expires_ms <= at_ms:
                 del self._current[target_id]
+
+
+def _epoch_at(announcement: Announcement, at_ms: int) -> PublicEpoch:
+    epoch = current_epoch(announcement.epochs, at_ms)
+    if epoch is None:
+        raise PeerNotReady(
+            f"key provider {announcement.system_id} has no epoch for the present time: its janitor has been away for "
+            "too long, or the clocks differ"
+        )
+    return epoch
 
 
 def not_usable(target_id: str, *, identity_changed: bool) -> PeerNotReady:

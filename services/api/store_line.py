@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable
 
 import pymysql.err
 from pymysql.connections import Connection
@@ -84,7 +85,8 @@ class StoreLine:
             self._connection._force_close()  # type: ignore[attr-defined]  # noqa: SLF001 -- close() would wait
 
     def _write(self, sql: str) -> None:
-        self._unsent = memoryview(b"".join((self._unsent, *_packets(sql.encode()))))
+        data = _packets(sql.encode())
+        self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
         self._write_on()
 
     def _write_on(self) -> None:
@@ -134,17 +136,13 @@ class StoreLine:
             told(rows, error)
 
 
-def _packets(statements: bytes) -> Iterator[bytes]:
+def _packets(statements: bytes) -> bytes:
     """COM_QUERY, cut into packets; one of the greatest length says that another follows."""
+    if len(statements) < _MAX_PAYLOAD_BYTES - 1:
+        return struct.pack("<IB", len(statements) + 1, COMMAND.COM_QUERY) + statements
     payload = bytes([COMMAND.COM_QUERY]) + statements
-    number = 0
-    while True:
-        part = payload[:_MAX_PAYLOAD_BYTES]
-        payload = payload[_MAX_PAYLOAD_BYTES:]
-        yield len(part).to_bytes(3, "little") + bytes([number & 0xFF]) + part
-        if len(part) < _MAX_PAYLOAD_BYTES:
-            return
-        number += 1
+    parts = [payload[start : start + _MAX_PAYLOAD_BYTES] for start in range(0, len(payload) + 1, _MAX_PAYLOAD_BYTES)]
+    return b"".join(struct.pack("<I", len(part) | (n & 0xFF) << 24) + part for n, part in enumerate(parts))
 
 
 def _lost() -> pymysql.err.OperationalError:

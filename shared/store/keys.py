@@ -17,11 +17,12 @@ from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store.packets import (
     OutboxRow,
     commit,
-    commit_with_records,
+    commit_in_two,
     delete_listed,
     hex_list,
     hexes,
     insert_outbox_rows,
+    insert_records,
     insert_wrapping_keys,
 )
 from shared.store.steps import Statement, Steps, octets, text
@@ -41,8 +42,10 @@ def commit_issued(
     The keys are made while the server inserts the events. Raises CommitUnknown, StoreRefused, and what ``make_records``
     raises; after any of them the connection must go.
     """
-    first = [insert_wrapping_keys(wrapping_keys)] if wrapping_keys else []
-    return commit_with_records([*first, _insert_events(events, token)], make_records)
+    first = insert_outbox_rows(events, token)
+    if wrapping_keys:
+        first = f"{insert_wrapping_keys(wrapping_keys)};{first}"
+    return commit_in_two(first, lambda: insert_records(make_records(), after_insertion=True))
 
 
 def fetch_for_claim(key_ids: Iterable[bytes]) -> Steps[dict[bytes, KeyRecord]]:
@@ -69,7 +72,7 @@ def fetch_wrapping_keys(wrapping_key_ids: Iterable[bytes]) -> Steps[list[SealedW
 def commit_claimed(key_ids: Sequence[bytes], events: Sequence[OutboxRow], token: bytes) -> Steps[None]:
     """Deletes the records that ``fetch_for_claim`` locked, inserts the events, and commits. Errors as above."""
     deletion = delete_listed("key_records", "key_records_key_id", "key_id", hexes(key_ids))
-    return commit([deletion, _insert_events(events, token)])
+    return commit([deletion, insert_outbox_rows(events, token)])
 
 
 def end_without_change() -> Steps[None]:
@@ -82,7 +85,3 @@ def fetch_commit_token(token: bytes) -> Steps[bool]:
     rows = yield Statement(f"SELECT 1 FROM outbox WHERE token = 0x{token.hex()}", (int,))
     yield from end_without_change()
     return bool(rows)
-
-
-def _insert_events(events: Sequence[OutboxRow], token: bytes) -> str:
-    return insert_outbox_rows([OutboxRow(*events[0][:-1], token), *events[1:]])

@@ -37,16 +37,9 @@ def commit(statements: Sequence[str], meanwhile: Callable[[], None] | None = Non
     return _committed(Statement(";".join((*statements, "COMMIT")), meanwhile=meanwhile))
 
 
-def commit_with_records(statements: Sequence[str], make_records: Callable[[], Sequence[KeyRecord]]) -> Steps[None]:
-    """``commit`` with sealed keys that are made while the server works on the statements, of which the last inserts.
-
-    They go in a second packet, which fails and commits nothing where the first one has failed.
-    """
-
-    def insertion() -> str:
-        return f"{insert_records(make_records(), after_insertion=True)};COMMIT"
-
-    return _committed(Statement(";".join(statements), meanwhile=insertion))
+def commit_in_two(first: str, make_rest: Callable[[], str]) -> Steps[None]:
+    """``commit`` in two packets; the second is made while the server works on the first, and fails where that fails."""
+    return _committed(Statement(first, meanwhile=lambda: make_rest() + ";COMMIT"))
 
 
 def _committed(committing: Statement) -> Steps[None]:
@@ -77,14 +70,16 @@ def insert_records(records: Sequence[KeyRecord], *, after_insertion: bool = Fals
     )
 
 
-def insert_outbox_rows(rows: Sequence[OutboxRow]) -> str:
-    """A statement: events for peers, committed with what they tell of."""
-    values = ",".join(
-        f"({name(r.local_id)},{name(r.peer_id)},{name(r.type)},0x{r.payload.hex()},{r.items},"
-        f"{'NULL' if r.token is None else '0x' + r.token.hex()},{r.created_ms})"
-        for r in rows
-    )
-    return f"INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES {values}"
+def insert_outbox_rows(rows: Sequence[OutboxRow], token: bytes | None = None) -> str:
+    """A statement: events for peers, committed with what they tell of. The first row gets the ``token``, if any."""
+    values: list[str] = []
+    for local_id, peer_id, event, payload, items, created_ms, own in rows:
+        given, token = token or own, None
+        values.append(
+            f"({name(local_id)},{name(peer_id)},{name(event)},0x{payload.hex()},{items},"
+            f"{f'0x{given.hex()}' if given else 'NULL'},{created_ms})"
+        )
+    return f"INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES {','.join(values)}"
 
 
 def insert_wrapping_keys(wrapping_keys: Sequence[SealedWrappingKey]) -> str:
