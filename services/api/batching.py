@@ -22,6 +22,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pymysql.connections import Connection
 
+from services.api.awake import Awake
 from services.api.store_line import StoreLine, Told
 from shared.errors import CommitUnknown, Overloaded, SkipbusError, StoreUnavailable
 from shared.store.steps import Rows, Statement, Step, Steps
@@ -95,11 +96,16 @@ class Lane(Generic[Request, Answer]):
         self._running: _Run[Request, Answer] | None = None
         self._starting = False
         self._unobserved: list[tuple[int, float]] = []
+        self._awake: Awake | None = None
         self._line: Line | None = None
         self._closing: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # Armed only while there is something to sweep: an idle api has several lanes in each process.
         self._sweeper: asyncio.TimerHandle | None = None
+
+    def stay_awake(self) -> None:
+        """From now on the process does not sleep while the store works for one caller alone (``Awake``)."""
+        self._awake = Awake(self._loop)
 
     def __len__(self) -> int:
         """How many callers wait."""
@@ -184,6 +190,8 @@ class Lane(Generic[Request, Answer]):
     def _start_next(self) -> None:
         # A batch that needs no statement ends at once, within its own start. Then this loop goes on, not a deeper call.
         self._running = None
+        if self._awake is not None:
+            self._awake.end()
         if self._starting:
             return
         self._starting = True
@@ -205,6 +213,8 @@ class Lane(Generic[Request, Answer]):
             if not waiter.future.done():
                 taken.append(waiter)
         if taken:
+            if self._awake is not None and len(taken) == 1 and not self._queue:
+                self._awake.begin()
             self._running = _Run(self, taken, self._loop)
             self._running.start(self._make_batch)
 

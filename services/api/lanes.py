@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ def make_lane(
     max_queue: int | None = None,
 ) -> Lane[Request, Answer]:
     """A lane with a connection of its own; ``name`` is its metrics' label, None stands for the settings' bound."""
-    return Lane(
+    lane = Lane(
         name,
         make_batch,
         functools.partial(connect, settings.mysql, several_statements=True),
@@ -33,3 +34,11 @@ def make_lane(
         timeout_seconds=settings.request_timeout_seconds,
         observe=batch_observer(name),
     )
+    if settings.api_workers < _processors():
+        lane.stay_awake()
+    return lane
+
+
+def _processors() -> int:
+    """How many this process may use; the store needs one of them while it works."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
