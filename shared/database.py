@@ -47,6 +47,8 @@ RETRYABLE = frozenset(
         1969,  # MariaDB: the same
         4031,  # MySQL: the server disconnected an idle client
         1317,  # query execution was interrupted
+        1615,  # a prepared statement is to be prepared anew: a table was altered
+        1243,  # it is not known: a proxy went on with another server
     }
 )
 

@@ -39,6 +39,7 @@ from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_gr
 from shared.logs import configure_logging, get_logger
 from shared.metrics import serve_metrics
 from shared.peer_directory import PeerDirectory
+from shared.store.keys import PREPARED
 from shared.system_ids import RemoteSystemIds
 
 _REFRESH_SECONDS = 1.0
@@ -73,7 +74,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     hop = Hop()
     view = StoreView(settings, keyring, directory, sealer, opener, hop)
     issue: Lane[IssueRequest, IssuedKey] = make_lane(
-        settings, "issue", functools.partial(IssueBatch, sealer, settings.key_ttl_seconds)
+        settings, "issue", functools.partial(IssueBatch, sealer, settings.key_ttl_seconds), prepared=PREPARED
     )
     claim: Lane[ClaimRequest, ClaimedKey] = make_lane(settings, "claim", functools.partial(ClaimBatch, opener))
     links = BusLinks(settings, keyring, directory, hop) if settings.bus_peers else None

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from services.api.commit_tokens import CommitTokens
 from shared import wire
 from shared.announcements import Announcement
 from shared.clock import now_ms
@@ -23,7 +22,7 @@ from shared.identity import Identity
 from shared.keys import new_key_id
 from shared.peer_directory import PeerDirectory
 from shared.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
-from shared.store.keys import commit_issued
+from shared.store.keys import commit_issued, fetch_is_placed
 from shared.store.packets import OutboxRow
 from shared.store.steps import Steps
 
@@ -164,7 +163,8 @@ class IssueBatch:
         self._sealer = sealer
         self._ttl_ms = key_ttl_seconds * 1000
         self._requests = requests
-        self._tokens: CommitTokens[list[IssuedKey | SkipbusError]] = CommitTokens()
+        # Of each run a keyId and its answers: an interrupted commit may land late, when the next run is on its way.
+        self._runs: list[tuple[bytes, list[IssuedKey | SkipbusError]]] = []
 
     def run(self) -> Steps[Sequence[IssuedKey | SkipbusError]]:
         """Makes, seals and commits a key for each request; PeerNotReady stands in the place of those that cannot.
@@ -180,14 +180,18 @@ class IssueBatch:
         answers: list[IssuedKey | SkipbusError] = []
         make_records = partial(_make_records, outcomes, answers)
         unstored = [current.unstored for current in used.values() if current.unstored]
-        yield from commit_issued(make_records, unstored, self._events(planned, at_ms), self._tokens.new(answers))
+        self._runs.append((planned[0].key_id, answers))
+        yield from commit_issued(make_records, unstored, self._events(planned, at_ms))
         for current in used.values():
             current.unstored = None
         return answers
 
     def committed(self) -> Steps[Sequence[IssuedKey | SkipbusError] | None]:
-        """The answers of an interrupted commit that happened: its token then stands in the outbox."""
-        return self._tokens.committed()
+        """The answers of an interrupted commit that happened: its keys are there, since nobody knows their keyIds."""
+        for key_id, answers in self._runs:
+            if (yield from fetch_is_placed(key_id)):
+                return answers
+        return None
 
     def _plan(self, request: IssueRequest, at_ms: int, used: dict[str, _Current]) -> _Planned | SkipbusError:
         target_id = request.target_id

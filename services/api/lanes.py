@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from pymysql.connections import Connection
+
 from services.api.batching import Batch, Lane
 from services.api.metrics import batch_observer
-from shared.config import Settings
+from services.api.mysql_commands import prepare
+from services.api.store_line import StoreLine
+from shared.config import MySqlSettings, Settings
 from shared.database import connect
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+
+
+class _Connector:
+    """Makes the connections of one lane, one after another."""
+
+    def __init__(self, mysql: MySqlSettings, statements: Sequence[str]) -> None:
+        self._mysql = mysql
+        self._statements = statements
+        self._statement_ids: dict[str, int] = {}
+
+    def connect(self) -> Connection:
+        """A connection with the statements prepared. Blocks. Raises StoreUnavailable or StoreRefused."""
+        connection = connect(self._mysql, several_statements=True)
+        self._statement_ids = prepare(connection, self._statements)
+        return connection
+
+    def make_line(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> StoreLine:
+        """The line over the connection that was made last."""
+        return StoreLine(connection, loop, self._statement_ids)
 
 
 def make_lane(
@@ -23,16 +46,22 @@ def make_lane(
     *,
     max_batch: int | None = None,
     max_queue: int | None = None,
+    prepared: Sequence[str] = (),
 ) -> Lane[Request, Answer]:
-    """A lane with a connection of its own; ``name`` is its metrics' label, None stands for the settings' bound."""
+    """A lane with a connection of its own; ``name`` is its metrics' label, None stands for the settings' bound.
+
+    ``prepared`` are statements that its connections prepare.
+    """
+    connector = _Connector(settings.mysql, prepared)
     lane = Lane(
         name,
         make_batch,
-        functools.partial(connect, settings.mysql, several_statements=True),
+        connector.connect,
         max_batch=settings.max_batch if max_batch is None else max_batch,
         max_queue=settings.max_queue if max_queue is None else max_queue,
         timeout_seconds=settings.request_timeout_seconds,
         observe=batch_observer(name),
+        make_line=connector.make_line,
     )
     if settings.api_workers < _processors():
         lane.stay_awake()

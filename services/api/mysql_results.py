@@ -24,13 +24,13 @@ _MORE: int = SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 
 
 class Answer:
-    """The results of one packet of statements, or of two; ``rows`` is complete when ``feed`` says so."""
+    """The results of one command or several; ``rows`` is complete when ``feed`` says so."""
 
-    __slots__ = ("_columns", "_left", "_packets", "_rest", "_rows", "_seen_bytes", "_sequence", "_take")
+    __slots__ = ("_columns", "_commands", "_left", "_rest", "_rows", "_seen_bytes", "_sequence", "_take")
 
     def __init__(self, columns: tuple[Reader, ...]) -> None:
         self._columns = columns
-        self._packets = 1
+        self._commands = 1
         self._rest = b""
         self._rows: list[Row] = []
         self._seen_bytes = 0
@@ -44,9 +44,9 @@ class Answer:
         """The rows of the statement that gave some."""
         return self._rows
 
-    def expect_another(self) -> None:
-        """Another packet of statements was sent before this one was answered."""
-        self._packets += 1
+    def expect(self, commands: int) -> None:
+        """So many more commands were sent before this was answered."""
+        self._commands += commands
 
     def feed(self, data: bytes) -> bool:
         """Takes octets as they come; whether the answer is complete. Raises PyMySQL's errors."""
@@ -70,8 +70,8 @@ class Answer:
             self._sequence = (self._sequence + 1) & 0xFF
             start = body + size
             if self._take(self, data[body:start]):
-                self._packets -= 1
-                if self._packets:
+                self._commands -= 1
+                if self._commands:
                     self._sequence = 1
                     continue
                 if start != end:

@@ -12,21 +12,20 @@ import asyncio
 import contextlib
 import socket
 import ssl
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import pymysql.err
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND, CR
 
+from services.api.mysql_commands import packets
 from services.api.mysql_results import Answer
 from shared.database import STATEMENT_TIMEOUT_SECONDS, translated
-from shared.store.steps import Rows, Statement
+from shared.store.steps import Command, Rows, Statement
 
 # What came of a step: its rows, or the error.
 Told = Callable[[Rows, BaseException | None], None]
 _CHUNK_BYTES = 2**16
-_MAX_PAYLOAD_BYTES = 2**24 - 1
 _NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _QUIT = b"\x01\x00\x00\x00" + bytes([COMMAND.COM_QUIT])
 
@@ -34,9 +33,12 @@ _QUIT = b"\x01\x00\x00\x00" + bytes([COMMAND.COM_QUIT])
 class StoreLine:
     """One open connection. ``open`` is false once it has ended, from either side."""
 
-    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        """Takes over a connection with no statement under way."""
+    def __init__(
+        self, connection: Connection, loop: asyncio.AbstractEventLoop, statement_ids: Mapping[str, int] | None = None
+    ) -> None:
+        """Takes over a connection with no statement under way; ``statement_ids`` are of those it has prepared."""
         self._loop = loop
+        self._statement_ids = statement_ids or {}
         # PyMySQL's object is kept for its buffered reader, which is empty now, and would close the socket with it.
         self._connection = connection
         self._socket: socket.socket = connection._sock  # type: ignore[attr-defined]  # noqa: SLF001 -- see above
@@ -59,11 +61,11 @@ class StoreLine:
         if not self.open:
             self._fail(_lost())
             return
-        self._write(statement.sql)
+        self._write((statement.sql,))
         if statement.meanwhile is not None and self.open:
             more = statement.meanwhile()
             if more:
-                self._answer.expect_another()
+                self._answer.expect(len(more))
                 self._write(more)
 
     def check(self, now: float) -> None:
@@ -84,8 +86,8 @@ class StoreLine:
         with contextlib.suppress(OSError):
             self._connection._force_close()  # type: ignore[attr-defined]  # noqa: SLF001 -- close() would wait
 
-    def _write(self, sql: str) -> None:
-        data = _packets(sql.encode())
+    def _write(self, commands: Sequence[Command]) -> None:
+        data = packets(commands, self._statement_ids)
         self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
         self._write_on()
 
@@ -134,15 +136,6 @@ class StoreLine:
         told, self._told, self._answer = self._told, None, None
         if told is not None:
             told(rows, error)
-
-
-def _packets(statements: bytes) -> bytes:
-    """COM_QUERY, cut into packets; one of the greatest length says that another follows."""
-    if len(statements) < _MAX_PAYLOAD_BYTES - 1:
-        return struct.pack("<IB", len(statements) + 1, COMMAND.COM_QUERY) + statements
-    payload = bytes([COMMAND.COM_QUERY]) + statements
-    parts = [payload[start : start + _MAX_PAYLOAD_BYTES] for start in range(0, len(payload) + 1, _MAX_PAYLOAD_BYTES)]
-    return b"".join(struct.pack("<I", len(part) | (n & 0xFF) << 24) + part for n, part in enumerate(parts))
 
 
 def _lost() -> pymysql.err.OperationalError:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from pymysql.connections import Connection
 
+from shared.store.literals import name
 from shared.store.messages import NOBODY, PeerRow, PeerSigns
-from shared.store.packets import name
 from shared.store.processes import ProcessSeen
 from shared.store.steps import Rows
 from shared.store.stock import StockLevel

@@ -3,7 +3,7 @@
 Statements are put together here, not by the driver, because escaping costs more than sealing. What makes that
 safe: every value of a row goes in as an integer or as a hexadecimal literal (``bytes.hex``), so no text of
 anybody's ever stands in a statement. The connections allow several statements in one packet and are used for
-nothing else.
+nothing else. What is sent for each key is prepared (``PREPARED``) instead, and its values go beside it.
 
 Indexes: records are found by ``key_records_key_id`` (forced, or a small table would be scanned and rows of
 others locked), wrapping keys by primary key, commit tokens by ``outbox_token``.
@@ -12,21 +12,26 @@ others locked), wrapping keys by primary key, commit tokens by ``outbox_token``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from shared.sealing import KeyRecord, SealedWrappingKey
+from shared.store.literals import hex_list, hexes
 from shared.store.packets import (
+    INSERT_EVENT,
+    INSERT_RECORD_AFTER,
     OutboxRow,
     commit,
     commit_in_two,
     delete_listed,
-    hex_list,
-    hexes,
+    insert_event,
     insert_outbox_rows,
+    insert_record_after_insertion,
     insert_records,
     insert_wrapping_keys,
 )
-from shared.store.steps import Statement, Steps, octets, text
+from shared.store.steps import Command, Statement, Steps, octets, text
 
+PREPARED = (INSERT_EVENT, INSERT_RECORD_AFTER)
 _RECORD = (octets, text, text, int, int, octets, octets, octets, text)
 _WRAPPING_KEY = (octets, text, text, octets, int, octets, octets)
 
@@ -35,17 +40,24 @@ def commit_issued(
     make_records: Callable[[], Sequence[KeyRecord]],
     wrapping_keys: Sequence[SealedWrappingKey],
     events: Sequence[OutboxRow],
-    token: bytes,
 ) -> Steps[None]:
-    """Inserts the wrapping keys that are new, the events, of which the first bears the token, and sealed keys; commits.
+    """Inserts the wrapping keys that are new, the events, and sealed keys; commits.
 
-    The keys are made while the server inserts the events. Raises CommitUnknown, StoreRefused, and what ``make_records``
-    raises; after any of them the connection must go.
+    The keys are made while the server inserts the events. No key is committed without its event. An event alone may be,
+    where its key alone cannot be inserted: then a key is counted that nobody was given. Raises CommitUnknown,
+    StoreRefused and what ``make_records`` raises; after any of them the connection must go.
     """
-    first = insert_outbox_rows(events, token)
+    first: Command = insert_event(events[0]) if len(events) == 1 else insert_outbox_rows(events)
     if wrapping_keys:
-        first = f"{insert_wrapping_keys(wrapping_keys)};{first}"
-    return commit_in_two(first, lambda: insert_records(make_records(), after_insertion=True))
+        first = f"{insert_wrapping_keys(wrapping_keys)};{insert_outbox_rows(events)}"
+    return commit_in_two(first, partial(_commit_records, make_records))
+
+
+def _commit_records(make_records: Callable[[], Sequence[KeyRecord]]) -> tuple[Command, ...]:
+    records = make_records()
+    if len(records) == 1:
+        return insert_record_after_insertion(records[0]), "COMMIT"
+    return (f"{insert_records(records, after_insertion=True)};COMMIT",)
 
 
 def fetch_for_claim(key_ids: Iterable[bytes]) -> Steps[dict[bytes, KeyRecord]]:
@@ -78,6 +90,15 @@ def commit_claimed(key_ids: Sequence[bytes], events: Sequence[OutboxRow], token:
 def end_without_change() -> Steps[None]:
     """Ends a transaction that found nothing to do, and its locks."""
     yield Statement("ROLLBACK")
+
+
+def fetch_is_placed(key_id: bytes) -> Steps[bool]:
+    """Whether the record with this keyId is in the store."""
+    rows = yield Statement(
+        f"SELECT 1 FROM key_records FORCE INDEX (key_records_key_id) WHERE key_id = 0x{key_id.hex()}", (int,)
+    )
+    yield from end_without_change()
+    return bool(rows)
 
 
 def fetch_commit_token(token: bytes) -> Steps[bool]:

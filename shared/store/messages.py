@@ -26,7 +26,8 @@ from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.schema import INBOX as I
 from shared.schema import OUTBOX as O
 from shared.schema import PEERS as P
-from shared.store.packets import delete_listed, name
+from shared.store.literals import name
+from shared.store.packets import delete_listed
 
 # A peer that is away for longer than this misses what was to be told; its keys have expired long since.
 OUTBOX_LIFETIME_MS = 24 * 3_600_000

@@ -8,13 +8,24 @@ writes to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from shared.errors import CommitUnknown, StoreUnavailable
 from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.steps import Statement, Steps
+from shared.store.literals import name, text
+from shared.store.steps import Bound, Command, Statement, Steps
+
+_INSERT_RECORDS = (
+    "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, sealed, "
+    "correlation_id) VALUES"
+)
+_INSERT_OUTBOX = "INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES"
+# -1 after an error, 0 where nothing was to be done. No column may be NULL, and the session is strict about it.
+_IF_INSERTED = "IF(ROW_COUNT() > 0,%s,NULL)"
+# For one key alone, to be prepared.
+INSERT_EVENT = f"{_INSERT_OUTBOX} (?,?,?,?,?,NULL,?)"
+INSERT_RECORD_AFTER = f"{_INSERT_RECORDS} ({_IF_INSERTED % '?'},?,?,?,?,?,?,?,?)"
 
 
 class OutboxRow(NamedTuple):
@@ -37,9 +48,9 @@ def commit(statements: Sequence[str], meanwhile: Callable[[], None] | None = Non
     return _committed(Statement(";".join((*statements, "COMMIT")), meanwhile=meanwhile))
 
 
-def commit_in_two(first: str, make_rest: Callable[[], str]) -> Steps[None]:
-    """``commit`` in two packets; the second is made while the server works on the first, and fails where that fails."""
-    return _committed(Statement(first, meanwhile=lambda: make_rest() + ";COMMIT"))
+def commit_in_two(first: Command, make_rest: Callable[[], Sequence[Command]]) -> Steps[None]:
+    """``commit`` of what is made, with its COMMIT, while the server works on the first command."""
+    return _committed(Statement(first, meanwhile=make_rest))
 
 
 def _committed(committing: Statement) -> Steps[None]:
@@ -61,13 +72,21 @@ def insert_records(records: Sequence[KeyRecord], *, after_insertion: bool = Fals
         for r in records
     )
     if after_insertion:
-        # -1 after an error, 0 where nothing was to be done. No column may be NULL, and the session is strict about it.
         target = name(records[0].target_id)
-        values = f"(IF(ROW_COUNT() > 0,{target},NULL){values.removeprefix(f'({target}')}"
-    return (
-        "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, sealed, "
-        f"correlation_id) VALUES {values}"
-    )
+        values = f"({_IF_INSERTED % target}{values.removeprefix(f'({target}')}"
+    return f"{_INSERT_RECORDS} {values}"
+
+
+def insert_record_after_insertion(record: KeyRecord) -> Bound:
+    """``insert_records`` for one, ``after_insertion``."""
+    r = record
+    sealed = (r.wrapping_key_id, r.nonce, r.sealed, r.correlation_id)
+    return Bound(INSERT_RECORD_AFTER, (r.target_id, r.expires_ms, r.key_id, r.source_id, r.size_bits, *sealed))
+
+
+def insert_event(row: OutboxRow) -> Bound:
+    """``insert_outbox_rows`` for one, without a token."""
+    return Bound(INSERT_EVENT, (row.local_id, row.peer_id, row.type, row.payload, row.items, row.created_ms))
 
 
 def insert_outbox_rows(rows: Sequence[OutboxRow], token: bytes | None = None) -> str:
@@ -79,7 +98,7 @@ def insert_outbox_rows(rows: Sequence[OutboxRow], token: bytes | None = None) ->
             f"({name(local_id)},{name(peer_id)},{name(event)},0x{payload.hex()},{items},"
             f"{f'0x{given.hex()}' if given else 'NULL'},{created_ms})"
         )
-    return f"INSERT INTO outbox (local_id, peer_id, type, payload, items, token, created_ms) VALUES {','.join(values)}"
+    return f"{_INSERT_OUTBOX} {','.join(values)}"
 
 
 def insert_wrapping_keys(wrapping_keys: Sequence[SealedWrappingKey]) -> str:
@@ -110,22 +129,3 @@ def delete_listed(table: str, index: str, column: str, literals: Sequence[str], 
         f"DELETE t FROM ({wanted}) AS w STRAIGHT_JOIN {table} AS t FORCE INDEX ({index}) "
         f"ON t.{column} = w.wanted{where}"
     )
-
-
-def text(value: str) -> str:
-    """A text as a literal."""
-    return f"_utf8mb4 0x{value.encode().hex()}" if value else "''"
-
-
-# For the same few ids and types, which stand in every statement.
-name = lru_cache(maxsize=4096)(text)
-
-
-def hexes(values: Iterable[bytes]) -> list[str]:
-    """Byte strings as literals."""
-    return [f"0x{value.hex()}" for value in values]
-
-
-def hex_list(values: Iterable[bytes]) -> str:
-    """Byte strings as literals with commas between them."""
-    return ",".join(hexes(values))

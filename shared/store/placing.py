@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from shared.sealing import SealedWrappingKey
+from shared.store.literals import hex_list, hexes, name
 from shared.store.packets import (
     OutboxRow,
     commit,
     delete_listed,
-    hex_list,
-    hexes,
     insert_outbox_rows,
     insert_wrapping_keys,
-    name,
 )
 from shared.store.steps import Statement, Steps, octets
 

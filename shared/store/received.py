@@ -15,7 +15,8 @@ from typing import TypeVar
 from sqlalchemy import Connection
 
 from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.packets import hex_list, insert_records, insert_wrapping_keys, text
+from shared.store.literals import hex_list, text
+from shared.store.packets import insert_records, insert_wrapping_keys
 
 # Keys in one statement: of the order of 100 kB.
 _CHUNK = 2_000

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.sealing import KeyRecord
+from shared.store.literals import hex_list, name
 from shared.store.messages import SHORT_PAYLOAD_BYTES, EnvelopeRow, OutboxEntry
-from shared.store.packets import commit, delete_listed, hex_list, insert_records, name
+from shared.store.packets import commit, delete_listed, insert_records
 from shared.store.steps import Statement, Steps, octets, text
 
 _ENTRY = (int, text, text, int, int, octets)

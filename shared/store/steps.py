@@ -9,7 +9,7 @@ store is raised where the statement was yielded, as StoreUnavailable or StoreRef
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND
@@ -17,26 +17,50 @@ from pymysql.constants import COMMAND
 from shared.config import MySqlSettings
 from shared.database import OwnConnection, driver_errors
 from shared.errors import StoreRefused
+from shared.store import literals
 
 Row = tuple[Any, ...]
 Rows = Sequence[Row]
 Reader = Callable[[bytes], object]
-Meanwhile = Callable[[], str | None]
+Value = int | str | bytes
 Outcome = TypeVar("Outcome")
 
 
+class Bound(NamedTuple):
+    """One statement with a ``?`` for each of its values, for a connection that may have it prepared."""
+
+    sql: str
+    values: tuple[Value, ...]
+
+    def text(self) -> str:
+        """The same for a connection that has not: the values are literals in it."""
+        first, *rest = self.sql.split("?")
+        return first + "".join(f"{_literal(value)}{part}" for value, part in zip(self.values, rest, strict=True))
+
+
+def _literal(value: Value) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return literals.text(value) if isinstance(value, str) else literals.octets(value)
+
+
+# SQL for one packet, several statements with ";" between them; or one with values.
+Command = str | Bound
+Meanwhile = Callable[[], Sequence[Command] | None]
+
+
 class Statement:
-    """SQL for one packet, several statements with ``;`` between them, of which at most one gives rows.
+    """A command of whose statements at most one gives rows, and none where it is bound.
 
     ``columns`` reads each column of a row from the text that the server sends; none of them may be NULL.
     ``meanwhile`` is done while a server works on statements that give no rows; what it raises ends the steps, and the
-    connection with them. It may return more statements, for a second packet. That one may leave before the first is
-    answered, and the server then works on it even where the first has failed: its statements must see to that.
+    connection with them. It may return more commands. They may leave before what went before them is answered, and the
+    server then works on each even where one before it has failed: their statements must see to that.
     """
 
     __slots__ = ("columns", "meanwhile", "sql")
 
-    def __init__(self, sql: str, columns: tuple[Reader, ...] = (), meanwhile: Meanwhile | None = None) -> None:
+    def __init__(self, sql: Command, columns: tuple[Reader, ...] = (), meanwhile: Meanwhile | None = None) -> None:
         self.sql = sql
         self.columns = columns
         self.meanwhile = meanwhile
@@ -112,13 +136,15 @@ def _do(connection: Connection, step: Step) -> Rows:
     with driver_errors():
         if step.meanwhile is None:
             return _execute(connection, step)
-        more = _execute_meanwhile(connection, step.sql, step.meanwhile)
-        return _execute(connection, Statement(more)) if more else ()
+        more = _execute_meanwhile(connection, _text(step.sql), step.meanwhile)
+        for command in more or ():
+            _execute(connection, Statement(command))
+        return ()
 
 
 def _execute(connection: Connection, statement: Statement) -> Rows:
     with connection.cursor() as cursor:
-        cursor.execute(statement.sql)
+        cursor.execute(_text(statement.sql))
         rows: Rows = cursor.fetchall() if statement.columns else ()
         # Each statement's own result must be read: an error of a later one only shows there.
         while cursor.nextset():
@@ -126,7 +152,11 @@ def _execute(connection: Connection, statement: Statement) -> Rows:
         return rows
 
 
-def _execute_meanwhile(connection: Connection, sql: str, meanwhile: Meanwhile) -> str | None:
+def _text(command: Command) -> str:
+    return command if isinstance(command, str) else command.text()
+
+
+def _execute_meanwhile(connection: Connection, sql: str, meanwhile: Meanwhile) -> Sequence[Command] | None:
     """PyMySQL's ``query`` with something between the sending and the reading. Its names are held by a test."""
     driver: Any = connection
     driver._execute_command(COMMAND.COM_QUERY, sql.encode())  # noqa: SLF001 -- see above

@@ -14,14 +14,13 @@ from sqlalchemy import Connection, func, select
 
 from shared.schema import STOCK as S
 from shared.sealing import KeyRecord, SealedWrappingKey
+from shared.store.literals import hexes, name
 from shared.store.packets import (
     OutboxRow,
     commit,
     delete_listed,
-    hexes,
     insert_outbox_rows,
     insert_wrapping_keys,
-    name,
 )
 from shared.store.steps import Statement, Steps, octets
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, delete, select, update
 
 from shared.schema import STOCK as S
-from shared.store.packets import delete_listed, hexes, name
+from shared.store.literals import hexes, name
+from shared.store.packets import delete_listed
 
 
 @dataclass(frozen=True, slots=True)

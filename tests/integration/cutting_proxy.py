@@ -8,6 +8,7 @@ A store that offers TLS seems not to, or the proxy would not see a COMMIT.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 from typing import Literal
@@ -15,8 +16,8 @@ from typing import Literal
 from sandbox.ports import LOOPBACK
 
 Cut = Literal["cut_before", "cut_after"]
-# As it ends a packet of several statements; "SET AUTOCOMMIT" is something else.
-_COMMIT = b";COMMIT"
+# As it ends a packet of several statements, or is one; "SET AUTOCOMMIT" is something else.
+_COMMIT = re.compile(rb"[;\x03]COMMIT")
 _CLIENT_SSL = 0x0800
 
 
@@ -58,7 +59,7 @@ class CuttingProxy:
         answers.start()
         with contextlib.suppress(OSError):
             while data := client.recv(1 << 20):
-                if self.cuts and _COMMIT in data:
+                if self.cuts and _COMMIT.search(data):
                     muted.set()
                     if self.cuts.pop(0) == "cut_after":
                         store.sendall(data)

@@ -138,10 +138,11 @@ SQLALCHEMY_CALLS |= {
     "fetch_stock_levels": lambda c: stock.fetch_stock_levels(c, KP, PEER, NOW_MS),
 }
 RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
-    "commit_issued": lambda c: run_steps(c, keys.commit_issued(lambda: [RECORD], [WRAPPING_KEY], [EVENT], b"t" * 16)),
+    "commit_issued": lambda c: run_steps(c, keys.commit_issued(lambda: [RECORD], [WRAPPING_KEY], [EVENT])),
     "fetch_for_claim": lambda c: run_steps(c, keys.fetch_for_claim(KEY_IDS)),
     "fetch_wrapping_keys": lambda c: run_steps(c, keys.fetch_wrapping_keys([b"w" * 16, b"v" * 16])),
     "commit_claimed": lambda c: run_steps(c, keys.commit_claimed(KEY_IDS, [EVENT], b"u" * 16)),
+    "fetch_is_placed": lambda c: run_steps(c, keys.fetch_is_placed(KEY_IDS[0])),
     "fetch_commit_token": lambda c: run_steps(c, keys.fetch_commit_token(b"t" * 16)),
     "end_without_change": lambda c: run_steps(c, keys.end_without_change()),
     "commit_placing": lambda c: run_steps(c, placing.commit_placing([WRAPPING_KEY], [ROW])),
@@ -301,7 +302,7 @@ def small(database: Database, tmp_path: Path) -> Iterator[Store]:
     """A store with a handful of keys: the optimizer would rather read them all than look most of them up."""
     made = Store(database, tmp_path)
     with made.connect() as connection:
-        run_steps(connection, keys.commit_issued(lambda: FEW, [], [EVENT], b"t" * 16))
+        run_steps(connection, keys.commit_issued(lambda: FEW, [], [EVENT]))
     made.rows("ANALYZE TABLE key_records")
     yield made
     made.close()
@@ -341,6 +342,7 @@ def deletion_of(wanted: list[bytes]) -> str:
     """The statement that would delete these keys. They stay: what is deleted cannot show how it is found."""
     step = next(keys.commit_claimed(wanted, [EVENT], b"u" * 16))
     assert isinstance(step, Statement)
+    assert isinstance(step.sql, str)
     (deletion,) = [statement for statement in step.sql.split(";") if statement.startswith("DELETE")]
     return deletion
 

@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from pymysql.connections import Connection
 from sandbox.servers import Database
 from services.api.batching import Lane
 from services.api.claiming import ClaimedKey, ClaimRequest
-from services.api.commit_tokens import CommitTokens
 from services.api.issuing import IssuedKey, IssueRequest
+from services.api.lanes import make_lane
 from shared import wire
 from shared.clock import now_ms
 from shared.errors import (
@@ -33,8 +34,8 @@ from shared.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from shared.store.keys import commit_issued
-from shared.store.packets import OutboxRow, commit, insert_outbox_rows
+from shared.store.keys import PREPARED, commit_issued
+from shared.store.packets import OutboxRow
 from shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
 from tests.integration.key_providers import KeyProvider, Store, announced, through_port
@@ -66,7 +67,7 @@ def place(source: KeyProvider, target: KeyProvider, expires_ms: int) -> bytes:
     event = OutboxRow(source.system_id, target.system_id, "key.issued", told, 1, now_ms())
     with source.store.connect() as connection:
         wrapping_keys = [current.unstored] if current.unstored else []
-        run_steps(connection, commit_issued(lambda: [record], wrapping_keys, [event], b"t" * 16))
+        run_steps(connection, commit_issued(lambda: [record], wrapping_keys, [event]))
     return key_id
 
 
@@ -609,49 +610,124 @@ async def test_a_claim_whose_connection_is_killed_while_it_waits_is_tried_again(
     assert answer.key == issued.key
 
 
-# --- what fails between the two packets in which keys are placed
+# --- commands that leave without waiting for one another
 
 
-async def test_where_the_events_are_refused_no_key_is_committed_although_its_packet_has_left(
-    store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alice, bob, _ = kps
-    taken = b"t" * 16
-    with store.connect() as connection:
-        told = OutboxRow("KP_Alice", "KP_Bob", "key.issued", wire.pack([]), 1, now_ms(), taken)
-        run_steps(connection, commit([insert_outbox_rows([told])]))
-    monkeypatch.setattr(CommitTokens, "new", lambda _self, _answers: taken)
-    connections: list[int] = []
+def prepared_lane(source: KeyProvider, port: int) -> Lane[Any, Any]:
+    """The issuing lane as the api makes it."""
+    settings = replace(source.settings, mysql=replace(source.settings.mysql, port=port))
+    return make_lane(settings, "issue", source.issue_batch, prepared=PREPARED)
 
-    def connect() -> Connection[Any]:
-        made = through_port(alice.settings, database.port)()
-        connections.append(made.thread_id())  # type: ignore[no-untyped-call]
-        return made
 
-    lane = lane_of(alice.issue_batch, connect)
-    requests = [IssueRequest(target, 256, "") for target in ("KP_Bob", "KP_Bob", "KP_Carol")]
+def executed(store: Store) -> int:
+    """How many prepared statements the server has executed for anybody."""
+    return int(store.rows("SHOW GLOBAL STATUS LIKE 'Com_stmt_execute'")[0][1])
+
+
+async def issued_over(lane: Lane[Any, Any], *targets: str, size_bits: int = 256) -> list[object]:
+    """The answers to requests that go in one batch."""
+    requests = [IssueRequest(target, size_bits, f"issue-{n}") for n, target in enumerate(targets)]
 
     async def work() -> list[object]:
         return list(await asyncio.gather(*map(lane.submit, requests), return_exceptions=True))
 
-    answers = await run_lanes([lane], work)
-    assert [type(answer) for answer in answers] == [StoreRefused] * 3
-    # The server has done all that it was sent, once it has ended the connections.
-    alive = "SELECT COUNT(*) FROM information_schema.processlist WHERE id IN %s"
-    wait_for(lambda: store.rows(alive, tuple(connections)) == [(0,)], timeout_seconds=5)
-    assert connections
+    return await run_lanes([lane], work)
+
+
+@pytest.mark.parametrize("size_bits", [128, 256, 512])
+async def test_a_key_alone_goes_in_prepared_statements_and_is_the_same_as_any_other(
+    store: Store, kps: list[KeyProvider], database: Database, size_bits: int
+) -> None:
+    alice, bob, _ = kps
+    alice.issue(bob)
+    text = store.rows("SELECT * FROM outbox")[0], store.rows("SELECT * FROM key_records")[0]
+    store.rows("DELETE FROM outbox")
+    store.rows("DELETE FROM key_records")
+    before = executed(store)
+    (issued,) = await issued_over(prepared_lane(alice, database.port), "KP_Bob", size_bits=size_bits)
+    assert executed(store) >= before + 2
+    bound = store.rows("SELECT * FROM outbox")[0], store.rows("SELECT * FROM key_records")[0]
+    assert [[type(value) for value in row] for row in bound] == [[type(value) for value in row] for row in text]
+    assert isinstance(issued, IssuedKey)
+    (told,) = wire.unpack(store.rows("SELECT payload FROM outbox")[0][0])
+    assert (told[0].hex(), told[1], told[3]) == (issued.key_id, size_bits, "issue-0")
+    claimed = bob.claim(issued.key_id, alice)
+    assert (claimed.key, claimed.issued_as) == (issued.key, "issue-0")
+
+
+async def test_ids_of_every_printable_character_come_through_prepared_statements(
+    store: Store, database: Database
+) -> None:
+    printable = "".join(chr(n) for n in range(0x21, 0x7F) if chr(n) not in "*?[]")
+    first, second = announced(store, "KP_" + printable[:60], "KP_" + printable[60:])
+    for source, target in ((first, second), (second, first)):
+        (issued,) = await issued_over(prepared_lane(source, database.port), target.system_id)
+        assert isinstance(issued, IssuedKey)
+        assert target.claim(issued.key_id, source).key == issued.key
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_a_prepared_key_whose_commit_was_interrupted_is_there_once_when_it_is_answered(
+    store: Store, kps: list[KeyProvider], proxy: CuttingProxy, cut: Cut
+) -> None:
+    alice, bob, _ = kps
+    # The wrapping key goes as text with the first key.
+    alice.issue(bob)
+    store.rows("DELETE FROM key_records")
+    store.rows("DELETE FROM outbox")
+    proxy.cut_next(cut)
+    (issued,) = await issued_over(prepared_lane(alice, proxy.port), "KP_Bob")
+    assert proxy.cut_count == 1
+    assert isinstance(issued, IssuedKey)
+    assert (store.count("key_records"), store.count("outbox")) == (1, 1)
+    assert bob.claim(issued.key_id, alice).key == issued.key
+
+
+@pytest.mark.parametrize("targets", [["KP_Bob"], ["KP_Bob", "KP_Bob", "KP_Carol"]])
+async def test_where_the_events_are_refused_no_key_is_committed_although_it_has_left(
+    store: Store, kps: list[KeyProvider], database: Database, targets: list[str]
+) -> None:
+    alice, bob, carol = kps
+    alice.issue(bob)
+    alice.issue(carol)
+    store.rows("DELETE FROM key_records")
+    # The column takes 128 characters.
+    alice.sealer.local_id = "KP_" + "A" * 200
+    before = connected(store)
+    answers = await issued_over(prepared_lane(alice, database.port), *targets)
+    assert [type(answer) for answer in answers] == [StoreRefused] * len(targets)
+    wait_for(lambda: connected(store) <= before, timeout_seconds=5)
     assert store.count("key_records") == 0
-    assert store.count("wrapping_keys") == 0
-    monkeypatch.undo()
+    alice.sealer.local_id = "KP_Alice"
     (issued,) = alice.issue(bob)
     assert bob.claim(issued.key_id, alice).key == issued.key
+
+
+async def test_a_key_alone_that_cannot_be_inserted_is_refused_and_the_one_with_its_key_id_stays(
+    store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob, _ = kps
+    key_id = place(alice, bob, now_ms() + 60_000)
+    before, connections = store.rows("SELECT * FROM key_records"), connected(store)
+    monkeypatch.setattr("services.api.issuing.new_key_id", lambda: key_id)
+    answers = await issued_over(prepared_lane(alice, database.port), "KP_Bob")
+    assert [type(answer) for answer in answers] == [StoreRefused]
+    wait_for(lambda: connected(store) <= connections, timeout_seconds=5)
+    assert store.rows("SELECT * FROM key_records") == before
+    assert bob.claim(key_id, alice).key == bytes(32).hex()
+
+
+def connected(store: Store) -> set[object]:
+    """The server's connections to this database. One that was ended from here has had all done that it was sent."""
+    others = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()"
+    return {row[0] for row in store.rows(others)}
 
 
 async def test_where_no_key_can_be_made_nothing_is_committed_and_the_next_request_is_served(
     store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice, bob, _ = kps
-    lane = lane_of(alice.issue_batch, through_port(alice.settings, database.port))
+    lane = prepared_lane(alice, database.port)
 
     def fail(_count: int) -> bytes:
         raise OSError("no entropy")

@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 from pymysql.connections import Connection
 
+from services.api.awake import Awake
 from services.api.batching import Lane
 from services.api.store_line import Told
 from shared.errors import CommitUnknown, KeyNotAvailable, Overloaded, SkipbusError, StoreRefused, StoreUnavailable
@@ -202,6 +203,29 @@ async def test_requests_gather_while_a_batch_runs_and_go_together_next() -> None
         ledger.gate.set()
         assert await gather_errors(tasks) == [2, 4, 6, 8]
     assert ledger.runs == [[1], [2, 3, 4]]
+
+
+async def test_the_process_stays_awake_while_one_caller_alone_waits_and_for_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Awake, "begin", lambda _self: told.append("begin"))
+    monkeypatch.setattr(Awake, "end", lambda _self: told.append("end"))
+    ledger = Ledger()
+    async with running_lane(ledger) as lane:
+        lane.stay_awake()
+        assert await lane.submit(1) == 2
+        assert told[-2:] == ["begin", "end"]
+        ledger.gate.clear()
+        tasks = submit(lane, 2)
+        await until(ledger.running.is_set)
+        tasks += submit(lane, 3, 4)
+        await until(lambda: len(lane) == 3)
+        ledger.gate.set()
+        assert await gather_errors(tasks) == [4, 6, 8]
+    assert ledger.runs == [[1], [2], [3, 4]]
+    assert told.count("begin") == 2
+    assert told[-1] == "end"
 
 
 async def test_no_batch_is_greater_than_allowed_and_the_order_is_kept() -> None:

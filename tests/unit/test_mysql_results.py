@@ -58,7 +58,7 @@ def test_three_statements_are_answered_when_the_last_one_is(chunk: int) -> None:
 def test_two_packets_are_answered_when_the_last_statement_of_the_second_is(chunk: int) -> None:
     data = packets(ok(MORE), ok()) + packets(ok(MORE), ok())
     answer = Answer(())
-    answer.expect_another()
+    answer.expect(1)
     complete = [answer.feed(data[start : start + chunk]) for start in range(0, len(data), chunk)]
     assert complete == [False] * (len(complete) - 1) + [True]
 
@@ -66,7 +66,7 @@ def test_two_packets_are_answered_when_the_last_statement_of_the_second_is(chunk
 @pytest.mark.parametrize("data", [packets(ok()) + packets(ok()) + b"x", packets(ok(), ok())])
 def test_what_follows_the_second_packets_answer_and_a_second_answer_out_of_sequence_are_refused(data: bytes) -> None:
     answer = Answer(())
-    answer.expect_another()
+    answer.expect(1)
     with pytest.raises(pymysql.err.InterfaceError):
         answer.feed(data)
 

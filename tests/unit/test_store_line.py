@@ -17,7 +17,7 @@ import pytest
 from services.api.store_line import StoreLine
 from shared.database import STATEMENT_TIMEOUT_SECONDS
 from shared.errors import StoreRefused, StoreUnavailable
-from shared.store.steps import Rows, Statement, octets
+from shared.store.steps import Command, Rows, Statement, octets
 from tests.unit.test_mysql_results import MORE, end, error, ok, packets, row
 
 COMMIT = Statement("INSERT;INSERT;COMMIT")
@@ -80,25 +80,25 @@ async def test_what_is_to_be_done_meanwhile_is_done_when_the_statement_has_gone(
 async def test_what_is_made_meanwhile_leaves_before_the_first_packet_is_answered(rig: Rig) -> None:
     seen: list[bytes] = []
 
-    def more() -> str:
+    def more() -> list[Command]:
         seen.append(rig.server.recv(100))
-        return "INSERT;COMMIT"
+        return ["INSERT;INSERT", "COMMIT"]
 
     for _ in range(2):
         answer = rig.ask(Statement("INSERT", meanwhile=more))
         assert seen.pop() == b"\x07\0\0\0\3INSERT"
-        assert rig.server.recv(100) == b"\x0e\0\0\0\3INSERT;COMMIT"
+        assert rig.server.recv(100) == b"\x0e\0\0\0\3INSERT;INSERT\x07\0\0\0\3COMMIT"
         rig.server.sendall(packets(ok()))
         for _ in range(5):
             await asyncio.sleep(0)
         assert not answer.done()
-        rig.server.sendall(packets(ok(MORE), ok()))
+        rig.server.sendall(packets(ok(MORE), ok()) + packets(ok()))
         assert await told(answer) == []
     assert rig.line.open
 
 
 async def test_where_the_first_packet_is_refused_that_is_told_and_the_line_ends(rig: Rig) -> None:
-    answer = rig.ask(Statement("INSERT", meanwhile=lambda: "INSERT;COMMIT"))
+    answer = rig.ask(Statement("INSERT", meanwhile=lambda: ["INSERT;COMMIT"]))
     rig.server.sendall(packets(error(1062, b"duplicate")) + packets(error(1048, b"null")))
     with pytest.raises(StoreRefused, match="1062"):
         await told(answer)
@@ -108,9 +108,9 @@ async def test_where_the_first_packet_is_refused_that_is_told_and_the_line_ends(
 async def test_where_the_first_packet_cannot_leave_nothing_more_is_made(rig: Rig) -> None:
     made: list[str] = []
 
-    def more() -> str:
+    def more() -> list[Command]:
         made.append("more")
-        return "COMMIT"
+        return ["COMMIT"]
 
     rig.server.close()
     with pytest.raises(StoreUnavailable):
@@ -119,7 +119,7 @@ async def test_where_the_first_packet_cannot_leave_nothing_more_is_made(rig: Rig
 
 
 async def test_a_second_packet_waits_behind_the_first_one_that_the_server_does_not_take_at_once(rig: Rig) -> None:
-    answer = rig.ask(Statement("x" * 2**21, meanwhile=lambda: "COMMIT"))
+    answer = rig.ask(Statement("x" * 2**21, meanwhile=lambda: ["COMMIT"]))
     received = b""
     while len(received) < 2**21 + 5 + 11:
         await asyncio.sleep(0.001)
