@@ -87,6 +87,7 @@ class Sealer:
         announcement = self._announcement(target_id)
         current = self._current.get(target_id)
         if current is None:
+            _epoch_at(announcement, at_ms)
             return None
         span = current.span
         if current.announcement is not announcement or not span.starts_ms <= at_ms < span.ends_ms:

@@ -13,6 +13,7 @@ from services.api.batching import Batch, Lane
 from services.api.metrics import batch_observer
 from services.api.mysql_commands import prepare
 from services.api.store_line import StoreLine
+from services.api.workers import together
 from shared.config import MySqlSettings, Settings
 from shared.database import connect
 
@@ -63,9 +64,14 @@ def make_lane(
         observe=batch_observer(name),
         make_line=connector.make_line,
     )
-    if settings.api_workers < _processors():
+    if spares_a_processor():
         lane.stay_awake()
     return lane
+
+
+def spares_a_processor() -> bool:
+    """Whether the workers of this api leave one for the store. Of other apis on the host nothing is known."""
+    return together() < _processors()
 
 
 def _processors() -> int:

@@ -7,7 +7,7 @@ go as they are, in the protocol's binary form.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,15 +18,21 @@ from pymysql.constants import COMMAND, FIELD_TYPE
 from shared.database import translated
 from shared.errors import StoreUnavailable
 from shared.logs import get_logger
-from shared.store.steps import Bound, Command
+from shared.store.steps import Bound, Command, text_of
 
 MAX_PAYLOAD_BYTES = 2**24 - 1
 _log = get_logger("mysql_commands")
 
 
-def packets(commands: Iterable[Command], statement_ids: Mapping[str, int]) -> bytes:
-    """The commands one after another; one whose text is not prepared goes as text with its values in it."""
-    return b"".join([_packets(_payload(command, statement_ids)) for command in commands])
+def packets(commands: Sequence[Command], statement_ids: Mapping[str, int]) -> tuple[bytes, int]:
+    """The commands one after another, and how many they are.
+
+    Where one of them is bound and not prepared, all go as text in a single command, which ends at the first error.
+    """
+    payloads = [_payload(command, statement_ids) for command in commands]
+    if None in payloads:
+        payloads = [b"\x03" + ";".join(map(text_of, commands)).encode()]
+    return b"".join([_packets(payload) for payload in payloads if payload]), len(payloads)
 
 
 def prepare(connection: Connection, statements: Iterable[str]) -> dict[str, int]:
@@ -47,20 +53,22 @@ def _prepared(connection: Connection, sql: str) -> int | None:
             # Their descriptions, and a packet that ends them.
             for _ in range(count + 1 if count else 0):
                 driver._read_packet()  # noqa: SLF001
-    except (pymysql.err.Error, OSError) as error:
+    except (pymysql.err.Error, OSError, struct.error) as error:
         ours = translated(error)
         if isinstance(ours, StoreUnavailable):
             raise ours from error
+        if not connection.open:
+            raise StoreUnavailable("the connection to the store broke while a statement was prepared") from error
         _log.warning("statement not prepared", reason=str(ours))
         return None
     return int(number)
 
 
-def _payload(command: Command, statement_ids: Mapping[str, int]) -> bytes:
+def _payload(command: Command, statement_ids: Mapping[str, int]) -> bytes | None:
     if isinstance(command, str):
         return b"\x03" + command.encode()
     number = statement_ids.get(command.sql)
-    return b"\x03" + command.text().encode() if number is None else _execution(number, command)
+    return None if number is None else _execution(number, command)
 
 
 def _execution(number: int, command: Bound) -> bytes:

@@ -65,8 +65,7 @@ class StoreLine:
         if statement.meanwhile is not None and self.open:
             more = statement.meanwhile()
             if more:
-                self._answer.expect(len(more))
-                self._write(more)
+                self._answer.expect(self._write(more))
 
     def check(self, now: float) -> None:
         """Ends the line where the server has taken too long over a statement; ``now`` is the loop's time."""
@@ -86,10 +85,12 @@ class StoreLine:
         with contextlib.suppress(OSError):
             self._connection._force_close()  # type: ignore[attr-defined]  # noqa: SLF001 -- close() would wait
 
-    def _write(self, commands: Sequence[Command]) -> None:
-        data = packets(commands, self._statement_ids)
+    def _write(self, commands: Sequence[Command]) -> int:
+        """How many answers there will be."""
+        data, count = packets(commands, self._statement_ids)
         self._unsent = memoryview(b"".join((self._unsent, data)) if self._unsent else data)
         self._write_on()
+        return count
 
     def _write_on(self) -> None:
         try:

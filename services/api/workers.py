@@ -22,6 +22,8 @@ from shared.logs import get_logger
 _PR_SET_PDEATHSIG = 1
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _STABLE_SECONDS = 30.0
+# Of the parent's making: not a setting.
+_TOGETHER = "SKIPBUS_API_WORKERS_TOGETHER"
 
 _log = get_logger("workers")
 
@@ -29,11 +31,11 @@ _log = get_logger("workers")
 class _Worker:
     """One worker process and when it was started."""
 
-    def __init__(self, index: int, metrics_port: int) -> None:
+    def __init__(self, index: int, count: int, metrics_port: int) -> None:
         self.index = index
         self.failures = 0
         self.restart_at = 0.0
-        self._environment = {**os.environ, "SKIP_API_WORKERS": "1"}
+        self._environment = {**os.environ, "SKIP_API_WORKERS": "1", _TOGETHER: str(count)}
         if metrics_port:
             self._environment["SKIP_METRICS_PORT"] = str(metrics_port + index)
         self.process = self._start()
@@ -63,13 +65,19 @@ class _Worker:
             self.process = self._start()
 
 
+def together() -> int:
+    """How many workers serve together, this process among them."""
+    return int(os.environ.get(_TOGETHER, "1"))
+
+
 def supervise(settings: Settings) -> int:
     """Runs ``settings.api_workers`` workers until SIGTERM or SIGINT; the exit code of the whole."""
     stop, hangup = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
-    workers = [_Worker(index, settings.metrics_port) for index in range(settings.api_workers)]
+    count = settings.api_workers
+    workers = [_Worker(index, count, settings.metrics_port) for index in range(count)]
     _log.info("workers started", count=len(workers), pids=[worker.process.pid for worker in workers])
     refused = False
     while not stop.wait(0.1) and not refused:

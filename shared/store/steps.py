@@ -136,7 +136,7 @@ def _do(connection: Connection, step: Step) -> Rows:
     with driver_errors():
         if step.meanwhile is None:
             return _execute(connection, step)
-        more = _execute_meanwhile(connection, _text(step.sql), step.meanwhile)
+        more = _execute_meanwhile(connection, text_of(step.sql), step.meanwhile)
         for command in more or ():
             _execute(connection, Statement(command))
         return ()
@@ -144,7 +144,7 @@ def _do(connection: Connection, step: Step) -> Rows:
 
 def _execute(connection: Connection, statement: Statement) -> Rows:
     with connection.cursor() as cursor:
-        cursor.execute(_text(statement.sql))
+        cursor.execute(text_of(statement.sql))
         rows: Rows = cursor.fetchall() if statement.columns else ()
         # Each statement's own result must be read: an error of a later one only shows there.
         while cursor.nextset():
@@ -152,7 +152,8 @@ def _execute(connection: Connection, statement: Statement) -> Rows:
         return rows
 
 
-def _text(command: Command) -> str:
+def text_of(command: Command) -> str:
+    """The command as text, with its values in it."""
     return command if isinstance(command, str) else command.text()
 
 

@@ -38,7 +38,7 @@ from shared.store.keys import PREPARED, commit_issued
 from shared.store.packets import OutboxRow
 from shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
-from tests.integration.key_providers import KeyProvider, Store, announced, through_port
+from tests.integration.key_providers import KeyProvider, Store, announced, tend, through_port
 from tests.waiting import wait_for
 
 CUTS: list[Cut] = ["cut_before", "cut_after"]
@@ -232,6 +232,40 @@ def test_all_keys_of_one_epoch_share_one_wrapping_key(store: Store, kps: list[Ke
 
 
 # --- in one batch
+
+
+def test_a_wrapping_key_is_used_during_its_epoch_only_whatever_the_clock_does(kps: list[KeyProvider]) -> None:
+    alice, bob, _ = kps
+    current = alice.sealer.wrapping_key_for(bob.system_id, now_ms())
+    span = current.span
+    assert alice.sealer.held(bob.system_id, span.starts_ms) is current
+    assert alice.sealer.held(bob.system_id, span.ends_ms - 1) is current
+    assert alice.sealer.held(bob.system_id, span.ends_ms) is None
+    later = alice.sealer.wrapping_key_for(bob.system_id, span.ends_ms)
+    assert later.key.epoch_id != current.key.epoch_id
+    assert alice.sealer.held(bob.system_id, span.starts_ms) is None
+
+
+def test_a_wrapping_key_is_kept_when_its_target_announces_its_epoch_again(kps: list[KeyProvider]) -> None:
+    alice, bob, _ = kps
+    at_ms = alice.sealer.wrapping_key_for(bob.system_id, now_ms()).span.ends_ms
+    current = alice.sealer.wrapping_key_for(bob.system_id, at_ms)
+    before = current.announcement
+    tend(bob.keeper, at_ms)
+    alice.refresh()
+    assert alice.sealer.held(bob.system_id, at_ms) is current
+    assert current.announcement is alice.directory.get(bob.system_id)
+    assert current.announcement is not before
+
+
+def test_a_target_that_is_not_believed_any_more_is_not_sealed_to(store: Store, kps: list[KeyProvider]) -> None:
+    alice, bob, _ = kps
+    at_ms = now_ms()
+    alice.sealer.wrapping_key_for(bob.system_id, at_ms)
+    store.rows("DELETE FROM announcements WHERE system_id = %s", bob.system_id)
+    alice.refresh()
+    with pytest.raises(PeerNotReady):
+        alice.sealer.held(bob.system_id, at_ms)
 
 
 def test_of_two_claims_for_one_key_in_a_batch_the_first_gets_it(store: Store, kps: list[KeyProvider]) -> None:
@@ -661,7 +695,11 @@ async def test_ids_of_every_printable_character_come_through_prepared_statements
     printable = "".join(chr(n) for n in range(0x21, 0x7F) if chr(n) not in "*?[]")
     first, second = announced(store, "KP_" + printable[:60], "KP_" + printable[60:])
     for source, target in ((first, second), (second, first)):
+        # A wrapping key that is new goes as text, and the event with it.
+        source.issue(target)
+        before = executed(store)
         (issued,) = await issued_over(prepared_lane(source, database.port), target.system_id)
+        assert executed(store) >= before + 2
         assert isinstance(issued, IssuedKey)
         assert target.claim(issued.key_id, source).key == issued.key
 
@@ -707,14 +745,49 @@ async def test_a_key_alone_that_cannot_be_inserted_is_refused_and_the_one_with_i
     store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice, bob, _ = kps
+    alice.issue(bob)
     key_id = place(alice, bob, now_ms() + 60_000)
+    store.rows("DELETE FROM outbox")
     before, connections = store.rows("SELECT * FROM key_records"), connected(store)
     monkeypatch.setattr("services.api.issuing.new_key_id", lambda: key_id)
     answers = await issued_over(prepared_lane(alice, database.port), "KP_Bob")
     assert [type(answer) for answer in answers] == [StoreRefused]
     wait_for(lambda: connected(store) <= connections, timeout_seconds=5)
     assert store.rows("SELECT * FROM key_records") == before
+    # Its COMMIT had left: the event is counted, and nobody was given a key.
+    assert store.count("outbox") == 1
     assert bob.claim(key_id, alice).key == bytes(32).hex()
+
+
+@pytest.mark.parametrize("altered", [False, True])
+async def test_the_guard_holds_on_a_connection_on_which_keys_were_placed_before(
+    store: Store, kps: list[KeyProvider], database: Database, *, altered: bool
+) -> None:
+    alice, bob, _ = kps
+    alice.issue(bob)
+    lane = prepared_lane(alice, database.port)
+    request = IssueRequest("KP_Bob", 256, "")
+    connections = connected(store)
+
+    async def work() -> list[object]:
+        for _ in range(3):
+            await lane.submit(request)
+        if altered:
+            # The server prepares the statements anew.
+            store.rows("ALTER TABLE key_records COMMENT = 'altered'")
+            store.rows("ALTER TABLE outbox COMMENT = 'altered'")
+        local_id, alice.sealer.local_id = alice.sealer.local_id, "KP_" + "A" * 200
+        with pytest.raises(StoreRefused):
+            await lane.submit(request)
+        alice.sealer.local_id = local_id
+        await asyncio.to_thread(wait_for, lambda: connected(store) <= connections, timeout_seconds=5)
+        assert store.count("key_records") == 4
+        return [await lane.submit(request)]
+
+    (issued,) = await run_lanes([lane], work)
+    assert isinstance(issued, IssuedKey)
+    assert bob.claim(issued.key_id, alice).key == issued.key
+    assert (store.count("key_records"), store.count("outbox")) == (4, 6)
 
 
 def connected(store: Store) -> set[object]:
