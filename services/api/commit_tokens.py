@@ -2,7 +2,7 @@
 
 Each run of a batch commits a token of its own with its events. An interrupted commit may land late, when the next run
 is on its way, so the tokens of all runs are kept, each with that run's answers. Leaves to others: placing on demand,
-whose tokens are its outbox rows' own (``placing``).
+whose tokens are its outbox rows' own (``placing``), and issuing, whose keys prove it themselves (``issuing``).
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ class IssueBatch:
         except SkipbusError as error:
             return error
         except OSError as error:
-            raise _no_entropy() from error
+            raise no_entropy() from error
         wrapping_key = used[target_id].key
         # A record must not outlive the private half that opens it.
         return _Planned(request, key_id, min(at_ms + self._ttl_ms, wrapping_key.expires_ms), wrapping_key)
@@ -235,12 +235,13 @@ def _make_records(
         try:
             key = os.urandom(outcome.request.size_bits // 8)
         except OSError as error:
-            raise _no_entropy() from error
+            raise no_entropy() from error
         key_id = outcome.key_id
         records.append(outcome.wrapping_key.seal(key_id, key, outcome.expires_ms, outcome.request.correlation_id))
         answers.append(IssuedKey(key_id.hex(), key.hex()))
     return records
 
 
-def _no_entropy() -> NoEntropy:
+def no_entropy() -> NoEntropy:
+    """The refusal where the operating system gives no random octets; to be raised from what it said."""
     return NoEntropy("the random number generator of the operating system failed")

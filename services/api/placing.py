@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from services.api.issuing import IssuedKey, IssueRequest, Sealer
+from services.api.issuing import IssuedKey, IssueRequest, Sealer, no_entropy
 from shared import wire
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType
-from shared.errors import NoEntropy, SkipbusError
+from shared.errors import SkipbusError
 from shared.keys import new_key_id
 from shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey
 from shared.store.packets import OutboxRow
@@ -134,7 +134,7 @@ class PlaceBatch:
         except SkipbusError as error:
             return error
         except OSError as error:
-            refusal = NoEntropy("the random number generator of the operating system failed")
+            refusal = no_entropy()
             refusal.__cause__ = error
             return refusal
         rows[request.target_id] = row

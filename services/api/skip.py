@@ -13,11 +13,11 @@ from services.api.access_log import Entry
 from services.api.afterwards import Afterwards
 from services.api.batching import Lane
 from services.api.claiming import ClaimedKey, ClaimRequest
-from services.api.issuing import IssuedKey, IssueRequest, not_usable
+from services.api.issuing import IssuedKey, IssueRequest, no_entropy, not_usable
 from services.api.links import BusLinks
 from services.api.responses import KeyResponse, prepared_response, secret_response
 from shared.config import Settings
-from shared.errors import CallerError, NoEntropy
+from shared.errors import CallerError
 from shared.keys import DEFAULT_KEY_BITS, KEY_ID_BYTES
 from shared.peer_directory import PeerDirectory
 from shared.system_ids import RemoteSystemIds
@@ -110,7 +110,7 @@ class SkipMethods:
         try:
             random = secrets.token_bytes(bits // 8).hex().upper()
         except OSError as error:
-            raise NoEntropy("the random number generator of the operating system failed") from error
+            raise no_entropy() from error
         return secret_response(b'{"randomStr":"%b","minentropy":%d}' % (random.encode(), bits))
 
     def _check_caller(self, entry: Entry, remote_system_id: str) -> None:

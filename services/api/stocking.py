@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from services.api import metrics
-from services.api.issuing import Sealer
+from services.api.issuing import Sealer, no_entropy
 from services.api.placing import pack_records
 from services.api.stock_claiming import usable_until_ms
 from shared.clock import now_ms
 from shared.config import MySqlSettings, PeerSettings, Settings
 from shared.election import Election
-from shared.errors import BackendError, NoEntropy, PeerNotReady, SkipbusError
+from shared.errors import BackendError, PeerNotReady, SkipbusError
 from shared.glance import Glance
 from shared.hop import Hop
 from shared.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
@@ -113,7 +113,7 @@ def _fresh_key() -> tuple[bytes, bytes]:
     try:
         return new_key_id(), os.urandom(DEFAULT_KEY_BITS // 8)
     except OSError as error:
-        raise NoEntropy("the random number generator of the operating system failed") from error
+        raise no_entropy() from error
 
 
 class StockKeeper:

@@ -3,7 +3,7 @@
 Statements are put together here, not by the driver, because escaping costs more than sealing. What makes that
 safe: every value of a row goes in as an integer or as a hexadecimal literal (``bytes.hex``), so no text of
 anybody's ever stands in a statement. The connections allow several statements in one packet and are used for
-nothing else. What is sent for each key is prepared (``PREPARED``) instead, and its values go beside it.
+nothing else. What is sent for a key that is issued alone is prepared (``PREPARED``) instead, its values beside it.
 
 Indexes: records are found by ``key_records_key_id`` (forced, or a small table would be scanned and rows of
 others locked), wrapping keys by primary key, commit tokens by ``outbox_token``.

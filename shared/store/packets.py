@@ -77,9 +77,8 @@ def insert_records(records: Sequence[KeyRecord], *, after_insertion: bool = Fals
     return f"{_INSERT_RECORDS} {values}"
 
 
-def insert_record_after_insertion(record: KeyRecord) -> Bound:
+def insert_record_after_insertion(r: KeyRecord) -> Bound:
     """``insert_records`` for one, ``after_insertion``."""
-    r = record
     sealed = (r.wrapping_key_id, r.nonce, r.sealed, r.correlation_id)
     return Bound(INSERT_RECORD_AFTER, (r.target_id, r.expires_ms, r.key_id, r.source_id, r.size_bits, *sealed))
 
