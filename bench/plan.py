@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. `rounds` is how often compared measurements take turns."""
+    """Sizes of a run. `rounds` is how often compared measurements take turns.
+
+    A machine shared with others changes its speed from second to second, by half and more. Where that would hide what
+    is looked for, measurements take `turns` short turns of `turn_seconds` in each round instead of one long step.
+    """
 
     step_seconds: int
     rounds: int
+    turn_seconds: int
+    turns: int
     few_live_keys: int
     many_live_keys: int
     expired_keys: int
@@ -26,13 +32,15 @@ class Plan:
 FULL = Plan(
     step_seconds=5,
     rounds=5,
+    turn_seconds=1,
+    turns=8,
     few_live_keys=1_000,
     many_live_keys=1_000_000,
     expired_keys=1_000_000,
-    inserts=2_000,
+    inserts=500,
     memory_requests=1_000_000,
     handshakes=100_000,
-    placings=500,
+    placings=125,
     large_stock=100_000,
     cut_seconds=60,
     idle_seconds=30,
@@ -40,6 +48,8 @@ FULL = Plan(
 QUICK = Plan(
     step_seconds=1,
     rounds=3,
+    turn_seconds=1,
+    turns=1,
     few_live_keys=1_000,
     many_live_keys=50_000,
     expired_keys=200_000,

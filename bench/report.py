@@ -54,15 +54,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table. Without a target it is printed for comparison and is neither met nor missed."""
+    """One line of the table. Without a target it is printed for comparison and is neither met nor missed.
+
+    The ratio is that of the medians, or the median of the ratios of samples that were taken `side_by_side`.
+    """
 
     item: int
     figure: Figure
     against: Figure | None = None
     target: Target | None = None
+    side_by_side: Sequence[float] = ()
 
     @property
     def ratio(self) -> float | None:
+        if self.side_by_side:
+            return statistics.median(self.side_by_side)
         return self.figure.median / self.against.median if self.against else None
 
     @property

@@ -21,7 +21,7 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     capabilities: list[float] = []
     insert: list[float] = []
     with bare_key_handler(stage) as bare_url:
-        for _ in range(plan.rounds):
+        for _ in range(plan.rounds * plan.turns):
             capabilities.append(_median_us(f"{stage.alice.url}/capabilities", plan))
             insert.append(store.single_row_median_us(plan.inserts))
             key.append(_median_us(key_url(stage.alice, stage.bob), plan))
@@ -43,4 +43,4 @@ def measure(stage: Stage, plan: Plan) -> Finding:
 
 
 def _median_us(url: str, plan: Plan) -> float:
-    return wrk.start(url, plan.step_seconds, connections=1).result().median_us
+    return wrk.start(url, plan.turn_seconds, connections=1).result().median_us

@@ -18,9 +18,9 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     floor = BareLink(sites.sites)
     bare: list[float] = []
     keys: list[float] = []
-    for _ in range(plan.rounds):
+    for _ in range(plan.rounds * plan.turns):
         bare.append(floor.round_median_us(plan.placings))
-        keys.append(wrk.start(sites.on_demand_url(), plan.step_seconds, connections=1).result().median_us)
+        keys.append(wrk.start(sites.on_demand_url(), plan.turn_seconds, connections=1).result().median_us)
         sites.settle()
     line = Line(
         8,

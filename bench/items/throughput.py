@@ -31,9 +31,9 @@ def measure(stage: Stage, plan: Plan) -> Finding:
             stage.settle()
             with meter:
                 issued.append(wrk.rate(key_url(stage.alice, stage.bob), plan.step_seconds))
-            key_ids = stage.fill(stage.bob, stage.alice, keys_for(capabilities[-1], plan))
+            key_ids = stage.fill(stage.bob, stage.alice, keys_for(capabilities[-1], plan.step_seconds))
             stage.settle()
-            claimed.append(claim_rate(stage, key_ids, plan))
+            claimed.append(claim_rate(stage, key_ids, plan.step_seconds))
             rows.append(store.batched_rows_per_second(plan.step_seconds / 2))
             stage.clear()
     store.close()
@@ -48,12 +48,11 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     return Finding(lines, [f"item 1: during GET /key, {meter.shown()}"])
 
 
-def keys_for(per_second: float, plan: Plan) -> int:
-    """More keyIds than one step can ask for, by the rate of what is quicker."""
-    return int(per_second * plan.step_seconds * _SPARE)
+def keys_for(per_second: float, seconds: int) -> int:
+    """More keyIds than can be asked for in as many seconds, by the rate of what is quicker."""
+    return int(per_second * seconds * _SPARE)
 
 
-def claim_rate(stage: Stage, key_ids: list[str], plan: Plan) -> float:
+def claim_rate(stage: Stage, key_ids: list[str], seconds: int) -> float:
     """`GET /key/{keyId}` at KP_Alice, each keyId once: answers in a second."""
-    run = wrk.start_key_ids(stage.alice.url, stage.bob.system_id, key_ids, plan.step_seconds)
-    return run.result().per_second
+    return wrk.start_key_ids(stage.alice.url, stage.bob.system_id, key_ids, seconds).result().per_second
