@@ -22,7 +22,8 @@ from pymysql.constants import CLIENT
 
 from sandbox.ports import LOOPBACK
 from services.api.store_line import StoreLine
-from shared.store.steps import Rows, Statement
+from shared.store.results import Rows
+from shared.store.steps import Statement
 
 PATH = "/key"
 _RECORDS, _EVENTS = "bench_bare_records", "bench_bare_events"

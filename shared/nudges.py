@@ -33,6 +33,7 @@ from shared.bus_names import (
 )
 from shared.envelopes import MAX_AGE_MS
 from shared.errors import BusUnavailable
+from shared.hints import MAX_HINT_BYTES
 from shared.logs import get_logger
 from shared.secret import Secret
 
@@ -51,7 +52,7 @@ class NudgeKind(StrEnum):
     """What changed, and what the items of such a nudge are."""
 
     OUTBOX = "outbox"
-    """There are new outbox rows. No items."""
+    """There are new outbox rows, or will be in a moment; an item says of one what it will be (``shared.hints``)."""
     STORED = "stored"
     """Tokens of outbox rows that the peer has acknowledged."""
     REFUSED = "refused"
@@ -147,7 +148,8 @@ def read_nudge(local_id: str, key: str, body: bytes) -> tuple[NudgeKind, list[by
         raise ValueError("nudge")
     kind = NudgeKind(key.removeprefix(prefix))
     items = wire.unpack(body, max_items=MAX_ITEMS)
-    if not isinstance(items, list) or not all(isinstance(i, bytes) and 0 < len(i) <= MAX_ITEM_BYTES for i in items):
+    longest = MAX_HINT_BYTES if kind is NudgeKind.OUTBOX else MAX_ITEM_BYTES
+    if not isinstance(items, list) or not all(isinstance(i, bytes) and 0 < len(i) <= longest for i in items):
         raise ValueError("nudge")
     return kind, items
 

@@ -25,7 +25,8 @@ from pymysql.connections import Connection
 from services.api.awake import Awake
 from services.api.store_line import StoreLine, Told
 from shared.errors import CommitUnknown, Overloaded, SkipbusError, StoreUnavailable
-from shared.store.steps import Rows, Statement, Step, Steps
+from shared.store.results import Rows
+from shared.store.steps import Statement, Step, Steps
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")

@@ -19,9 +19,9 @@ from pymysql.connections import Connection
 from pymysql.constants import COMMAND, CR
 
 from services.api.mysql_commands import packets
-from services.api.mysql_results import Answer
 from shared.database import STATEMENT_TIMEOUT_SECONDS, translated
-from shared.store.steps import Command, Rows, Statement
+from shared.store.results import Answer, Rows
+from shared.store.steps import Command, Statement
 
 # What came of a step: its rows, or the error.
 Told = Callable[[Rows, BaseException | None], None]

@@ -24,6 +24,7 @@ from services.syncer.inbox import Inbox
 from services.syncer.intake import Intake
 from services.syncer.key_effects import Aftermath
 from services.syncer.leader import Leader
+from services.syncer.new_rows import NewRows
 from services.syncer.numbers import Numbers, Reservation
 from services.syncer.outbox import Relay
 from services.syncer.outgoing import Outgoing
@@ -72,8 +73,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     engine = make_engine(settings.mysql, pool_size=_CONNECTIONS, lean=True)
     remote_ids = RemoteSystemIds(settings.remote_system_ids, local_id)
     directory = PeerDirectory(engine, local_id, remote_ids, keyring.pins, settings.peers)
-    new_rows = asyncio.Event()
-    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, _items: new_rows.set())
+    new_rows = NewRows()
+    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, items: new_rows.hear(items))
     numbers = Numbers()
     links = _https_links(settings, stop.is_set)
     outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
@@ -84,7 +85,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
     bus_ids = {peer.system_id for peer in settings.bus_peers}
-    effects = Effects(engine, local_id, bus_ids, settings.mysql)
+    effects = Effects(engine, local_id, bus_ids, settings.mysql, relay.rows_of)
     refusals = Refusals(directory)
     complaints = Complaints(bus, effects, relay, refusals)
     outgoing.on_refusal = complaints.hear_answer

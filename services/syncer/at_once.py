@@ -18,11 +18,14 @@ from shared.errors import StoreRefused, StoreUnavailable
 from shared.logs import get_logger
 from shared.store import relaying
 from shared.store.keys import end_without_change
+from shared.store.messages import EnvelopeRow
 from shared.store.placing import KEY_PLACED, KEY_STOCKED
 from shared.store.steps import Steps, StepsRunner
 
 # Keys of one envelope, and envelopes of one acknowledgement. More than that is bulk, which has bounds of its own.
 MAX_AT_ONCE = 32
+
+RowsOf = Callable[[str, int], Sequence[EnvelopeRow]]
 
 _log = get_logger("at once")
 
@@ -30,10 +33,19 @@ _log = get_logger("at once")
 class AtOnce:
     """Of one KP, and of one thread at a time. ``known`` is shared with ``effects``."""
 
-    def __init__(self, mysql: MySqlSettings, local_id: str, bus_ids: Collection[str], known: KnownWrappingKeys) -> None:
+    def __init__(
+        self,
+        mysql: MySqlSettings,
+        local_id: str,
+        bus_ids: Collection[str],
+        known: KnownWrappingKeys,
+        rows_of: RowsOf,
+    ) -> None:
+        """``rows_of`` spares the question for the rows of a peer's envelope, where they are known."""
         self._local_id = local_id
         self._bus_ids = frozenset(bus_ids)
         self._known = known
+        self._rows_of = rows_of
         self._runner = StepsRunner(mysql)
 
     def apply(self, accepted: Accepted, now_ms: int, meanwhile: Callable[[], None]) -> Aftermath | None:
@@ -78,11 +90,14 @@ class AtOnce:
     def _acknowledge(self, peer_id: str, numbers: Sequence[int]) -> Steps[Aftermath | None]:
         if not numbers:
             return None
-        rows = yield from relaying.lock_envelope_rows(self._local_id, peer_id, numbers)
+        known = self._rows_of(peer_id, numbers[0]) if len(numbers) == 1 else ()
+        rows = known or (yield from relaying.lock_envelope_rows(self._local_id, peer_id, numbers))
         if not rows or any(row.type == KEY_STOCKED for row in rows):
             yield from end_without_change()
             return None
         placed = [row for row in rows if row.type == KEY_PLACED]
         counts = {"issued": sum(row.items for row in placed)}
-        yield from relaying.commit_acknowledged(self._local_id, peer_id, [row.id for row in rows], counts)
+        yield from relaying.commit_acknowledged(
+            self._local_id, peer_id, [row.id for row in rows], counts, unlocked_of=numbers[0] if known else None
+        )
         return Aftermath(stored=[row.token for row in placed if row.token])

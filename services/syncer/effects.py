@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
-from services.syncer.at_once import AtOnce
+from services.syncer.at_once import AtOnce, RowsOf
 from services.syncer.examination import Accepted
 from services.syncer.key_effects import Aftermath, KeyEffects, KnownWrappingKeys
 from services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
@@ -110,13 +110,14 @@ class Effects:
         local_id: str,
         bus_ids: Collection[str] = (),
         mysql: MySqlSettings | None = None,
+        rows_of: RowsOf = lambda _peer_id, _number: (),
     ) -> None:
-        """``mysql`` is for what somebody waits for, which has a connection of its own (``at_once``)."""
+        """``mysql`` and ``rows_of`` are for what somebody waits for, which has its own connection (``at_once``)."""
         self._engine = engine
         self._local_id = local_id
         self._bus_ids = frozenset(bus_ids)
         self._known = KnownWrappingKeys()
-        self._at_once = AtOnce(mysql, local_id, self._bus_ids, self._known) if mysql else None
+        self._at_once = AtOnce(mysql, local_id, self._bus_ids, self._known, rows_of) if mysql else None
 
     def apply(
         self,

@@ -24,6 +24,7 @@ MAX_PAYLOAD_BYTES = 256 * 1024
 # A row's keys are sealed under two wrapping keys at most, where one ends within it.
 MAX_SEALED_ROWS = MAX_WRAPPING_KEYS // 2
 _MAX_KNOWN = 4_096
+_MALFORMED = (ValueError, TypeError, LookupError, EnvelopeRefused)
 
 FetchWrappingKeys = Callable[[Collection[bytes]], Iterable[SealedWrappingKey]]
 
@@ -73,15 +74,25 @@ class LetterMaker:
         None where they hold what no release of ours wrote: that must not keep others from being sent.
         """
         try:
-            kind = envelope_type(envelope.type)
-            payload = self._payload(fetch, envelope.type, payloads)
-            said = read_payload(kind, payload)
-            expire_ms = keys_expire_ms(envelope.type, entries_of(said))
-            return Letter(kind, envelope.peer_id, payload, envelope.number, expire_ms, told_of(said))
-        except (ValueError, TypeError, IndexError, EnvelopeRefused) as error:
+            return self._letter(fetch, envelope, payloads)
+        except _MALFORMED as error:
             _log.debug("malformed outbox row", reason=str(error))
         _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)
         return None
+
+    def make_known(self, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> Letter | None:
+        """The same without a store; None also where a wrapping key is not known. Payloads may be anybody's."""
+        try:
+            return self._letter(_fetch_nothing, envelope, payloads)
+        except _MALFORMED:
+            return None
+
+    def _letter(self, fetch: FetchWrappingKeys, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> Letter:
+        kind = envelope_type(envelope.type)
+        payload = self._payload(fetch, envelope.type, payloads)
+        said = read_payload(kind, payload)
+        expire_ms = keys_expire_ms(envelope.type, entries_of(said))
+        return Letter(kind, envelope.peer_id, payload, envelope.number, expire_ms, told_of(said))
 
     def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:
@@ -94,12 +105,15 @@ class LetterMaker:
         wanted = dict.fromkeys(record[4] for record in records)
         missing = [wrapping_key_id for wrapping_key_id in wanted if wrapping_key_id not in self._known]
         if missing:
-            if len(self._known) + len(missing) > _MAX_KNOWN:
-                self._known.clear()
-                missing = list(wanted)
-            self._known.update((wrapping_key.wrapping_key_id, wrapping_key) for wrapping_key in fetch(missing))
+            is_full = len(self._known) + len(missing) > _MAX_KNOWN
+            found = {one.wrapping_key_id: one for one in fetch(list(wanted) if is_full else missing)}
+            self._known = found if is_full else self._known | found
         # One that is gone has expired, and so have the keys under it: such rows are malformed by now.
         return [self._known[wrapping_key_id] for wrapping_key_id in wanted if wrapping_key_id in self._known]
+
+
+def _fetch_nothing(_wrapping_key_ids: Collection[bytes]) -> Iterable[SealedWrappingKey]:
+    raise ValueError("a wrapping key is not known")
 
 
 def entries_of(payload: Payload) -> Sequence[list[Any]]:

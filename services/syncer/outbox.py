@@ -26,6 +26,7 @@ from services.syncer.abandoned import withdraw_abandoned
 from services.syncer.leader import Leader
 from services.syncer.letters import LetterMaker, gather
 from services.syncer.lines import Line, Sending, Waiting
+from services.syncer.new_rows import NewRows
 from services.syncer.outgoing import Letter, Outgoing
 from services.syncer.row_types import counter_when_numbered
 from services.syncer.watch import PeerWatch
@@ -34,12 +35,13 @@ from shared.config import Settings
 from shared.database import driver_errors
 from shared.epochs import MAX_CLOCK_SKEW_MS
 from shared.errors import BackendError, StoreRefused, StoreUnavailable
+from shared.hints import AHEAD_SECONDS, Hint
 from shared.hop import Hop
 from shared.lifecycle import next_beat
 from shared.logs import get_logger
 from shared.sealing import SealedWrappingKey
 from shared.store import messages, relaying
-from shared.store.messages import OutboxEntry, OutboxEnvelope
+from shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
 from shared.store.placing import KEY_PLACED
 from shared.store.relaying import Numbered
 from shared.store.steps import Steps, StepsRunner
@@ -77,10 +79,10 @@ class Relay:
         watch: PeerWatch,
         outgoing: Outgoing,
         stopping: Callable[[], bool],
-        new_rows: asyncio.Event,
+        new_rows: NewRows,
         hop: Hop,
     ) -> None:
-        """``new_rows`` is set by whoever knows of some."""
+        """``new_rows`` hears whoever knows of some."""
         self._engine = engine
         # Of the thread that numbers.
         self._runner = StepsRunner(settings.mysql)
@@ -95,7 +97,8 @@ class Relay:
         self._sending = Sending(self._open_letters, watch.status, outgoing, stopping)
         self._letters = LetterMaker()
         self._malformed: set[tuple[str, int]] = set()
-        self._wake = new_rows
+        self._new_rows = new_rows
+        self._wake = new_rows.event
         self._hop = hop
         self._term = 0
         self._read_at = 0.0
@@ -111,6 +114,12 @@ class Relay:
         line = self._lines.get(peer_id)
         if line is not None:
             line.forget(numbers)
+
+    def rows_of(self, peer_id: str, number: int) -> Sequence[EnvelopeRow]:
+        """The rows of an envelope as they were numbered; none where that is not known. For any thread."""
+        line = self._lines.get(peer_id)
+        waiting = line.waiting.get(number) if line is not None else None
+        return waiting.rows if waiting is not None else ()
 
     def note_refused(self, peer_id: str, number: int) -> None:
         """The peer does not take this envelope: it is left alone for a while."""
@@ -154,6 +163,7 @@ class Relay:
 
     async def _round(self) -> None:
         self._wake.clear()
+        news = self._new_rows.take()
         now = asyncio.get_running_loop().time()
         due = now >= self._tick_at
         if due:
@@ -161,8 +171,12 @@ class Relay:
         if not self._leader.elected:
             return
         await self._take_over()
-        # At a beat nobody has said that there is anything: it goes with what others ask then.
-        await self._number_all(self._hop.run if due else asyncio.to_thread)
+        told = news.hint is not None and await self._number_told(news.hint)
+        if news.early and not told:
+            await asyncio.sleep(AHEAD_SECONDS)
+        if due or news.others or not told:
+            # At a beat nobody has said that there is anything: it goes with what others ask then.
+            await self._number_all(self._hop.run if due else asyncio.to_thread)
         if due:
             await self._tick()
 
@@ -198,12 +212,23 @@ class Relay:
         more = True
         while more and not self._stopping():
             numbered, more = await in_thread(self._number)
-            for waiting in numbered:
-                line = self._line(waiting.peer_id)
-                line.add(waiting)
-                if not waiting.malformed:
-                    self._sending.queue(line, [waiting])
-            self._note_malformed(numbered)
+            self._queue(numbered)
+
+    async def _number_told(self, hint: Hint) -> bool:
+        """Whether the row that was told of is in an envelope now."""
+        waiting = await asyncio.to_thread(self._number_at_once, hint)
+        if waiting is None:
+            return False
+        self._queue([waiting])
+        return True
+
+    def _queue(self, numbered: Sequence[Waiting]) -> None:
+        for waiting in numbered:
+            line = self._line(waiting.peer_id)
+            line.add(waiting)
+            if not waiting.malformed:
+                self._sending.queue(line, [waiting])
+        self._note_malformed(numbered)
 
     async def _tick(self) -> None:
         """What follows from time alone: what is due again, what was abandoned, what is to be written down."""
@@ -222,6 +247,22 @@ class Relay:
         if line is None:
             line = self._lines[peer_id] = Line(peer_id)
         return line
+
+    def _number_at_once(self, hint: Hint) -> Waiting | None:
+        """Makes an envelope of the row, if it is there and is as it was said to be; None otherwise."""
+        envelope = OutboxEnvelope(hint.peer_id, self._numbers.next(), KEY_PLACED, 1, 0, None)
+        letter = self._letters.make_known(envelope, [hint.payload]) if self._outgoing.is_open(hint.peer_id) else None
+        if letter is None:
+            return None
+        waiting = Waiting(envelope)
+        waiting.put(letter)
+        sign = functools.partial(self._sign_ahead, [waiting])
+        row_id = self._runner.run(relaying.commit_told(self._local_id, hint, envelope.number, sign))
+        if row_id is None:
+            self._new_rows.note_missed()
+            return None
+        waiting.rows = (EnvelopeRow(row_id, KEY_PLACED, 1, hint.token),)
+        return waiting
 
     def _number(self) -> tuple[list[Waiting], bool]:
         """Makes envelopes of the oldest rows; the envelopes, and whether there may be more rows."""
@@ -253,10 +294,8 @@ class Relay:
         payloads = [row.payload for row in group if row.payload is not None]
         if len(payloads) < len(group):
             payloads = yield from relaying.fetch_claimed_payloads([row.id for row in group])
-        waiting.letter = self._letters.make(self._fetch_wrapping_keys, envelope, payloads)
-        waiting.malformed = waiting.letter is None
-        if waiting.letter is not None:
-            waiting.note_read(waiting.letter)
+        waiting.put(self._letters.make(self._fetch_wrapping_keys, envelope, payloads))
+        waiting.note_rows(group)
         return waiting
 
     def _fetch_wrapping_keys(self, wrapping_key_ids: Collection[bytes]) -> list[SealedWrappingKey]:

@@ -15,7 +15,7 @@ from pymysql.connections import Connection
 from shared.store.literals import name
 from shared.store.messages import NOBODY, PeerRow, PeerSigns
 from shared.store.processes import ProcessSeen
-from shared.store.steps import Rows
+from shared.store.results import Rows
 from shared.store.stock import StockLevel
 
 _PEER_ROW = ", ".join(PeerRow.__dataclass_fields__)

@@ -45,6 +45,7 @@ class OutboxEntry:
     items: int
     payload_bytes: int
     payload: bytes | None = None
+    token: bytes | None = None
 
 
 @dataclass(frozen=True)

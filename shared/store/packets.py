@@ -14,6 +14,7 @@ from typing import NamedTuple
 from shared.errors import CommitUnknown, StoreUnavailable
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store.literals import name, text
+from shared.store.results import Reader, Rows
 from shared.store.steps import Bound, Command, Statement, Steps
 
 _INSERT_RECORDS = (
@@ -45,17 +46,24 @@ def commit(statements: Sequence[str], meanwhile: Callable[[], None] | None = Non
 
     Raises CommitUnknown or StoreRefused; after any of them the connection must go.
     """
-    return _committed(Statement(";".join((*statements, "COMMIT")), meanwhile=meanwhile))
+    yield from _committed(Statement(";".join((*statements, "COMMIT")), meanwhile=meanwhile))
+
+
+def commit_and_read(
+    statements: Sequence[str], columns: tuple[Reader, ...], meanwhile: Callable[[], None] | None = None
+) -> Steps[Rows]:
+    """``commit`` where one of the statements gives rows."""
+    return _committed(Statement(";".join((*statements, "COMMIT")), columns, meanwhile))
 
 
 def commit_in_two(first: Command, make_rest: Callable[[], Sequence[Command]]) -> Steps[None]:
     """``commit`` of what is made, with its COMMIT, while the server works on the first command."""
-    return _committed(Statement(first, meanwhile=make_rest))
+    yield from _committed(Statement(first, meanwhile=make_rest))
 
 
-def _committed(committing: Statement) -> Steps[None]:
+def _committed(committing: Statement) -> Steps[Rows]:
     try:
-        yield committing
+        return (yield committing)
     except StoreUnavailable as error:
         # A connection that breaks here leaves unknown whether it was committed.
         raise CommitUnknown("the connection to the store broke during a commit") from error

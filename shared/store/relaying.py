@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from shared.hints import Hint
 from shared.sealing import KeyRecord
 from shared.store.literals import hex_list, name
 from shared.store.messages import SHORT_PAYLOAD_BYTES, EnvelopeRow, OutboxEntry
-from shared.store.packets import commit, delete_listed, insert_records
+from shared.store.packets import commit, commit_and_read, delete_listed, insert_records
+from shared.store.placing import KEY_PLACED
 from shared.store.steps import Statement, Steps, octets, text
 
-_ENTRY = (int, text, text, int, int, octets)
+_ENTRY = (int, text, text, int, int, octets, octets)
 _ENVELOPE_ROW = (int, text, int, octets)
 
 
@@ -39,14 +41,15 @@ def claim_unnumbered(local_id: str, limit: int) -> Steps[list[OutboxEntry]]:
     # A payload that is short spares a round trip for what somebody waits for; at most 4 MB for 500 rows.
     rows = yield Statement(
         "SELECT id, peer_id, type, items, LENGTH(payload), "
-        f"IF(LENGTH(payload) <= {SHORT_PAYLOAD_BYTES}, payload, '') FROM outbox FORCE INDEX (outbox_unsent) "
+        f"IF(LENGTH(payload) <= {SHORT_PAYLOAD_BYTES}, payload, ''), IFNULL(token, '') "
+        "FROM outbox FORCE INDEX (outbox_unsent) "
         f"WHERE local_id = {name(local_id)} AND envelope_no IS NULL AND sent_ms IS NULL "
         f"ORDER BY id LIMIT {limit:d} FOR UPDATE SKIP LOCKED",
         _ENTRY,
     )
     return [
-        OutboxEntry(row_id, peer_id, type_, items, size, payload or None)
-        for row_id, peer_id, type_, items, size, payload in rows
+        OutboxEntry(row_id, peer_id, type_, items, size, payload or None, token or None)
+        for row_id, peer_id, type_, items, size, payload, token in rows
     ]
 
 
@@ -70,6 +73,25 @@ def commit_numbered(
         statements.append(f"UPDATE outbox SET envelope_no = {envelope.number:d} WHERE id IN ({wanted})")
         statements += _add_to_counters(local_id, envelope.peer_id, envelope.counts)
     return commit(statements, meanwhile)
+
+
+def commit_told(
+    local_id: str, hint: Hint, number: int, meanwhile: Callable[[], None] | None = None
+) -> Steps[int | None]:
+    """Makes an envelope of the row that a hint tells of, and commits; the row's id, None where there is no such row.
+
+    A row that is yet to be committed is waited for, one that is yet to be inserted is not. Index outbox_token.
+    Errors as ``commit_numbered``.
+    """
+    token = f"0x{hint.token.hex()}"
+    update = (
+        f"UPDATE outbox FORCE INDEX (outbox_token) SET envelope_no = {number:d} WHERE token = {token} "
+        f"AND local_id = {name(local_id)} AND peer_id = {name(hint.peer_id)} AND type = {name(KEY_PLACED)} "
+        f"AND items = 1 AND payload = 0x{hint.payload.hex()} AND envelope_no IS NULL AND sent_ms IS NULL"
+    )
+    found = f"SELECT id FROM outbox FORCE INDEX (outbox_token) WHERE token = {token} AND envelope_no = {number:d}"
+    rows = yield from commit_and_read([update, found], (int,), meanwhile)
+    return rows[0][0] if rows else None
 
 
 def commit_received(
@@ -111,24 +133,44 @@ def lock_envelope_rows(local_id: str, peer_id: str, numbers: Collection[int]) ->
     return [EnvelopeRow(row_id, type_, items, token or None) for row_id, type_, items, token in rows]
 
 
-def commit_acknowledged(local_id: str, peer_id: str, row_ids: Sequence[int], counts: Mapping[str, int]) -> Steps[None]:
+def commit_acknowledged(
+    local_id: str,
+    peer_id: str,
+    row_ids: Sequence[int],
+    counts: Mapping[str, int],
+    *,
+    unlocked_of: int | None = None,
+) -> Steps[None]:
     """Takes rows that ``lock_envelope_rows`` locked out of the outbox, counts, and commits. Primary keys.
 
-    Errors as ``commit_numbered``.
+    Rows that are not locked, but known to be those of the envelope ``unlocked_of``, somebody may have taken away: then
+    nothing is counted and nothing committed, and StoreRefused raised. Errors as ``commit_numbered`` otherwise.
     """
-    deletion = [delete_listed("outbox", "PRIMARY", "id", [f"{row_id:d}" for row_id in row_ids])] if row_ids else []
-    return commit([*deletion, *_add_to_counters(local_id, peer_id, counts)])
+    ids = [f"{row_id:d}" for row_id in row_ids]
+    if unlocked_of is None:
+        deletion = [delete_listed("outbox", "PRIMARY", "id", ids)] if ids else []
+        return commit([*deletion, *_add_to_counters(local_id, peer_id, counts)])
+    whose = {"local_id": name(local_id), "peer_id": name(peer_id), "envelope_no": f"{unlocked_of:d}"}
+    deletion = [delete_listed("outbox", "PRIMARY", "id", ids, **whose)]
+    return commit([*deletion, *_add_to_counters(local_id, peer_id, counts, if_changed=len(ids))])
 
 
-def _add_to_counters(local_id: str, peer_id: str, counts: Mapping[str, int]) -> list[str]:
-    """A statement that adds to the named counters; none where there is nothing to add. Primary key."""
+def _add_to_counters(
+    local_id: str, peer_id: str, counts: Mapping[str, int], *, if_changed: int | None = None
+) -> list[str]:
+    """A statement that adds to the named counters; none where there is nothing to add. Primary key.
+
+    It fails unless the one before it has changed ``if_changed`` rows.
+    """
     added = {column: count for column, count in counts.items() if count}
     if not added:
         return []
     values = ",".join(f"{count:d}" for count in added.values())
     sums = ",".join(f"{column} = {column} + {count:d}" for column, count in added.items())
+    # No column may be NULL, and the session is strict about it.
+    owner = name(local_id) if if_changed is None else f"IF(ROW_COUNT() = {if_changed:d},{name(local_id)},NULL)"
     statement = (
-        f"INSERT INTO peers (local_id, peer_id, {','.join(added)}) VALUES ({name(local_id)},{name(peer_id)},{values}) "
+        f"INSERT INTO peers (local_id, peer_id, {','.join(added)}) VALUES ({owner},{name(peer_id)},{values}) "
         f"ON DUPLICATE KEY UPDATE {sums}"
     )
     return [statement]

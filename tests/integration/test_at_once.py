@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from typing import cast
 
 import pytest
 
@@ -17,6 +19,9 @@ from shared.clock import now_ms
 from shared.database import connect
 from shared.envelopes import EnvelopeType, Header
 from shared.errors import StoreRefused
+from shared.hints import Hint
+from shared.store import relaying
+from shared.store.messages import EnvelopeRow
 from shared.store.packets import OutboxRow, commit, insert_outbox_rows
 from shared.store.steps import Statement, Steps, StepsRunner, run_steps
 from tests.integration.key_providers import Store
@@ -113,12 +118,138 @@ def test_an_acknowledgement_takes_rows_away_as_the_ordinary_way_does_it(store: S
     assert store.rows("SELECT issued FROM peers") == [(3,)]
 
 
+def rows_known(store: Store, effects: Effects, number: int) -> Effects:
+    """The same, where this process has numbered the envelope and remembers its rows as they stand now."""
+    found = store.rows("SELECT id, type, items, token FROM outbox WHERE envelope_no = %s ORDER BY id", number)
+    rows = [EnvelopeRow(int(str(i)), str(kind), int(str(n)), cast("bytes", token)) for i, kind, n, token in found]
+    known = {(PEER, number): rows}
+    made = Effects(store.engine, KP, {PEER}, store.settings.mysql, lambda *envelope: known.get(envelope, []))
+    made._known = effects._known
+    return made
+
+
+@pytest.mark.parametrize("types", [["key.placed"], ["key.placed", "key.placed"], ["key.issued"]])
+def test_rows_that_are_known_are_taken_away_without_a_question(
+    store: Store, effects: Effects, types: list[str]
+) -> None:
+    tokens = outbox(store, *types, items=3)
+    store.rows("UPDATE outbox SET envelope_no = 1")
+    (untouched,) = outbox(store, "key.placed")
+    store.rows("UPDATE outbox SET envelope_no = 9 WHERE token = %s", untouched)
+    with closing(rows_known(store, effects, 1)) as knowing:
+        (before,) = store.rows("SHOW GLOBAL STATUS LIKE 'Com_select'")
+        done = at_once(knowing, acknowledged(1))
+        (after,) = store.rows("SHOW GLOBAL STATUS LIKE 'Com_select'")
+    assert done is not None
+    placed_rows = sum(kind == "key.placed" for kind in types)
+    assert done.aftermath.stored == (tokens if placed_rows else [])
+    assert store.rows("SELECT token FROM outbox") == [(untouched,)]
+    assert store.rows("SELECT issued FROM peers") == ([(3 * placed_rows,)] if placed_rows else [])
+    assert int(str(after[1])) == int(str(before[1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM outbox WHERE envelope_no = 1 LIMIT 1",
+        "UPDATE outbox SET envelope_no = 5 WHERE envelope_no = 1 LIMIT 1",
+        "UPDATE outbox SET peer_id = 'KP_Dora' WHERE envelope_no = 1 LIMIT 1",
+        "UPDATE outbox SET local_id = 'KP_Dora' WHERE envelope_no = 1 LIMIT 1",
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_that_are_no_longer_as_they_were_known_are_not_counted(
+    store: Store, effects: Effects, change: str, count: int
+) -> None:
+    """One was withdrawn meanwhile, or the store was put back: then what stands there is another row."""
+    outbox(store, *["key.placed"] * count)
+    store.rows("UPDATE outbox SET envelope_no = 1")
+    with closing(rows_known(store, effects, 1)) as knowing:
+        store.rows(change)
+        leave(store, knowing, acknowledged(1))
+
+
+def test_an_acknowledgement_of_several_envelopes_asks_for_their_rows(store: Store, effects: Effects) -> None:
+    tokens = outbox(store, "key.placed", "key.placed")
+    with closing(rows_known(store, effects, 1)) as knowing:
+        done = at_once(knowing, acknowledged(1, 2))
+    assert done is not None
+    assert set(done.aftermath.stored) == set(tokens)
+    assert store.count("outbox") == 0
+
+
 def test_numbers_that_were_never_sent_acknowledge_nothing(store: Store, effects: Effects) -> None:
     outbox(store, "key.placed")
     before = state(store)
     assert at_once(effects, acknowledged(17)) is None
     assert at_once(effects, acknowledged()) is None
     assert state(store) == before
+
+
+# --- the row that a hint tells of
+
+
+def told(store: Store, hint: Hint, number: int = 77) -> int | None:
+    with closing(StepsRunner(store.settings.mysql)) as runner:
+        return runner.run(relaying.commit_told(KP, hint, number))
+
+
+def test_a_row_that_is_as_it_was_told_is_numbered(store: Store, effects: Effects) -> None:
+    del effects
+    tokens = outbox(store, "key.placed", "key.placed")
+    store.rows("UPDATE outbox SET envelope_no = NULL")
+    row_id = told(store, Hint(PEER, tokens[0], b"\x90"))
+    assert store.rows("SELECT id, token FROM outbox WHERE envelope_no = 77") == [(row_id, tokens[0])]
+    # Once: whoever is told again finds that it is done.
+    assert told(store, Hint(PEER, tokens[0], b"\x90"), 78) is None
+    assert store.rows("SELECT token FROM outbox WHERE envelope_no IS NULL") == [(tokens[1],)]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("local_id", "KP_Dora"),
+        ("peer_id", "KP_Dora"),
+        ("type", "key.stocked"),
+        ("items", 2),
+        ("payload", b"\x91"),
+        ("token", b"u" * 16),
+        ("envelope_no", 5),
+        ("sent_ms", 5),
+    ],
+)
+def test_a_row_that_is_not_as_it_was_told_is_left_alone(
+    store: Store, effects: Effects, column: str, value: object
+) -> None:
+    del effects
+    (token,) = outbox(store, "key.placed")
+    store.rows("UPDATE outbox SET envelope_no = NULL")
+    store.rows(f"UPDATE outbox SET {column} = %s", value)
+    before = store.rows("SELECT * FROM outbox")
+    assert told(store, Hint(PEER, token, b"\x90")) is None
+    assert store.rows("SELECT * FROM outbox") == before
+
+
+def test_hostile_text_in_a_hint_is_a_value(store: Store, effects: Effects) -> None:
+    del effects
+    outbox(store, "key.placed")
+    before = store.rows("SELECT * FROM outbox")
+    assert told(store, Hint("x' OR 1=1; DROP TABLE outbox; -- ", b"'" * 16, b"'); DELETE FROM outbox; -- ")) is None
+    assert store.rows("SELECT * FROM outbox") == before
+
+
+def test_a_row_that_is_being_committed_is_waited_for(store: Store, effects: Effects) -> None:
+    del effects
+    token = secrets.token_bytes(16)
+    with closing(connect(store.settings.mysql)) as writer, ThreadPoolExecutor() as pool:
+        with writer.cursor() as cursor:
+            cursor.execute(insert_outbox_rows([OutboxRow(KP, PEER, "key.placed", b"\x90", 1, now_ms(), token)]))
+        numbering = pool.submit(told, store, Hint(PEER, token, b"\x90"))
+        with pytest.raises(TimeoutError):
+            numbering.result(0.3)
+        writer.commit()
+        row_id = numbering.result(10)
+    assert store.rows("SELECT id FROM outbox WHERE envelope_no = 77") == [(row_id,)]
 
 
 # --- no effect, and the ordinary way

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from urllib.request import urlopen
 
@@ -21,6 +21,7 @@ from services.syncer.payloads import Complaint, pack_acknowledgement, pack_capab
 from shared import wire
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType, check_envelope, read_envelope
+from shared.hints import Hint, pack_hint
 from shared.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
 from shared.nudges import NudgeKind, ProcessBus
 from shared.secret import Secret
@@ -164,6 +165,60 @@ async def test_a_nudge_sends_keys_at_once_and_tells_both_apis(scene: Scene, rabb
             await there.wait(NudgeKind.ARRIVED, placed.records[0].key_id)
         # Far below the second that passes without nudges.
         assert sorted(times)[10] < 0.3, times
+
+
+def hint_of(placed: Placed) -> bytes:
+    item = pack_hint(Hint(placed.target, placed.token, wire.pack(placed.rows)))
+    assert item is not None
+    return item
+
+
+async def seconds_until_stored(
+    scene: Scene, ears: Ears, make: Callable[[Placed], Awaitable[None]], placed: Placed
+) -> float:
+    """From before ``make``, which nudges and commits, until Bob has the key."""
+    started = time.perf_counter()
+    await make(placed)
+    await ears.wait(NudgeKind.STORED, placed.token)
+    seconds = time.perf_counter() - started
+    await asyncio.to_thread(scene.alice.wait_placed, placed)
+    return seconds
+
+
+async def test_a_row_that_was_told_of_is_sent_at_once_whenever_it_is_committed(
+    scene: Scene, rabbitmq: RabbitMqServer
+) -> None:
+    """Told of before, in the same moment, and falsely: it never waits for the second that passes without nudges."""
+    alice = scene.alice
+    issued = alice.rig.count(alice.kp, scene.bob.kp, "issued")
+    ears = Ears(alice, rabbitmq.url)
+    # All under one wrapping key: an envelope can be made of a hint alone once that is known.
+    sealed = seal(alice.kp, scene.bob, 60)
+    pairs = zip(sealed.records, sealed.keys, strict=True)
+    each = iter([Placed(sealed.target, [record], [key], sealed.wrapping_key) for record, key in pairs])
+
+    async def committed_first(placed: Placed) -> None:
+        await asyncio.to_thread(alice.commit, placed, KEY_PLACED)
+        ears.bus.nudge(NudgeKind.OUTBOX, [hint_of(placed)])
+
+    async def told_first(placed: Placed) -> None:
+        ears.bus.nudge(NudgeKind.OUTBOX, [hint_of(placed)])
+        await asyncio.to_thread(alice.commit, placed, KEY_PLACED)
+        # As an api does it whose commit took its time.
+        ears.bus.nudge(NudgeKind.OUTBOX)
+
+    async def told_falsely(placed: Placed) -> None:
+        await asyncio.to_thread(alice.commit, placed, KEY_PLACED)
+        ears.bus.nudge(NudgeKind.OUTBOX, [hint_of(next(each))])
+
+    async with ears.bus.connected():
+        await ears.bus.up.wait()
+        # The first one brings its wrapping key; after the false one hints are mere nudges.
+        for way in (committed_first, told_first, told_falsely, committed_first):
+            times = [await seconds_until_stored(scene, ears, way, next(each)) for _ in range(12)]
+            # Far below a second, also at the third quarter: a few may meet a beat.
+            assert sorted(times)[8] < 0.3, (way.__name__, times)
+    alice.rig.wait_count(alice.kp, scene.bob.kp, "issued", issued + 48)
 
 
 def test_rows_that_wait_at_the_same_time_share_an_envelope(scene: Scene) -> None:

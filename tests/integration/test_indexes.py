@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 from pymysql.connections import Connection as RawConnection
-from pymysql.cursors import Cursor
 from sqlalchemy import Connection, event
 
 from sandbox.servers import Database, MariaDbServer
 from shared.announcements import Announcement
 from shared.database import connect
+from shared.hints import Hint
 from shared.sealing import KeyRecord, SealedWrappingKey
 from shared.store import (
     expiry,
@@ -167,6 +167,7 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     ),
     "lock_envelope_rows": lambda c: run_steps(c, relaying.lock_envelope_rows(KP, PEER, [7, 8])),
     "commit_acknowledged": lambda c: run_steps(c, relaying.commit_acknowledged(KP, PEER, [5, 6], {"issued": 1})),
+    "commit_told": lambda c: run_steps(c, relaying.commit_told(KP, Hint(PEER, b"t" * 16, b"p"), 77)),
     "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
     "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
     "look_at_stock": lambda c: glances.look_at_stock(c, KP, [PEER, "KP_19"], NOW_MS),
@@ -277,24 +278,27 @@ def test_of_what_bus_peers_announced_only_this_kps_own_part_is_read(store: Store
     assert plan[1:] == ("ref", "PRIMARY")
 
 
-class NotingCursor(Cursor):
-    """The driver's cursor, which notes what it is given."""
+def noting(connection: RawConnection) -> list[str]:
+    """The statements that are sent from now on."""
+    driver: Any = connection
+    noted: list[str] = []
+    send = driver._execute_command
 
-    noted: list[str]
+    def note(command: int, sql: str | bytes) -> None:
+        noted.extend((sql.decode() if isinstance(sql, bytes) else sql).split(";"))
+        send(command, sql)
 
-    def execute(self, query: str, args: object = None) -> int:
-        self.noted += query.split(";")
-        return super().execute(query, args)
+    driver._execute_command = note
+    return noted
 
 
 @pytest.mark.parametrize("name", sorted(RAW_CALLS))
 def test_statement_of_the_hot_path_uses_an_index(store: Store, name: str) -> None:
     with closing(connect(store.settings.mysql, several_statements=True)) as connection:
-        NotingCursor.noted = []
-        connection.cursorclass = NotingCursor
+        noted = noting(connection)
         RAW_CALLS[name](connection)
-    assert NotingCursor.noted
-    assert_indexed(store, [(statement, None) for statement in NotingCursor.noted if statement != ALL_DIGESTS])
+    assert noted
+    assert_indexed(store, [(statement, None) for statement in noted if statement != ALL_DIGESTS])
 
 
 @pytest.fixture
@@ -310,11 +314,10 @@ def small(database: Database, tmp_path: Path) -> Iterator[Store]:
 
 def test_a_claim_on_a_small_store_does_not_look_for_its_keys_by_a_scan(small: Store) -> None:
     with small.connect() as connection:
-        NotingCursor.noted = []
-        connection.cursorclass = NotingCursor
+        noted = noting(connection)
         assert len(run_steps(connection, keys.fetch_for_claim(MOST))) == len(MOST)
         run_steps(connection, keys.end_without_change())
-    assert_indexed(small, [(statement, None) for statement in NotingCursor.noted])
+    assert_indexed(small, [(statement, None) for statement in noted])
 
 
 def test_a_claim_on_a_small_store_finds_its_keys_although_another_caller_holds_one(small: Store) -> None:

@@ -17,8 +17,9 @@ import pytest
 from services.api.store_line import StoreLine
 from shared.database import STATEMENT_TIMEOUT_SECONDS
 from shared.errors import StoreRefused, StoreUnavailable
-from shared.store.steps import Command, Rows, Statement, octets
-from tests.unit.test_mysql_results import MORE, end, error, ok, packets, row
+from shared.store.results import Rows
+from shared.store.steps import Command, Statement, octets
+from tests.unit.test_results import MORE, end, error, ok, packets, row
 
 COMMIT = Statement("INSERT;INSERT;COMMIT")
 

@@ -8,13 +8,15 @@ connection: InterfaceError. Nothing that a server sends makes this grow without 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pymysql.err
 from pymysql.constants import SERVER_STATUS
 
-from shared.store.steps import Reader, Row, Rows
-
+Row = tuple[Any, ...]
+Rows = Sequence[Row]
+Reader = Callable[[bytes], object]
 MAX_PACKET_BYTES = 2**20
 MAX_ANSWER_BYTES = 2**26
 _HEADER_BYTES = 4

@@ -1,0 +1,92 @@
+"""Hints of rows that are about to be committed: read strictly, believed once, and not for a while after a false one."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.syncer import new_rows
+from services.syncer.new_rows import NewRows, News
+from shared import wire
+from shared.hints import MAX_HINT_BYTES, Hint, pack_hint, read_hint
+
+HINT = Hint("KP_Bob", b"t" * 16, b"payload")
+OTHER = Hint("KP_Bob", b"u" * 16, b"payload")
+
+
+def item(hint: Hint = HINT) -> bytes:
+    packed = pack_hint(hint)
+    assert packed is not None
+    return packed
+
+
+def test_a_hint_comes_out_as_it_went_in() -> None:
+    assert read_hint(item()) == HINT
+
+
+def test_a_row_that_is_too_long_for_a_nudge_is_not_told_of() -> None:
+    assert pack_hint(Hint("KP_Bob", b"t" * 16, bytes(MAX_HINT_BYTES))) is None
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"",
+        b"\0",
+        b"t" * 16,
+        wire.pack(["KP_Bob", b"t" * 16]),
+        wire.pack([1, b"t" * 16, b"payload"]),
+        wire.pack(["KP_Bob", "t" * 16, b"payload"]),
+        wire.pack(["KP_Bob", b"t" * 15, b"payload"]),
+        wire.pack(["KP_Bob", b"t" * 16, b""]),
+        wire.pack({"a": 1, "b": 2, "c": 3}),
+    ],
+)
+def test_what_is_no_hint_says_nothing(junk: bytes) -> None:
+    assert read_hint(junk) is None
+
+
+def test_a_hint_alone_is_taken_once() -> None:
+    rows = NewRows()
+    rows.hear([item()])
+    assert rows.event.is_set()
+    assert [rows.take(), rows.take()] == [News(HINT, early=True), News()]
+
+
+def test_a_nudge_without_a_hint_says_that_there_may_be_any_rows() -> None:
+    rows = NewRows()
+    rows.hear([])
+    assert rows.take() == News(others=True)
+
+
+def test_of_what_cannot_be_read_only_that_it_may_be_early_is_known() -> None:
+    rows = NewRows()
+    rows.hear([b"junk"])
+    assert rows.take() == News(early=True, others=True)
+
+
+def test_of_hints_in_one_nudge_the_last_counts_and_the_others_are_looked_for() -> None:
+    rows = NewRows()
+    rows.hear([item(), item(OTHER)])
+    assert rows.take() == News(OTHER, early=True, others=True)
+
+
+@pytest.mark.parametrize("other", [[], [item(OTHER)], [b"junk"]])
+def test_what_is_told_beside_a_hint_is_not_lost(other: list[bytes]) -> None:
+    for first, second in (([item()], other), (other, [item()])):
+        rows = NewRows()
+        rows.hear(first)
+        rows.hear(second)
+        news = rows.take()
+        assert news.hint in {HINT, OTHER}
+        assert (news.early, news.others) == (True, True)
+
+
+def test_after_a_hint_that_led_to_nothing_hints_only_say_that_rows_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = NewRows()
+    rows.note_missed()
+    rows.hear([item()])
+    assert rows.take() == News(early=True, others=True)
+    monkeypatch.setattr(new_rows, "TRUST_NOTHING_SECONDS", 0.0)
+    rows.note_missed()
+    rows.hear([item()])
+    assert rows.take() == News(HINT, early=True)
