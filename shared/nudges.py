@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
 
@@ -42,6 +42,8 @@ MAX_ITEM_BYTES = 64
 # What is waiting to be sent at most; a hint that comes later than this would be no hint any more.
 MAX_PENDING = 20_000
 MAX_NUDGE_BYTES = 128 * 1024
+# What stands before each item, five bytes at most, comes on top.
+_MAX_CHUNK_BYTES = MAX_NUDGE_BYTES // 2
 QUEUE_KEPT = 1_000
 QUEUE_KEPT_MS = 10_000
 
@@ -78,6 +80,8 @@ class Nudges:
         self._exchange: AbstractExchange | None = None
         # An ordered set: a token that is told twice is sent once.
         self._pending: dict[NudgeKind, dict[bytes, None]] = {}
+        # Of these somebody had no more to say than that: it must not be lost beside what others say.
+        self._bare: set[NudgeKind] = set()
         self._wake = asyncio.Event()
 
     def nudge(self, kind: NudgeKind, items: Sequence[bytes] = ()) -> None:
@@ -87,6 +91,8 @@ class Nudges:
         waiting = self._pending.setdefault(kind, {})
         if len(waiting) + len(items) <= MAX_PENDING:
             waiting.update(dict.fromkeys(items))
+        if not items:
+            self._bare.add(kind)
         self._wake.set()
 
     async def set_up(self, session: Session) -> None:
@@ -108,6 +114,7 @@ class Nudges:
         """The connection is lost, and with it what was to be sent."""
         self._exchange = None
         self._pending.clear()
+        self._bare.clear()
 
     async def run(self) -> None:
         """Sends what is pending, until it is cancelled."""
@@ -115,9 +122,13 @@ class Nudges:
             await self._wake.wait()
             self._wake.clear()
             pending, self._pending = self._pending, {}
+            bare, self._bare = self._bare, set()
             for kind, items in pending.items():
-                for chunk in _chunks(list(items)):
-                    await self._send(kind, chunk)
+                if items:
+                    for chunk in _chunks(items):
+                        await self._send(kind, chunk)
+                if kind in bare:
+                    await self._send(kind, [])
 
     async def _send(self, kind: NudgeKind, items: list[bytes]) -> None:
         exchange = self._exchange
@@ -216,7 +227,13 @@ async def pumping(nudges: Nudges) -> AsyncIterator[None]:
             pump.cancel()
 
 
-def _chunks(items: list[bytes]) -> Iterator[list[bytes]]:
-    yield items[:MAX_ITEMS]
-    for start in range(MAX_ITEMS, len(items), MAX_ITEMS):
-        yield items[start : start + MAX_ITEMS]
+def _chunks(items: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """As many at a time as one nudge takes."""
+    chunk, octets = list[bytes](), 0
+    for item in items:
+        if chunk and (len(chunk) == MAX_ITEMS or octets + len(item) > _MAX_CHUNK_BYTES):
+            yield chunk
+            chunk, octets = [], 0
+        chunk.append(item)
+        octets += len(item)
+    yield chunk

@@ -22,6 +22,7 @@ from shared.errors import BackendError
 from shared.liveness import PeerStatus
 from shared.logs import get_logger
 from shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
+from shared.store.placing import KEY_PLACED
 
 CHUNK = 32
 # Chunks of one peer that are being sent at the same time.
@@ -67,8 +68,8 @@ class Waiting:
             self.note_read(letter)
 
     def note_rows(self, entries: Sequence[OutboxEntry]) -> None:
-        """It is made of these; of more than MAX_HELD_ROWS that is not remembered."""
-        if len(entries) <= MAX_HELD_ROWS:
+        """It is made of these; that is remembered of few, and where somebody waits for the acknowledgement."""
+        if self.envelope.type == KEY_PLACED and len(entries) <= MAX_HELD_ROWS:
             self.rows = tuple(EnvelopeRow(row.id, row.type, row.items, row.token) for row in entries)
 
     def note_read(self, letter: Letter) -> None:

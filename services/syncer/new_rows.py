@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from shared.hints import Hint, read_hint
+from shared.logs import get_logger
 
 # After a hint that led to nothing: it was forged, or the store's commits take longer than nudges.
 TRUST_NOTHING_SECONDS = 60.0
+_MAX_NUMBERED = 1_000
+
+_log = get_logger("outbox")
 
 
 class News(NamedTuple):
@@ -25,12 +29,13 @@ class News(NamedTuple):
 
 
 class NewRows:
-    """Of one event loop, but for ``note_missed``."""
+    """Of one event loop; what is noted may be noted by the thread that numbers."""
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
         self._news = News()
         self._trust_from = 0.0
+        self._numbered: dict[bytes, None] = {}
 
     def hear(self, items: Sequence[bytes]) -> None:
         """A nudge; of several hints the last one counts."""
@@ -44,8 +49,20 @@ class NewRows:
     def take(self) -> News:
         """What was heard; each is said once."""
         news, self._news = self._news, News()
+        if news.hint is not None and news.hint.token in self._numbered:
+            # A round that was under way when it came has found the row.
+            return News(others=news.others, early=news.early and news.others)
         return news
+
+    def note_numbered(self, tokens: Iterable[bytes | None]) -> None:
+        """These rows are in envelopes: what is said of them is no news any more."""
+        for token in tokens:
+            if token is not None:
+                self._numbered[token] = None
+        while len(self._numbered) > _MAX_NUMBERED:
+            del self._numbered[next(iter(self._numbered))]
 
     def note_missed(self) -> None:
         """There was no such row: hints are not believed for a while."""
+        _log.debug("a hint led to nothing", trusted_again_seconds=TRUST_NOTHING_SECONDS)
         self._trust_from = time.monotonic() + TRUST_NOTHING_SECONDS

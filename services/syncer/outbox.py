@@ -107,7 +107,7 @@ class Relay:
 
     def wake(self) -> None:
         """There are new rows in the outbox."""
-        self._wake.set()
+        self._new_rows.hear(())
 
     def forget(self, peer_id: str, numbers: Collection[int]) -> None:
         """The peer has acknowledged these envelopes, and their rows are gone."""
@@ -172,9 +172,9 @@ class Relay:
             return
         await self._take_over()
         told = news.hint is not None and await self._number_told(news.hint)
-        if news.early and not told:
+        if news.early and (news.others or not told):
             await asyncio.sleep(AHEAD_SECONDS)
-        if due or news.others or not told:
+        if due or news.others or (news.early and not told):
             # At a beat nobody has said that there is anything: it goes with what others ask then.
             await self._number_all(self._hop.run if due else asyncio.to_thread)
         if due:
@@ -215,8 +215,12 @@ class Relay:
             self._queue(numbered)
 
     async def _number_told(self, hint: Hint) -> bool:
-        """Whether the row that was told of is in an envelope now."""
-        waiting = await asyncio.to_thread(self._number_at_once, hint)
+        """Whether the row that was told of is in an envelope now. Raises nothing: others are looked for after this."""
+        try:
+            waiting = await asyncio.to_thread(self._number_at_once, hint)
+        except BackendError as error:
+            _log.debug("left to the ordinary way", what="outbox", reason=str(error))
+            return False
         if waiting is None:
             return False
         self._queue([waiting])
@@ -262,6 +266,7 @@ class Relay:
             self._new_rows.note_missed()
             return None
         waiting.rows = (EnvelopeRow(row_id, KEY_PLACED, 1, hint.token),)
+        self._new_rows.note_numbered([hint.token])
         return waiting
 
     def _number(self) -> tuple[list[Waiting], bool]:
@@ -278,6 +283,7 @@ class Relay:
         envelopes = [_numbered(one, group) for one, group in zip(numbered, groups, strict=True)]
         sign = functools.partial(self._sign_ahead, numbered)
         yield from relaying.commit_numbered(self._local_id, envelopes, sign)
+        self._new_rows.note_numbered(row.token for group in groups for row in group)
         taken = sum(map(len, groups))
         return numbered, taken < len(rows) or len(rows) == MAX_ROWS
 

@@ -60,7 +60,7 @@ class OutboxEnvelope:
     sent_ms: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EnvelopeRow:
     """A row of a numbered envelope."""
 

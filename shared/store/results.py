@@ -18,6 +18,8 @@ Row = tuple[Any, ...]
 Rows = Sequence[Row]
 Reader = Callable[[bytes], object]
 MAX_PACKET_BYTES = 2**20
+# What the protocol has for one packet. For whoever reads what others have written, in a thread.
+LONGEST_PACKET_BYTES = 2**24 - 2
 MAX_ANSWER_BYTES = 2**26
 _HEADER_BYTES = 4
 _OK, _NULL, _EOF, _ERROR = 0x00, 0xFB, 0xFE, 0xFF
@@ -28,10 +30,11 @@ _MORE: int = SERVER_STATUS.SERVER_MORE_RESULTS_EXISTS
 class Answer:
     """The results of one command or several; ``rows`` is complete when ``feed`` says so."""
 
-    __slots__ = ("_columns", "_commands", "_left", "_rest", "_rows", "_seen_bytes", "_sequence", "_take")
+    __slots__ = ("_columns", "_commands", "_left", "_longest", "_rest", "_rows", "_seen_bytes", "_sequence", "_take")
 
-    def __init__(self, columns: tuple[Reader, ...]) -> None:
+    def __init__(self, columns: tuple[Reader, ...], max_packet_bytes: int = MAX_PACKET_BYTES) -> None:
         self._columns = columns
+        self._longest = max_packet_bytes
         self._commands = 1
         self._rest = b""
         self._rows: list[Row] = []
@@ -64,7 +67,7 @@ class Answer:
         start, end = 0, len(data)
         while end - start >= _HEADER_BYTES:
             size = data[start] | data[start + 1] << 8 | data[start + 2] << 16
-            if size > MAX_PACKET_BYTES or data[start + 3] != self._sequence:
+            if size > self._longest or data[start + 3] != self._sequence:
                 raise pymysql.err.InterfaceError("a packet is too long or out of sequence")
             body = start + _HEADER_BYTES
             if end - body < size:

@@ -19,7 +19,7 @@ from shared.config import MySqlSettings
 from shared.database import OwnConnection, driver_errors
 from shared.errors import StoreRefused
 from shared.store import literals
-from shared.store.results import Answer, Reader, Rows
+from shared.store.results import LONGEST_PACKET_BYTES, Answer, Reader, Rows
 
 Value = int | str | bytes
 _CHUNK_BYTES = 2**16
@@ -145,7 +145,7 @@ def _execute(connection: Connection, statement: Statement) -> tuple[Rows, Sequen
     driver: Any = connection
     driver._execute_command(COMMAND.COM_QUERY, text_of(statement.sql).encode())  # noqa: SLF001 -- see above
     more = statement.meanwhile() if statement.meanwhile is not None else None
-    answer = Answer(statement.columns)
+    answer = Answer(statement.columns, LONGEST_PACKET_BYTES)
     while not answer.feed(_receive(connection)):
         pass
     return answer.rows, more

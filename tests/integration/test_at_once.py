@@ -346,6 +346,18 @@ def insert(token: bytes) -> str:
     return insert_outbox_rows([OutboxRow(KP, PEER, "key.placed", b"\x90", 1, now_ms(), token)])
 
 
+def test_a_row_of_any_length_is_read(store: Store) -> None:
+    """Older rows may be longer than what a lane of the api reads."""
+    payload = secrets.token_bytes(3 * 2**20)
+    with closing(StepsRunner(store.settings.mysql)) as runner:
+        runner.run(commit([insert_outbox_rows([OutboxRow(KP, PEER, "key.withdrawn", payload, 9, now_ms())])]))
+        (row_id,) = (int(str(row[0])) for row in store.rows("SELECT id FROM outbox"))
+        assert runner.run(relaying.fetch_claimed_payloads([row_id])) == [payload]
+        (claimed,) = runner.run(relaying.claim_unnumbered(KP, 5))
+        assert (claimed.payload, claimed.payload_bytes) == (None, len(payload))
+        runner.run(commit([]))
+
+
 def test_what_is_done_meanwhile_is_done_once_and_the_statements_are_committed(store: Store) -> None:
     done: list[int] = []
     with closing(connect(store.settings.mysql, several_statements=True)) as connection:

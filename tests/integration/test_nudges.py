@@ -14,7 +14,8 @@ from shared import wire
 from shared.bus import Bus, Delivery
 from shared.bus_names import NUDGES, nudge_routing_key
 from shared.errors import BusUnavailable
-from shared.nudges import FOR_SYNCER, NudgeKind, ProcessBus
+from shared.hints import MAX_HINT_BYTES
+from shared.nudges import FOR_SYNCER, MAX_NUDGE_BYTES, NudgeKind, ProcessBus
 from shared.secret import Secret
 
 
@@ -59,6 +60,39 @@ async def test_processes_of_one_kp_hear_each_other_and_no_other_kp(rabbitmq: Rab
         assert [len(items) for _, items in api.heard[1:]] == [1_000, 1_000, 500]
         assert not stranger.heard
         assert len(syncer.heard) == 1
+
+
+async def test_what_is_told_without_a_word_more_is_not_lost_beside_what_others_say(rabbitmq: RabbitMqServer) -> None:
+    ear = Ear()
+    here = process(rabbitmq, "KP Nudge.3", Ear())
+    there = process(rabbitmq, "KP Nudge.3", ear, kinds=FOR_SYNCER)
+    async with here.connected(), there.connected():
+        for bus in (here, there):
+            await bus.up.wait()
+        for _ in range(2):
+            here.nudge(NudgeKind.OUTBOX)
+            here.nudge(NudgeKind.OUTBOX, [b"hint"])
+            await ear.wait(2)
+            assert ear.heard == [(NudgeKind.OUTBOX, [b"hint"]), (NudgeKind.OUTBOX, [])]
+            ear.heard.clear()
+        here.nudge(NudgeKind.OUTBOX, [b"hint"])
+        here.nudge(NudgeKind.OUTBOX, [b"last"])
+        assert await ear.wait(1) == [(NudgeKind.OUTBOX, [b"hint", b"last"])]
+
+
+async def test_long_items_are_told_in_as_many_nudges_as_they_take(rabbitmq: RabbitMqServer) -> None:
+    ear = Ear()
+    here = process(rabbitmq, "KP Nudge.4", Ear())
+    there = process(rabbitmq, "KP Nudge.4", ear, kinds=FOR_SYNCER)
+    async with here.connected(), there.connected():
+        for bus in (here, there):
+            await bus.up.wait()
+        items = [n.to_bytes(MAX_HINT_BYTES) for n in range(1, 601)]
+        here.nudge(NudgeKind.OUTBOX, items)
+        while sum(len(heard) for _, heard in ear.heard) < len(items):
+            await ear.wait(len(ear.heard) + 1)
+        assert [one for _, heard in ear.heard for one in heard] == items
+        assert len(ear.heard) > MAX_HINT_BYTES * len(items) / MAX_NUDGE_BYTES
 
 
 async def test_a_nudge_takes_milliseconds(rabbitmq: RabbitMqServer) -> None:

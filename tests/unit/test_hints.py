@@ -90,3 +90,20 @@ def test_after_a_hint_that_led_to_nothing_hints_only_say_that_rows_come(monkeypa
     rows.note_missed()
     rows.hear([item()])
     assert rows.take() == News(HINT, early=True)
+
+
+def test_a_hint_of_a_row_that_is_in_an_envelope_already_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round that was under way has found it: that is nobody's fault, and nothing is to be looked for."""
+    rows = NewRows()
+    rows.hear([item()])
+    rows.note_numbered([None, HINT.token])
+    assert rows.take() == News()
+    rows.hear([item()])
+    rows.hear([])
+    assert rows.take() == News(early=True, others=True)
+    rows.hear([item(OTHER)])
+    assert rows.take() == News(OTHER, early=True)
+    monkeypatch.setattr(new_rows, "_MAX_NUMBERED", 3)
+    rows.note_numbered([bytes([n]) * 16 for n in range(5)])
+    rows.hear([item()])
+    assert rows.take() == News(HINT, early=True)
