@@ -130,22 +130,20 @@ def rows_known(store: Store, effects: Effects, number: int) -> Effects:
 
 @pytest.mark.parametrize("types", [["key.placed"], ["key.placed", "key.placed"], ["key.issued"]])
 def test_rows_that_are_known_are_taken_away_without_a_question(
-    store: Store, effects: Effects, types: list[str]
+    store: Store, effects: Effects, types: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = outbox(store, *types, items=3)
     store.rows("UPDATE outbox SET envelope_no = 1")
     (untouched,) = outbox(store, "key.placed")
     store.rows("UPDATE outbox SET envelope_no = 9 WHERE token = %s", untouched)
     with closing(rows_known(store, effects, 1)) as knowing:
-        (before,) = store.rows("SHOW GLOBAL STATUS LIKE 'Com_select'")
+        monkeypatch.setattr(relaying, "lock_envelope_rows", lambda *_: pytest.fail("it is asked for its rows"))
         done = at_once(knowing, acknowledged(1))
-        (after,) = store.rows("SHOW GLOBAL STATUS LIKE 'Com_select'")
     assert done is not None
     placed_rows = sum(kind == "key.placed" for kind in types)
     assert done.aftermath.stored == (tokens if placed_rows else [])
     assert store.rows("SELECT token FROM outbox") == [(untouched,)]
     assert store.rows("SELECT issued FROM peers") == ([(3 * placed_rows,)] if placed_rows else [])
-    assert int(str(after[1])) == int(str(before[1]))
 
 
 @pytest.mark.parametrize(
