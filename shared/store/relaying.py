@@ -147,12 +147,12 @@ def commit_acknowledged(
     nothing is counted and nothing committed, and StoreRefused raised. Errors as ``commit_numbered`` otherwise.
     """
     ids = [f"{row_id:d}" for row_id in row_ids]
-    if unlocked_of is None:
-        deletion = [delete_listed("outbox", "PRIMARY", "id", ids)] if ids else []
-        return commit([*deletion, *_add_to_counters(local_id, peer_id, counts)])
-    whose = {"local_id": name(local_id), "peer_id": name(peer_id), "envelope_no": f"{unlocked_of:d}"}
-    deletion = [delete_listed("outbox", "PRIMARY", "id", ids, **whose)]
-    return commit([*deletion, *_add_to_counters(local_id, peer_id, counts, if_changed=len(ids))])
+    whose, if_changed = dict[str, str](), None
+    if unlocked_of is not None:
+        whose = {"local_id": name(local_id), "peer_id": name(peer_id), "envelope_no": f"{unlocked_of:d}"}
+        if_changed = len(ids)
+    deletion = [delete_listed("outbox", "PRIMARY", "id", ids, **whose)] if ids else []
+    return commit([*deletion, *_add_to_counters(local_id, peer_id, counts, if_changed=if_changed)])
 
 
 def _add_to_counters(

@@ -141,7 +141,7 @@ def _do(connection: Connection, step: Step) -> Rows:
 
 
 def _execute(connection: Connection, statement: Statement) -> tuple[Rows, Sequence[Command] | None]:
-    """What PyMySQL's cursor does, in a third of the time. Its names are held by a test."""
+    """What PyMySQL's cursor does, without its reader. PyMySQL's names are held by every test on a real server."""
     driver: Any = connection
     driver._execute_command(COMMAND.COM_QUERY, text_of(statement.sql).encode())  # noqa: SLF001 -- see above
     more = statement.meanwhile() if statement.meanwhile is not None else None

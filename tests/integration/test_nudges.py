@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import aio_pika
 import pytest
@@ -42,6 +43,17 @@ def process(rabbitmq: RabbitMqServer, local_id: str, ear: Ear, **options: frozen
     return ProcessBus(Secret(rabbitmq.url), local_id, "test", ear, **options)
 
 
+@asynccontextmanager
+async def api_and_syncer(rabbitmq: RabbitMqServer, local_id: str) -> AsyncIterator[tuple[ProcessBus, Ear]]:
+    """An api, and what the syncer of the same KP hears."""
+    ear = Ear()
+    api, syncer = process(rabbitmq, local_id, Ear()), process(rabbitmq, local_id, ear, kinds=FOR_SYNCER)
+    async with api.connected(), syncer.connected():
+        for bus in (api, syncer):
+            await bus.up.wait()
+        yield api, ear
+
+
 async def test_processes_of_one_kp_hear_each_other_and_no_other_kp(rabbitmq: RabbitMqServer) -> None:
     api, syncer, stranger = Ear(), Ear(), Ear()
     here = process(rabbitmq, "KP Nudge.1", api)
@@ -63,12 +75,7 @@ async def test_processes_of_one_kp_hear_each_other_and_no_other_kp(rabbitmq: Rab
 
 
 async def test_what_is_told_without_a_word_more_is_not_lost_beside_what_others_say(rabbitmq: RabbitMqServer) -> None:
-    ear = Ear()
-    here = process(rabbitmq, "KP Nudge.3", Ear())
-    there = process(rabbitmq, "KP Nudge.3", ear, kinds=FOR_SYNCER)
-    async with here.connected(), there.connected():
-        for bus in (here, there):
-            await bus.up.wait()
+    async with api_and_syncer(rabbitmq, "KP Nudge.3") as (here, ear):
         for _ in range(2):
             here.nudge(NudgeKind.OUTBOX)
             here.nudge(NudgeKind.OUTBOX, [b"hint"])
@@ -81,12 +88,7 @@ async def test_what_is_told_without_a_word_more_is_not_lost_beside_what_others_s
 
 
 async def test_long_items_are_told_in_as_many_nudges_as_they_take(rabbitmq: RabbitMqServer) -> None:
-    ear = Ear()
-    here = process(rabbitmq, "KP Nudge.4", Ear())
-    there = process(rabbitmq, "KP Nudge.4", ear, kinds=FOR_SYNCER)
-    async with here.connected(), there.connected():
-        for bus in (here, there):
-            await bus.up.wait()
+    async with api_and_syncer(rabbitmq, "KP Nudge.4") as (here, ear):
         items = [n.to_bytes(MAX_HINT_BYTES) for n in range(1, 601)]
         here.nudge(NudgeKind.OUTBOX, items)
         while sum(len(heard) for _, heard in ear.heard) < len(items):
