@@ -1,4 +1,4 @@
-"""A KP's identity: an ML-DSA-87 key pair (CNSA 2.0) that signs announcements, wrapping keys and envelopes.
+"""A KP's identity: an ML-DSA-87 key pair (CNSA 2.0) that signs announcements, envelopes, and keys over them.
 
 Every signature is made under a context string, so that one made for one purpose means nothing for another.
 """
@@ -17,6 +17,7 @@ PUBLIC_KEY_BYTES = 2592
 CONTEXT_ANNOUNCEMENT = b"skipbus announcement 1"
 CONTEXT_WRAPPING_KEY = b"skipbus wrapping key 1"
 CONTEXT_ENVELOPE = b"skipbus envelope 1"
+CONTEXT_SESSION_KEY = b"skipbus session key 1"
 
 
 class Identity:

@@ -24,8 +24,9 @@ from services.api.responses import RouteError, json_response
 from services.api.server import Connection
 from shared.envelopes import (
     MAX_ENVELOPE_BYTES,
-    VERSION,
+    VERSIONS,
     EnvelopeType,
+    Sessions,
     SignedEnvelope,
     check_envelope,
     read_claim,
@@ -43,7 +44,7 @@ _CHECKS_AT_ONCE = 2
 _DISCARD_SECONDS = 2.0
 # What only says how things are goes to whoever listens now, as it does over the bus.
 _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
-_STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401}
+_STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401, "unknown_session": 401}
 
 
 class Publish(Protocol):
@@ -60,15 +61,23 @@ class SyncRefused(RouteError):
         super().__init__(status, message)
         self.details: dict[str, Any] = {"reason": reason}
         if reason == "unknown_version":
-            self.details["versions"] = [VERSION]
+            self.details["versions"] = list(VERSIONS)
 
 
 class SyncEndpoint:
     """Of one event loop."""
 
     def __init__(
-        self, local_id: str, directory: PeerDirectory, publish: Publish, *, body_timeout_seconds: float
+        self,
+        local_id: str,
+        directory: PeerDirectory,
+        publish: Publish,
+        sessions: Sessions | None = None,
+        *,
+        body_timeout_seconds: float,
     ) -> None:
+        """Without ``sessions`` each envelope must have a signature of its own."""
+        self._sessions = sessions
         self._local_id = local_id
         self._directory = directory
         self._publish = publish
@@ -131,7 +140,7 @@ class SyncEndpoint:
 
     def _check(self, envelope: SignedEnvelope, pin: bytes) -> None:
         # By its own date: the syncer judges that, and tells the sender.
-        check_envelope(envelope, self._local_id, pin, envelope.header.date_ms)
+        check_envelope(envelope, self._local_id, pin, envelope.header.date_ms, self._sessions)
 
     async def _read(self, request: web.BaseRequest, share: _Share) -> bytes:
         too_large = (request.content_length or 0) > MAX_ENVELOPE_BYTES

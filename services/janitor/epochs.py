@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 from shared.announcements import Announcement, digest, sign_announcement
 from shared.config import Settings
 from shared.database import driver_errors
+from shared.envelopes import VERSIONS
 from shared.epochs import PublicEpoch, longest_life_ms, missing_spans, new_epoch_id
 from shared.errors import KeyringError
 from shared.hybrid import HybridPrivateKey
@@ -114,7 +115,8 @@ class EpochKeeper:
             local_id = self._settings.local_system_id
             # Always newer than the one in the store, even when this host's clock was set back.
             issued_ms = max(now_ms, fetch_announcement_issued_ms(connection, local_id) + 1)
-            announcement = Announcement(local_id, self._keyring.identity.public_key, issued_ms, ALGORITHM, epochs)
+            public_key = self._keyring.identity.public_key
+            announcement = Announcement(local_id, public_key, issued_ms, ALGORITHM, epochs, VERSIONS)
             body = sign_announcement(announcement, self._keyring.identity)
             pinned = insert_pin(connection, local_id, local_id, announcement.public_key, now_ms)
             check_pinned_identity(self._keyring, pinned)

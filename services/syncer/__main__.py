@@ -44,6 +44,7 @@ from shared.lifecycle import every, run_service
 from shared.logs import configure_logging, get_logger
 from shared.metrics import serve_metrics
 from shared.peer_directory import PeerDirectory
+from shared.sessions import SessionBook, SessionMaker
 from shared.store.peers import fetch_announcement
 from shared.store.processes import upsert_process
 from shared.system_ids import RemoteSystemIds
@@ -77,7 +78,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, items: new_rows.hear(items))
     numbers = Numbers()
     links = _https_links(settings, stop.is_set)
-    outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
+    outgoing = Outgoing(
+        bus, keyring.identity, local_id, numbers, links, SessionMaker(local_id, keyring.identity, directory.get)
+    )
     hop = Hop()
     watch = PeerWatch(settings, engine, keyring, directory, hop)
     leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers), hop)
@@ -87,9 +90,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     bus_ids = {peer.system_id for peer in settings.bus_peers}
     effects = Effects(engine, local_id, bus_ids, settings.mysql, relay.rows_of)
     refusals = Refusals(directory)
-    complaints = Complaints(bus, effects, relay, refusals)
+    complaints = Complaints(bus, effects, relay, outgoing, refusals)
     outgoing.on_refusal = complaints.hear_answer
-    examiner = Examiner(local_id, directory, keyring.epoch_ids)
+    examiner = Examiner(local_id, directory, keyring.epoch_ids, SessionBook(keyring))
     refuser = Refuser(local_id, directory, refusals, replies, watch.clocks)
     intake = Intake(bus, settings.heartbeat_seconds)
     inbox = Inbox(intake, directory, examiner, effects, relay, replies, complaints, refuser)

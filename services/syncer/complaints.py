@@ -13,7 +13,7 @@ from services.syncer.answers import Answer
 from services.syncer.effects import Effects
 from services.syncer.key_effects import Aftermath
 from services.syncer.outbox import Relay
-from services.syncer.outgoing import Letter
+from services.syncer.outgoing import Letter, Outgoing
 from services.syncer.payloads import Complaint
 from services.syncer.refusals import Refusals
 from shared.bus import Bus
@@ -22,8 +22,10 @@ from shared.errors import BackendError
 from shared.logs import get_logger
 from shared.nudges import NudgeKind
 
-# The same envelope with a new date may be accepted.
-_PASSING = frozenset({"too_old", "from_future"})
+# The same envelope with a new date, or a signature of its own, may be accepted.
+_PASSING = frozenset({"too_old", "from_future", "unknown_session"})
+# It may have been under a session key, which a receiver of an earlier release does not read either.
+_UNREAD = frozenset({"unknown_session", "unknown_version"})
 MAX_WAITING = 1_000
 
 _log = get_logger("complaints")
@@ -32,8 +34,9 @@ _log = get_logger("complaints")
 class Complaints:
     """Hears complaints on the event loop; ``run`` writes down those that came by HTTPS."""
 
-    def __init__(self, bus: Bus, effects: Effects, relay: Relay, refusals: Refusals) -> None:
+    def __init__(self, bus: Bus, effects: Effects, relay: Relay, outgoing: Outgoing, refusals: Refusals) -> None:
         self._bus = bus
+        self._outgoing = outgoing
         self._effects = effects
         self._relay = relay
         self._refusals = refusals
@@ -43,6 +46,8 @@ class Complaints:
         """One that is written down already."""
         metrics.REFUSED_BY_PEER.labels(metrics.bounded_reason(complaint.reason), peer_id).inc()
         self._refusals.note_complaint(peer_id, complaint)
+        if complaint.reason in _UNREAD:
+            self._outgoing.note_unread(peer_id)
         if complaint.reason not in _PASSING:
             self._relay.note_refused(peer_id, complaint.number)
 

@@ -1,6 +1,7 @@
-"""Decides whether an envelope may have an effect: sender, target, signature, date, payload. Blocks; for a thread.
+"""Decides whether an envelope may have an effect: sender, target, proof, date, payload. Blocks; for a thread.
 
-Nothing of an envelope is believed before its signature is verified against the sender's pin, except the names
+Nothing of an envelope is believed before its signature is verified against the sender's pin, or its authenticator
+against a session key that the pinned identity has signed, except the names
 that are needed to find that pin. Whether its number is new is decided with its effect (``effects``).
 """
 
@@ -19,6 +20,7 @@ from shared.envelopes import (
     Claim,
     EnvelopeType,
     Header,
+    Sessions,
     SignedEnvelope,
     check_envelope,
     read_claim,
@@ -42,11 +44,12 @@ _NOT_VERIFIED = frozenset(
         "unknown_sender",
         "wrong_target",
         "bad_signature",
+        "unknown_session",
         "identity_changed",
     }
 )
-# What a later release may have sent: its header is still readable, so the sender can be told.
-_UNREADABLE = frozenset({"unknown_version", "unknown_type"})
+# Its header is readable, though what it says is not proven: the sender can be told, and may do something about it.
+_UNREADABLE = frozenset({"unknown_version", "unknown_type", "unknown_session"})
 
 _log = get_logger("examination")
 
@@ -87,9 +90,15 @@ class Examiner:
     """Goes by one KP's directory."""
 
     def __init__(
-        self, local_id: str, directory: PeerDirectory, epochs_in_keyring: Callable[[], Collection[bytes]] = frozenset
+        self,
+        local_id: str,
+        directory: PeerDirectory,
+        epochs_in_keyring: Callable[[], Collection[bytes]] = frozenset,
+        sessions: Sessions | None = None,
     ) -> None:
+        """Without ``sessions`` each envelope must have a signature of its own."""
         self._local_id = local_id
+        self._sessions = sessions
         self._directory = directory
         self._own_epochs = OwnEpochs(epochs_in_keyring)
         self._judge = PlacedKeysJudge(directory.is_bus_peer, self._own_epochs.has)
@@ -119,7 +128,7 @@ class Examiner:
         header = envelope.header
         pin, at_ms = self._find_pin(header.sender), now_ms()
         try:
-            check_envelope(envelope, self._local_id, pin, at_ms)
+            check_envelope(envelope, self._local_id, pin, at_ms, self._sessions)
         except EnvelopeRefused as error:
             if error.reason == "bad_signature":
                 self._blame_changed_identity(envelope)
@@ -173,7 +182,7 @@ class Examiner:
 
     def _is_signed_by(self, envelope: SignedEnvelope, public_key: bytes) -> bool:
         try:
-            check_envelope(envelope, self._local_id, public_key, now_ms())
+            check_envelope(envelope, self._local_id, public_key, now_ms(), self._sessions)
         except EnvelopeRefused:
             return False
         return True

@@ -18,7 +18,7 @@ from shared.errors import EnvelopeRefused
 from shared.logs import get_logger
 from shared.sealing import SealedWrappingKey
 from shared.store.messages import OutboxEntry, OutboxEnvelope
-from shared.store.placing import KEY_STOCKED
+from shared.store.placing import KEY_PLACED, KEY_STOCKED
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 # A row's keys are sealed under two wrapping keys at most, where one ends within it.
@@ -92,7 +92,8 @@ class LetterMaker:
         payload = self._payload(fetch, envelope.type, payloads)
         said = read_payload(kind, payload)
         expire_ms = keys_expire_ms(envelope.type, entries_of(said))
-        return Letter(kind, envelope.peer_id, payload, envelope.number, expire_ms, told_of(said))
+        waited_for = envelope.type == KEY_PLACED
+        return Letter(kind, envelope.peer_id, payload, envelope.number, expire_ms, told_of(said), waited_for)
 
     def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:

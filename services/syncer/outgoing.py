@@ -3,7 +3,8 @@
 Signing (one to two milliseconds each) is done in a thread, many at a time. Where one envelope alone is to go as soon
 as a transaction is committed, it is signed while the store commits, in the thread that waits for that (``signed``):
 another one would only wait for the interpreter's lock. Being signed is not being sent: an envelope whose transaction
-fails is dropped and nobody ever sees it.
+fails is dropped and nobody ever sees it. What somebody waits for goes under a session key, where its receiver reads
+that (``shared.sessions``): then to sign it is to make an authenticator.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from shared.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
 from shared.errors import BusUnavailable
 from shared.identity import Identity
 from shared.logs import get_logger
+from shared.sessions import SessionMaker
 
 if TYPE_CHECKING:
     from services.syncer.https_link import HttpsLink
@@ -62,6 +64,8 @@ class Letter:
     number: int | None = None
     keys_expire_ms: int | None = None
     told: tuple[int, tuple[str, ...]] = (0, ())
+    waited_for: bool = False
+    """An encryptor waits for it."""
     signed: bytes | None = field(default=None, compare=False, repr=False)
     """The envelope, where it was signed ahead."""
 
@@ -79,13 +83,15 @@ class Outgoing:
         local_id: str,
         numbers: Numbers,
         links: Mapping[str, HttpsLink] | None = None,
+        sessions: SessionMaker | None = None,
     ) -> None:
-        """``links`` are the ways to peers that are not reached by the bus."""
+        """``links`` are the ways to peers not reached by the bus. Without ``sessions`` each envelope is signed."""
         self._bus = bus
         self._identity = identity
         self._local_id = local_id
         self.numbers = numbers
         self._links = links or {}
+        self._sessions = sessions
         self.on_refusal: OnRefusal = lambda _letter, _answer: None
 
     def has_link(self, peer_id: str) -> bool:
@@ -103,6 +109,11 @@ class Outgoing:
     def is_reachable(self, peer_id: str) -> bool:
         """Whether there is a way to the peer at all; one with an endpoint may be tried at any time."""
         return peer_id in self._links or self._bus.up.is_set()
+
+    def note_unread(self, peer_id: str) -> None:
+        """The peer could not read what came under a session key."""
+        if self._sessions is not None:
+            self._sessions.rest(peer_id)
 
     async def send(self, letters: Sequence[Letter]) -> list[Outcome]:
         """Dates, signs and sends; what became of each. Raises nothing for a broker or a peer that is away."""
@@ -136,6 +147,10 @@ class Outgoing:
             return letter.signed
         number = self.numbers.next() if letter.number is None else letter.number
         header = Header(letter.type, self._local_id, letter.target, number, now_ms())
+        if letter.waited_for and self._sessions is not None:
+            envelope = self._sessions.envelope(header, letter.payload)
+            if envelope is not None:
+                return envelope
         return sign_envelope(header, letter.payload, self._identity)
 
     async def _send(self, letter: Letter, envelope: bytes) -> Outcome:

@@ -14,7 +14,7 @@ from typing import Any
 from services.syncer.placed_keys import PlacedKeys, read_placed_keys
 from shared import wire
 from shared.announcements import MAX_ANNOUNCEMENT_BYTES
-from shared.envelopes import VERSION, EnvelopeType
+from shared.envelopes import VERSIONS, EnvelopeType
 from shared.errors import EnvelopeRefused
 
 MAX_EVENTS = 50_000
@@ -129,7 +129,7 @@ def pack_capabilities(announcement: bytes | None, *, request: bool) -> bytes:
 def pack_complaint(number: int, reason: str, explanation: str) -> bytes:
     """Tells a sender that its envelope is refused."""
     told = printable(explanation)[:MAX_EXPLANATION]
-    return wire.pack({"number": number, "reason": reason, "explanation": told, "versions": [VERSION]})
+    return wire.pack({"number": number, "reason": reason, "explanation": told, "versions": list(VERSIONS)})
 
 
 def printable(text: str) -> str:

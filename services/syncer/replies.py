@@ -73,7 +73,8 @@ class Replies:
 
         Safe in any thread, and takes the time of a signature; for ``acknowledge``.
         """
-        return self._outgoing.signed(Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement([number])))
+        letter = Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement([number]), waited_for=True)
+        return self._outgoing.signed(letter)
 
     def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False, prepared: Letter | None = None) -> None:
         """The effect of the peer's envelope is committed; ``at_once`` where somebody waits to hear that."""

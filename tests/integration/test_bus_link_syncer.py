@@ -20,7 +20,7 @@ from sandbox.servers import MariaDbServer, RabbitMqServer
 from services.syncer.payloads import Complaint, pack_acknowledgement, pack_capabilities, pack_complaint, read_payload
 from shared import wire
 from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, check_envelope, read_envelope
+from shared.envelopes import VERSIONS, EnvelopeType, check_envelope, read_envelope
 from shared.hints import Hint, pack_hint
 from shared.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
 from shared.nudges import NudgeKind, ProcessBus
@@ -373,7 +373,7 @@ def test_a_key_id_that_exists_is_never_overwritten_and_refuses_the_whole_envelop
     scene.assert_refused(scene.from_carol(theft, number), "key_exists")
     assert bob.open(alice, victim.records[0].key_id) == victim.keys[0]
     told = scene.next_refusal(bob)
-    assert (told.number, told.reason, told.versions) == (number, "key_exists", (1,))
+    assert (told.number, told.reason, told.versions) == (number, "key_exists", VERSIONS)
     # The number of a refused envelope stays free: the envelope may come again and be accepted.
     good = seal(carol.kp, bob, 1)
     scene.bus.publish(bob.kp, scene.from_carol(good, number))
@@ -427,13 +427,13 @@ def test_sealed_keys_from_a_peer_of_the_same_store_are_refused(scene: Scene) -> 
 
 def test_a_sender_of_an_unknown_version_is_told_once_a_second_which_versions_are_read(scene: Scene) -> None:
     bob, carol = scene.bob, scene.carol
-    protected = wire.pack([2, "key.blessed", carol.kp.id, bob.kp.id, 7, now_ms(), "new"])
+    protected = wire.pack([3, "key.blessed", carol.kp.id, bob.kp.id, 7, now_ms(), "new"])
     later = wire.pack([protected, b"", carol.kp.identity.sign(protected, CONTEXT_ENVELOPE)])
     time.sleep(1.1)
     scene.bus.publish(bob.kp, *[later] * 20)
     told = scene.next_refusal(bob)
-    assert (told.number, told.reason, told.versions) == (7, "unknown_version", (1,))
-    assert "version 2" in told.explanation
+    assert (told.number, told.reason, told.versions) == (7, "unknown_version", VERSIONS)
+    assert "version 3" in told.explanation
     wait_for(lambda: scene.refused(bob, "unknown_version") >= 20, timeout_seconds=TIMEOUT_SECONDS)
     heard = [read_envelope(body) for body in iter(lambda: scene.bus.heard(carol.kp), None)]
     assert len([envelope for envelope in heard if envelope.header.type is REFUSED]) <= 1

@@ -138,7 +138,7 @@ def test_a_peer_that_announced_itself_a_moment_ago_is_no_stranger(scene: Scene) 
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "reason"), [(2, "key.retrieved", "unknown_version"), (1, "key.stolen", "unknown_type")]
+    ("version", "kind", "reason"), [(3, "key.retrieved", "unknown_version"), (1, "key.stolen", "unknown_type")]
 )
 def test_an_unknown_version_or_type_is_dead_lettered(scene: Scene, version: int, kind: str, reason: str) -> None:
     protected = wire.pack([version, kind, scene.carol.id, scene.bob.id, fresh_number(), now_ms()])

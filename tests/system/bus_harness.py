@@ -41,16 +41,26 @@ from shared.bus_names import (
     routing_key,
 )
 from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, Header, SignedEnvelope, read_envelope, sign_envelope
+from shared.envelopes import (
+    VERSION,
+    EnvelopeType,
+    Header,
+    SignedEnvelope,
+    read_envelope,
+    session_envelope,
+    sign_envelope,
+)
 from shared.epochs import EpochSpan, PublicEpoch, current_epoch, new_epoch_id
 from shared.hybrid import HybridPrivateKey
 from shared.identity import Identity
 from shared.peers_config import identity_line
 from shared.sealing import make_wrapping_key
+from shared.sessions import SessionKey
 from tests.system.harness import ALICE, BOB, Key, Lab, Place, rows
 from tests.waiting import wait_for
 
 T = TypeVar("T")
+Session = tuple[SessionKey, bytes]
 KEY_TTL_MS = 3_600_000
 HEALED_SECONDS = 30.0
 # Stock is counted once a second.
@@ -74,12 +84,13 @@ class Voice:
         """How it stands in the configuration of a key provider; without stock unless that is said."""
         return BusPeer(self.id, identity_line(self.identity.public_key), stock, endpoint)
 
-    def announcement(self) -> bytes:
+    def announcement(self, versions: tuple[int, ...] = (VERSION,)) -> bytes:
+        """Its own; ``versions`` are the envelopes that it says it reads."""
         at_ms = now_ms()
         span = EpochSpan(at_ms - 60_000, at_ms + KEY_TTL_MS, at_ms + 2 * KEY_TTL_MS)
         epoch = PublicEpoch(self.epoch_id, span, self.epoch_key.public_bytes())
         return sign_announcement(
-            Announcement(self.id, self.identity.public_key, at_ms, "test", (epoch,)), self.identity
+            Announcement(self.id, self.identity.public_key, at_ms, "test", (epoch,), versions), self.identity
         )
 
     def says(
@@ -98,8 +109,19 @@ class Voice:
         header = Header(kind, sender_id or self.id, target_id, fresh if number is None else number, now_ms() - age_ms)
         return sign_envelope(header, payload, signer or self.identity)
 
-    def announces(self, target_id: str) -> bytes:
-        return self.says(target_id, EnvelopeType.CAPABILITIES, pack_capabilities(self.announcement(), request=False))
+    def says_in_session(
+        self, session: Session, target_id: str, kind: EnvelopeType, payload: bytes, *, sender_id: str | None = None
+    ) -> bytes:
+        """The same under a session key, whoever's it is."""
+        number = now_ms() * 1000 + secrets.randbelow(1000)
+        key, sealed = session
+        return session_envelope(
+            Header(kind, sender_id or self.id, target_id, number, now_ms()), payload, key.mac, sealed
+        )
+
+    def announces(self, target_id: str, versions: tuple[int, ...] = (VERSION,)) -> bytes:
+        body = self.announcement(versions)
+        return self.says(target_id, EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False))
 
     def beats(self, target_id: str) -> bytes:
         return self.says(target_id, EnvelopeType.HEARTBEAT, pack_heartbeat(60_000, None, "test"))

@@ -23,7 +23,7 @@ from sandbox.servers import MariaDbServer, RabbitMqServer
 from shared import wire
 from shared.bus_names import NUDGES, dead_queue_name, nudge_routing_key, queue_name
 from shared.clock import now_ms
-from shared.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType, SignedEnvelope
+from shared.envelopes import MAX_ENVELOPE_BYTES, VERSIONS, EnvelopeType, SignedEnvelope
 from shared.identity import CONTEXT_ENVELOPE, Identity
 from shared.nudges import NudgeKind
 from tests.system.bus_harness import (
@@ -230,7 +230,7 @@ def test_an_envelope_of_a_stranger_is_refused(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "reason"), [(2, "key.issued", "unknown_version"), (1, "key.stolen", "unknown_type")]
+    ("version", "kind", "reason"), [(3, "key.issued", "unknown_version"), (1, "key.stolen", "unknown_type")]
 )
 def test_an_envelope_of_an_unknown_version_or_type_is_refused_and_its_sender_is_told(
     scene: Scene, version: int, kind: str, reason: str
@@ -245,7 +245,7 @@ def test_an_envelope_of_an_unknown_version_or_type_is_refused_and_its_sender_is_
     if reason == "unknown_version":
         told = scene.admin.wait(queue_name(scene.carol.id), lambda found: number in numbers_refused(found))
         complaint = wire.unpack(wire.unpack(told)[1])
-        assert (complaint["reason"], complaint["versions"]) == (reason, [1])
+        assert (complaint["reason"], complaint["versions"]) == (reason, list(VERSIONS))
 
 
 def numbers_refused(envelope: SignedEnvelope) -> list[int]:

@@ -1,0 +1,247 @@
+"""Session keys: what an envelope is authenticated by where a signature of its own would be what somebody waits for.
+
+A session key is 384 random bits, made by one syncer for one peer and one of the peer's epochs. As a wrapping key it is
+sealed to the epoch by HPKE and signed once by its maker; each envelope under it then costs one HMAC-SHA-384. It opens
+nothing: whoever learns one can speak in its maker's name to this one peer until the epoch is destroyed, and the peer
+itself is the only one besides the maker who knows it.
+
+Every envelope carries its session key, sealed and signed, so that any process of the peer's can read it, whatever
+was restarted. ``SessionMaker`` keeps those that are in use, ``SessionBook`` those that were opened. Both may be used
+by several threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.hmac import HMAC
+
+from shared import hybrid, wire
+from shared.announcements import Announcement
+from shared.envelopes import SESSION_VERSION, Header, SignedEnvelope, session_envelope
+from shared.epochs import EPOCH_ID_BYTES, PublicEpoch, current_epoch
+from shared.errors import EnvelopeRefused, KeyringError, SealBroken
+from shared.identity import CONTEXT_SESSION_KEY, Identity, verify
+from shared.keyring import Keyring
+
+KEY_BYTES = 48
+MAC_BYTES = 48
+MAX_SESSION_BYTES = 8 * 1024
+# A peer that refuses what comes under a session key is sent signatures for so long.
+REST_SECONDS = 60.0
+_LABEL = b"skipbus session key 1"
+_MAX_TIME_MS = 2**63
+_BOOK_KEPT = 1_024
+
+
+class SessionKey:
+    """An opened session key: ``mac`` makes an authenticator of 48 bytes, ``check`` compares one."""
+
+    __slots__ = ("_secret", "expires_ms")
+
+    def __init__(self, secret: bytes, expires_ms: int) -> None:
+        if len(secret) != KEY_BYTES:
+            raise SealBroken("a session key has another length than it should")
+        self._secret = secret
+        self.expires_ms = expires_ms
+
+    def __repr__(self) -> str:
+        return "<SessionKey ***>"
+
+    def mac(self, data: bytes) -> bytes:
+        """HMAC-SHA-384 over ``data``."""
+        return self._hmac(data).finalize()
+
+    def check(self, mac: bytes, data: bytes) -> None:
+        """Returns where ``mac`` is the one over ``data``; raises SealBroken otherwise. In constant time."""
+        try:
+            self._hmac(data).verify(mac)
+        except InvalidSignature as error:
+            raise SealBroken("the authenticator does not verify") from error
+
+    def _hmac(self, data: bytes) -> HMAC:
+        hmac = HMAC(self._secret, SHA384())
+        hmac.update(data)
+        return hmac
+
+
+def _binding(source_id: str, target_id: str, epoch_id: bytes, expires_ms: int) -> bytes:
+    """What the HPKE seal is bound to, and the signature with it."""
+    return _LABEL + wire.pack([source_id, target_id, epoch_id, expires_ms])
+
+
+def make_session_key(
+    identity: Identity, source_id: str, target_id: str, epoch: PublicEpoch
+) -> tuple[SessionKey, bytes]:
+    """A fresh session key of ``source_id`` for one epoch of ``target_id``, and what goes into its envelopes.
+
+    Raises SealBroken where the epoch's public key is no valid one.
+    """
+    secret, expires_ms = secrets.token_bytes(KEY_BYTES), epoch.span.destroy_ms
+    binding = _binding(source_id, target_id, epoch.epoch_id, expires_ms)
+    sealed = hybrid.seal(secret, epoch.public_key, binding)
+    signature = identity.sign(binding + sealed, CONTEXT_SESSION_KEY)
+    return SessionKey(secret, expires_ms), wire.pack([epoch.epoch_id, expires_ms, sealed, signature])
+
+
+@dataclass(frozen=True, slots=True)
+class _InUse:
+    """Made for this epoch of the peer that had this identity."""
+
+    epoch: PublicEpoch
+    public_key: bytes
+    key: SessionKey
+    sealed: bytes
+
+
+class SessionMaker:
+    """The session keys of one syncer, one for each peer. ``find`` gives a peer's announcement, where it is trusted."""
+
+    def __init__(
+        self,
+        local_id: str,
+        identity: Identity,
+        find: Callable[[str], Announcement | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._local_id = local_id
+        self._identity = identity
+        self._find = find
+        self._clock = clock
+        self._lock = Lock()
+        self._in_use: dict[str, _InUse] = {}
+        self._resting: dict[str, float] = {}
+
+    def rest(self, peer_id: str) -> None:
+        """The peer has refused what came under a session key: for a while it is sent signatures, then a new one."""
+        with self._lock:
+            self._resting[peer_id] = self._clock() + REST_SECONDS
+            self._in_use.pop(peer_id, None)
+
+    def envelope(self, header: Header, payload: bytes) -> bytes | None:
+        """The envelope under the target's session key; None where it has to be signed.
+
+        The first one for an epoch takes the time of a signature.
+        """
+        in_use = self._for(header.target, header.date_ms)
+        if in_use is None:
+            return None
+        return session_envelope(header, payload, in_use.key.mac, in_use.sealed)
+
+    def _for(self, peer_id: str, at_ms: int) -> _InUse | None:
+        announcement = self._find(peer_id)
+        if announcement is None or SESSION_VERSION not in announcement.envelope_versions:
+            return None
+        with self._lock:
+            if self._clock() < self._resting.get(peer_id, 0.0):
+                return None
+            epoch = current_epoch(announcement.epochs, at_ms)
+            if epoch is None:
+                self._in_use.pop(peer_id, None)
+                return None
+            in_use = self._in_use.get(peer_id)
+            if in_use is None or (in_use.epoch, in_use.public_key) != (epoch, announcement.public_key):
+                try:
+                    made = make_session_key(self._identity, self._local_id, peer_id, epoch)
+                except SealBroken:
+                    return None
+                in_use = self._in_use[peer_id] = _InUse(epoch, announcement.public_key, *made)
+            return in_use
+
+
+class SessionBook:
+    """The session keys that peers have sent to one KP, opened. What was verified and opened once is remembered."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._lock = Lock()
+        self._opened: OrderedDict[bytes, SessionKey] = OrderedDict()
+
+    def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int) -> None:
+        """Returns where the envelope is authenticated by a session key that its sender's identity has signed.
+
+        Raises EnvelopeRefused: bad_signature, unknown_session.
+        """
+        mac, session = _read_proof(envelope)
+        key = self._open(envelope.header, session, sender_public_key, now_ms)
+        if key.expires_ms <= now_ms:
+            raise _unknown(envelope.header, "it has ended")
+        try:
+            key.check(mac, envelope.signed_bytes())
+        except SealBroken as error:
+            raise EnvelopeRefused(
+                "bad_signature", f"an envelope from {envelope.header.sender} does not fit its session key"
+            ) from error
+
+    def _open(self, header: Header, session: bytes, sender_public_key: bytes, now_ms: int) -> SessionKey:
+        # Each part has one length, or is packed with its own: none can take an octet of its neighbour's.
+        told = wire.pack([header.sender, header.target, sender_public_key, session])
+        known = hashlib.sha384(told).digest()
+        with self._lock:
+            key = self._opened.get(known)
+            if key is not None:
+                self._opened.move_to_end(known)
+                return key
+        key = self._open_anew(header, session, sender_public_key)
+        with self._lock:
+            for ended in [one for one, opened in self._opened.items() if opened.expires_ms <= now_ms]:
+                del self._opened[ended]
+            self._opened[known] = key
+            if len(self._opened) > _BOOK_KEPT:
+                self._opened.popitem(last=False)
+        return key
+
+    def _open_anew(self, header: Header, session: bytes, sender_public_key: bytes) -> SessionKey:
+        epoch_id, expires_ms, sealed, signature = _read_session(session)
+        binding = _binding(header.sender, header.target, epoch_id, expires_ms)
+        try:
+            verify(sender_public_key, signature, binding + sealed, CONTEXT_SESSION_KEY)
+        except SealBroken as error:
+            raise EnvelopeRefused("bad_signature", f"a session key is not signed by {header.sender}") from error
+        try:
+            epoch = self._keyring.read_epoch(epoch_id)
+            if expires_ms > epoch.span.destroy_ms:
+                raise _unknown(header, "it would outlive its epoch")
+            return SessionKey(epoch.private_key.open(sealed, binding), expires_ms)
+        except (KeyringError, SealBroken) as error:
+            raise _unknown(header, str(error)) from error
+
+
+def _unknown(header: Header, why: str) -> EnvelopeRefused:
+    return EnvelopeRefused("unknown_session", f"a session key of {header.sender} cannot be used: {why}")
+
+
+def _read_proof(envelope: SignedEnvelope) -> tuple[bytes, bytes]:
+    try:
+        mac, session = wire.unpack(envelope.proof, max_items=2)
+        _require(isinstance(mac, bytes) and len(mac) == MAC_BYTES)
+        _require(isinstance(session, bytes) and len(session) <= MAX_SESSION_BYTES)
+    except (ValueError, TypeError) as error:
+        raise EnvelopeRefused("malformed", "an envelope's proof is malformed") from error
+    return mac, session
+
+
+def _read_session(session: bytes) -> tuple[bytes, int, bytes, bytes]:
+    try:
+        fields: list[Any] = wire.unpack(session, max_items=4)
+        epoch_id, expires_ms, sealed, signature = fields
+        _require(isinstance(epoch_id, bytes) and len(epoch_id) == EPOCH_ID_BYTES)
+        _require(type(expires_ms) is int and 0 < expires_ms < _MAX_TIME_MS)
+        _require(isinstance(sealed, bytes) and isinstance(signature, bytes))
+    except (ValueError, TypeError) as error:
+        raise EnvelopeRefused("malformed", "a session key is malformed") from error
+    return epoch_id, expires_ms, sealed, signature
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError("session")

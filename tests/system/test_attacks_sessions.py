@@ -1,0 +1,261 @@
+"""Session keys as attackers would use them: stolen, moved to others, prolonged, forged, replayed, and for lost epochs.
+
+The scene is that of ``test_attacks_envelopes``. What each kind of damage is refused for is pinned by the vectors of
+``tests/unit/test_envelopes.py``; here running key providers are attacked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from sandbox.client import Answer, get
+from sandbox.servers import MariaDbServer, RabbitMqServer
+from services.syncer.payloads import pack_acknowledgement, pack_complaint
+from shared import wire
+from shared.bus_names import queue_name
+from shared.clock import now_ms
+from shared.envelopes import SESSION_VERSION, VERSION, VERSIONS, EnvelopeType, SignedEnvelope, read_envelope
+from shared.epochs import PublicEpoch, current_epoch
+from shared.hybrid import HybridPrivateKey
+from shared.identity import Identity
+from shared.sessions import make_session_key
+from tests.system.bus_harness import (
+    Load,
+    Scene,
+    Session,
+    Tap,
+    attack_scene,
+    epochs_of,
+    metric,
+    post_sync,
+    refused,
+    wait_told,
+)
+from tests.waiting import wait_for
+
+
+@pytest.fixture(scope="module")
+def scene(
+    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
+) -> Iterator[Scene]:
+    with attack_scene(tmp_path_factory.mktemp("sessions"), mariadb, rabbitmq) as made:
+        made.admin.send(made.alice_id, made.carol.announces(made.alice_id, VERSIONS))
+        # Until that is there, keys for her are signed.
+        wait_for(lambda: asked_for_carol(made).version == SESSION_VERSION, timeout_seconds=30)
+        yield made
+
+
+def bobs_epoch(scene: Scene) -> PublicEpoch:
+    epoch = current_epoch(epochs_of(scene.bob, scene.bobs), now_ms())
+    assert epoch is not None
+    return epoch
+
+
+def session(
+    scene: Scene, *, signer: Identity | None = None, target_id: str | None = None, epoch: PublicEpoch | None = None
+) -> Session:
+    """KP_Carol's session key for KP_Bob, or one that only says so."""
+    return make_session_key(
+        signer or scene.carol.identity, scene.carol.id, target_id or scene.bob_id, epoch or bobs_epoch(scene)
+    )
+
+
+def placing(scene: Scene, load: Load, made: Session) -> bytes:
+    return scene.carol.says_in_session(made, scene.bob_id, EnvelopeType.KEY_ISSUED, load.pack())
+
+
+def arrived(scene: Scene, load: Load) -> bool:
+    return {key.key_id for key in load.keys} <= scene.records_at_bob()
+
+
+def assert_arrives(scene: Scene, load: Load, envelope: bytes) -> None:
+    scene.admin.send(scene.bob_id, envelope)
+    wait_for(lambda: arrived(scene, load), timeout_seconds=20)
+    assert scene.at_bob(load.keys[0]).body["key"] == load.keys[0].key
+
+
+@contextmanager
+def asking(scene: Scene) -> Iterator[Future[Answer]]:
+    """Somebody asks KP_Alice for a key for KP_Bob."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(get, scene.alice.url, "key", timeout_seconds=20, remoteSystemID=scene.bob_id)
+
+
+def placed_by(scene: Scene, tap: Tap) -> bytes:
+    return tap.wait(EnvelopeType.KEY_ISSUED, scene.alice_id)
+
+
+def test_a_key_on_demand_and_its_acknowledgement_go_under_session_keys(scene: Scene) -> None:
+    diverting = scene.admin.diverting
+    with diverting(scene.bob_id) as to_bob, diverting(scene.alice_id) as to_alice, asking(scene) as asked:
+        placed = placed_by(scene, to_bob)
+        to_bob.deliver(placed)
+        stored = to_alice.wait(EnvelopeType.KEY_STORED, scene.bob_id)
+        to_alice.deliver(stored)
+        answer = asked.result(20)
+    assert [read_envelope(body).version for body in (placed, stored)] == [SESSION_VERSION] * 2
+    assert answer.status == 200
+    scene.lab.assert_retrievable(scene.remember(answer))
+
+
+@pytest.mark.parametrize("door", ["bus", "sync"])
+def test_an_envelope_under_a_session_key_of_its_sender_is_taken(scene: Scene, door: str) -> None:
+    load = scene.carols_keys()
+    envelope = placing(scene, load, session(scene))
+    if door == "sync":
+        assert post_sync(scene.bob, envelope).status == 202
+        wait_for(lambda: arrived(scene, load), timeout_seconds=20)
+    else:
+        assert_arrives(scene, load, envelope)
+
+
+def test_a_session_key_that_another_identity_has_signed_is_refused(scene: Scene) -> None:
+    forged = placing(scene, scene.carols_keys(), session(scene, signer=Identity.generate()))
+    assert post_sync(scene.bob, forged).status == 401
+    scene.assert_refused(forged, "bad_signature", scene.carol.id)
+
+
+def test_a_peer_that_speaks_in_anothers_name_with_a_session_key_of_its_own_is_refused(scene: Scene) -> None:
+    """KP_Carol has made one for KP_Bob, rightly, and puts KP_Alice's name above what she sends under it."""
+    made = session(scene)
+    forged = scene.carol.says_in_session(
+        made, scene.bob_id, EnvelopeType.KEY_ISSUED, scene.carols_keys().pack(), sender_id=scene.alice_id
+    )
+    scene.assert_refused(forged, "bad_signature", scene.alice_id)
+    # KP_Bob has the pin of either; what is remembered of the one must not count for the other.
+    load = scene.carols_keys()
+    assert_arrives(scene, load, placing(scene, load, made))
+    scene.assert_refused(
+        scene.carol.says_in_session(
+            made, scene.bob_id, EnvelopeType.KEY_ISSUED, scene.carols_keys().pack(), sender_id=scene.alice_id
+        ),
+        "bad_signature",
+        scene.alice_id,
+    )
+
+
+def test_a_target_that_uses_its_peers_session_key_towards_a_third_is_refused(scene: Scene) -> None:
+    """KP_Alice has made one for KP_Carol, who knows it then, and turns to KP_Bob in KP_Alice's name."""
+    opened = read_session(scene, asked_for_carol(scene))
+    forged = scene.carol.says_in_session(
+        opened, scene.bob_id, EnvelopeType.KEY_ISSUED, scene.carols_keys().pack(), sender_id=scene.alice_id
+    )
+    scene.assert_refused(forged, "bad_signature", scene.alice_id)
+
+
+def read_session(scene: Scene, envelope: SignedEnvelope) -> Session:
+    """The session key of an envelope for KP_Carol, opened with her epoch."""
+    _, sealed = wire.unpack(envelope.proof)
+    epoch_id, expires_ms, closed, _ = wire.unpack(sealed)
+    binding = b"skipbus session key 1" + wire.pack([scene.alice_id, scene.carol.id, epoch_id, expires_ms])
+    key, _ = session(scene)
+    secret = scene.carol.epoch_key.open(closed, binding)
+    return type(key)(secret, expires_ms), sealed
+
+
+def test_a_session_key_for_a_lost_epoch_is_refused_and_its_sender_is_told(scene: Scene) -> None:
+    lost = replace(bobs_epoch(scene), epoch_id=bytes(16), public_key=HybridPrivateKey.generate().public_bytes())
+    envelope = placing(scene, scene.carols_keys(), session(scene, epoch=lost))
+    number = read_envelope(envelope).header.number
+    assert post_sync(scene.bob, envelope).status == 401
+    scene.assert_refused(envelope, "unknown_session", scene.carol.id)
+
+    def tells(found: SignedEnvelope) -> bool:
+        return found.header.type is EnvelopeType.ENVELOPE_REFUSED and wire.unpack(found.payload)["number"] == number
+
+    told = read_envelope(scene.admin.wait(queue_name(scene.carol.id), tells))
+    assert wire.unpack(told.payload)["reason"] == "unknown_session"
+    wait_told(scene.bob, f'"reason":"unknown_session","sender":"{scene.carol.id}"')
+
+
+def test_a_replayed_envelope_under_a_session_key_brings_no_key_back(scene: Scene) -> None:
+    load = scene.carols_keys()
+    envelope = placing(scene, load, session(scene))
+    assert_arrives(scene, load, envelope)
+    duplicates = metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
+    scene.admin.send(scene.bob_id, envelope, envelope)
+    wait_for(
+        lambda: (
+            metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
+            == duplicates + 2
+        ),
+        timeout_seconds=20,
+    )
+    assert scene.at_bob(load.keys[0]).status == 400
+
+
+def test_a_bit_flipped_envelope_under_a_session_key_is_refused_wherever_the_bit_is(scene: Scene) -> None:
+    load = scene.carols_keys()
+    whole = placing(scene, load, session(scene))
+    before, records = refused_in_all(scene), scene.records_at_bob()
+    flipped = [flip(whole, position) for position in random.sample(range(8 * len(whole)), 150)]
+    flipped += [flip(whole, position) for position in range(0, 8 * 60, 7)]
+    scene.admin.send(scene.bob_id, *flipped)
+    wait_for(lambda: refused_in_all(scene) == before + len(flipped), timeout_seconds=30)
+    assert scene.records_at_bob() == records
+    # Nor where the true session key was seen before.
+    assert_arrives(scene, load, whole)
+    before, records = refused_in_all(scene), scene.records_at_bob()
+    scene.admin.send(scene.bob_id, *flipped)
+    wait_for(lambda: refused_in_all(scene) == before + len(flipped), timeout_seconds=30)
+    assert scene.records_at_bob() == records
+    scene.assert_goes_on()
+
+
+def flip(body: bytes, position: int) -> bytes:
+    changed = bytearray(body)
+    changed[position // 8] ^= 1 << position % 8
+    return bytes(changed)
+
+
+def refused_in_all(scene: Scene) -> float:
+    return metric(scene.bob, "skipbus_envelopes_refused_total")
+
+
+def test_an_acknowledgement_that_a_broker_administrator_makes_of_a_recorded_one_produces_no_answer(
+    scene: Scene,
+) -> None:
+    """He has KP_Bob's last acknowledgement, with its sealed session key, and puts another number into it."""
+    with scene.admin.diverting(scene.alice_id) as to_alice, asking(scene) as asked:
+        recorded = to_alice.wait(EnvelopeType.KEY_STORED, scene.bob_id)
+        to_alice.deliver(recorded)
+        assert asked.result(20).status == 200
+    scene.remember(asked.result())
+    with scene.admin.diverting(scene.bob_id) as to_bob, asking(scene) as asked:
+        number = read_envelope(placed_by(scene, to_bob)).header.number
+        protected, _, proof = wire.unpack(recorded)
+        forged = wire.pack([protected, pack_acknowledgement([number]), proof])
+        before = refused(scene.alice, "bad_signature", scene.bob_id)
+        scene.admin.send(scene.alice_id, forged)
+        assert asked.result(20).status == 500
+        assert refused(scene.alice, "bad_signature", scene.bob_id) == before + 1
+    scene.assert_goes_on()
+
+
+def test_a_peer_that_cannot_read_a_session_key_is_sent_a_signature(scene: Scene) -> None:
+    """KP_Carol refuses what KP_Alice placed there; she takes the key back, and signs the next."""
+    placed = asked_for_carol(scene)
+    assert placed.version == SESSION_VERSION
+    complaint = pack_complaint(placed.header.number, "unknown_session", "a session key cannot be used")
+    scene.admin.send(scene.alice_id, scene.carol.says(scene.alice_id, EnvelopeType.ENVELOPE_REFUSED, complaint))
+    wait_told(scene.alice, '"reason":"unknown_session"')
+    assert asked_for_carol(scene).version == VERSION
+
+
+def asked_for_carol(scene: Scene) -> SignedEnvelope:
+    """The envelope of the next key that is placed at KP_Carol, who answers nothing."""
+    begun_ms = now_ms()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(get, scene.alice.url, "key", timeout_seconds=20, remoteSystemID=scene.carol.id)
+        body = scene.admin.wait(
+            queue_name(scene.carol.id),
+            lambda found: found.header.type is EnvelopeType.KEY_ISSUED and found.header.date_ms >= begun_ms,
+        )
+        asked.result(20)
+    return read_envelope(body)

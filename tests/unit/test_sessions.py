@@ -1,0 +1,248 @@
+"""Facts about session keys: when an envelope is under one, what it costs, and who cannot make one.
+
+What a receiver refuses is pinned by the vectors of ``test_envelopes``; here are the keys that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.syncer.numbers import Numbers
+from services.syncer.outgoing import Letter, Outgoing
+from services.syncer.replies import Replies
+from shared import sessions
+from shared.announcements import Announcement
+from shared.bus import Bus
+from shared.clock import now_ms
+from shared.envelopes import (
+    SESSION_VERSION,
+    VERSION,
+    VERSIONS,
+    EnvelopeType,
+    Header,
+    SignedEnvelope,
+    check_envelope,
+    read_envelope,
+)
+from shared.epochs import EpochSpan
+from shared.errors import EnvelopeRefused
+from shared.hybrid import HybridPrivateKey
+from shared.identity import Identity
+from shared.keyring import Keyring, PrivateEpoch
+from shared.secret import Secret
+from shared.sessions import REST_SECONDS, SessionBook, SessionMaker
+
+ALICE, BOB = "KP_Alice", "KP_Bob"
+IDENTITY, BOBS = Identity.generate(), Identity.generate()
+NOW_MS = now_ms()
+
+
+def epoch_from(starts_ms: int) -> PrivateEpoch:
+    span = EpochSpan(starts_ms, starts_ms + 600_000, starts_ms + 4_230_000)
+    return PrivateEpoch(starts_ms.to_bytes(16, "big"), span, HybridPrivateKey.generate())
+
+
+NOW, NEXT = epoch_from(NOW_MS - 300_000), epoch_from(NOW_MS + 300_000)
+
+
+def announced(
+    epochs: Sequence[PrivateEpoch] = (NOW, NEXT), versions: tuple[int, ...] = VERSIONS, identity: Identity = BOBS
+) -> Announcement:
+    public = tuple(epoch.public() for epoch in epochs)
+    return Announcement(BOB, identity.public_key, NOW_MS, "test", public, versions)
+
+
+def header(at_ms: int = NOW_MS, number: int = 7, target: str = BOB) -> Header:
+    return Header(EnvelopeType.KEY_ISSUED, ALICE, target, number, at_ms)
+
+
+class Clock:
+    """A monotonic clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Pair:
+    """KP_Alice, who makes session keys, and KP_Bob, who opens them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.announcement: Announcement | None = announced()
+        self.clock = Clock()
+        self.maker = SessionMaker(ALICE, IDENTITY, lambda _: self.announcement, self.clock)
+        self.keyring = Keyring.create(folder / "keyring", BOB)
+        for epoch in (NOW, NEXT):
+            self.keyring.write_epoch(epoch)
+        self.book = SessionBook(self.keyring)
+
+    def made(self, at_ms: int = NOW_MS) -> SignedEnvelope:
+        envelope = self.maker.envelope(header(at_ms), b"\x90")
+        assert envelope is not None
+        return read_envelope(envelope)
+
+    def check(self, envelope: SignedEnvelope, at_ms: int = NOW_MS) -> None:
+        check_envelope(envelope, BOB, IDENTITY.public_key, at_ms, self.book)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path)
+
+
+def reason_of(pair: Pair, envelope: SignedEnvelope, at_ms: int = NOW_MS) -> str:
+    with pytest.raises(EnvelopeRefused) as caught:
+        pair.check(envelope, at_ms)
+    return caught.value.reason
+
+
+def session_of(envelope: SignedEnvelope) -> bytes:
+    return sessions._read_proof(envelope)[1]
+
+
+def test_an_envelope_under_a_session_key_is_read_by_who_can_open_it(pair: Pair) -> None:
+    envelope = pair.made()
+    assert envelope.version == SESSION_VERSION
+    assert (envelope.header, envelope.payload) == (header(), b"\x90")
+    pair.check(envelope)
+
+
+def test_a_session_key_is_signed_and_opened_once_in_an_epoch(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = pair.made()
+    pair.check(first)
+    # From here on neither side signs, verifies or opens anything anew.
+    monkeypatch.setattr(sessions, "make_session_key", None)
+    monkeypatch.setattr(sessions, "verify", None)
+    pair.keyring.destroy_epoch(NOW.epoch_id)
+    second = pair.made()
+    assert session_of(second) == session_of(first)
+    pair.check(second)
+
+
+def test_the_next_epoch_gets_a_session_key_of_its_own(pair: Pair) -> None:
+    later_ms = NOW_MS + 300_000
+    envelope = pair.made(later_ms)
+    assert session_of(envelope) != session_of(pair.made())
+    pair.check(envelope, later_ms)
+
+
+def test_a_peer_with_another_identity_gets_a_session_key_of_its_own(pair: Pair) -> None:
+    first = session_of(pair.made())
+    pair.announcement = announced(identity=Identity.generate())
+    assert session_of(pair.made()) != first
+
+
+@pytest.mark.parametrize(
+    "announcement",
+    [None, announced(versions=(VERSION,)), announced(epochs=()), announced(epochs=(NEXT,))],
+    ids=["unknown", "of an earlier release", "without epochs", "without an epoch for now"],
+)
+def test_what_the_target_could_not_read_is_to_be_signed(pair: Pair, announcement: Announcement | None) -> None:
+    pair.announcement = announcement
+    assert pair.maker.envelope(header(), b"\x90") is None
+
+
+def test_a_peer_whose_epoch_key_is_no_key_is_sent_signatures(pair: Pair) -> None:
+    broken = replace(NOW.public(), public_key=bytes(len(NOW.public().public_key)))
+    pair.announcement = replace(announced(), epochs=(broken,))
+    assert pair.maker.envelope(header(), b"\x90") is None
+
+
+def test_a_peer_that_could_not_read_one_is_sent_signatures_for_a_while_and_then_a_new_one(pair: Pair) -> None:
+    first = session_of(pair.made())
+    pair.maker.rest(BOB)
+    pair.clock.seconds += REST_SECONDS - 0.1
+    assert pair.maker.envelope(header(), b"\x90") is None
+    pair.clock.seconds += 0.2
+    assert session_of(pair.made()) != first
+
+
+def test_another_peer_does_not_rest(pair: Pair) -> None:
+    pair.maker.rest("KP_Carol")
+    pair.check(pair.made())
+
+
+def test_a_session_key_that_was_opened_is_refused_after_its_end(pair: Pair) -> None:
+    envelope = pair.made()
+    pair.check(envelope)
+    late_ms = NOW.span.destroy_ms
+    later = replace(envelope, header=header(late_ms))
+    assert reason_of(pair, later, late_ms) == "unknown_session"
+
+
+def test_a_session_key_that_was_opened_is_refused_under_another_pin(pair: Pair) -> None:
+    envelope = pair.made()
+    pair.check(envelope)
+    with pytest.raises(EnvelopeRefused) as caught:
+        check_envelope(envelope, BOB, BOBS.public_key, NOW_MS, pair.book)
+    assert caught.value.reason == "bad_signature"
+
+
+def test_a_session_key_that_was_opened_is_refused_from_another_sender(pair: Pair) -> None:
+    envelope = pair.made()
+    pair.check(envelope)
+    other = replace(envelope, header=replace(envelope.header, sender="KP_Carol"))
+    assert reason_of(pair, other) == "bad_signature"
+
+
+def test_the_epoch_that_was_destroyed_opens_no_session_key(pair: Pair) -> None:
+    envelope = pair.made()
+    pair.keyring.destroy_epoch(NOW.epoch_id)
+    assert reason_of(pair, envelope) == "unknown_session"
+
+
+def test_no_more_session_keys_are_remembered_than_there_is_room_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_BOOK_KEPT", 2)
+    for _ in range(4):
+        pair.check(pair.made())
+        pair.maker.rest(BOB)
+        pair.clock.seconds += REST_SECONDS + 1
+    assert len(pair.book._opened) == 2
+
+
+def test_session_keys_that_have_ended_are_forgotten_when_another_is_opened(pair: Pair) -> None:
+    pair.check(pair.made())
+    at_ms = NOW.span.destroy_ms
+    late = epoch_from(at_ms - 1_000)
+    pair.keyring.write_epoch(late)
+    pair.announcement = announced(epochs=(late,))
+    pair.check(pair.made(at_ms), at_ms)
+    assert len(pair.book._opened) == 1
+
+
+def test_without_sessions_only_a_signature_counts(pair: Pair) -> None:
+    with pytest.raises(EnvelopeRefused) as caught:
+        check_envelope(pair.made(), BOB, IDENTITY.public_key, NOW_MS)
+    assert caught.value.reason == "bad_signature"
+
+
+def outgoing(pair: Pair) -> Outgoing:
+    bus = Bus(Secret("amqp://127.0.0.1:1/"), ALICE, "test")
+    return Outgoing(bus, IDENTITY, ALICE, Numbers(), sessions=pair.maker)
+
+
+def version_of(letter: Letter) -> int:
+    assert letter.signed is not None
+    return read_envelope(letter.signed).version
+
+
+def test_what_an_encryptor_waits_for_goes_under_a_session_key_and_all_else_is_signed(pair: Pair) -> None:
+    made = outgoing(pair)
+    waited_for = Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 7, waited_for=True)
+    assert version_of(made.signed(waited_for)) == SESSION_VERSION
+    assert version_of(made.signed(replace(waited_for, waited_for=False))) == VERSION
+    assert version_of(Replies(made, lambda: None).prepare(BOB, 7)) == SESSION_VERSION
+
+
+def test_what_an_encryptor_waits_for_is_signed_where_the_peer_could_not_read_it(pair: Pair) -> None:
+    made = outgoing(pair)
+    made.note_unread(BOB)
+    assert version_of(made.signed(Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 7, waited_for=True))) == VERSION
