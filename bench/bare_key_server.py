@@ -21,7 +21,7 @@ from aiohttp import web
 from pymysql.constants import CLIENT
 
 from sandbox.ports import LOOPBACK
-from services.api.store_line import StoreLine
+from shared.store.line import StoreLine
 from shared.store.results import Rows
 from shared.store.steps import Statement
 

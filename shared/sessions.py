@@ -166,6 +166,14 @@ class SessionBook:
         self._lock = Lock()
         self._opened: OrderedDict[bytes, SessionKey] = OrderedDict()
 
+    def knows(self, envelope: SignedEnvelope, sender_public_key: bytes) -> bool:
+        """Whether the envelope is under a session key that is open already. Raises EnvelopeRefused: malformed."""
+        if envelope.version != SESSION_VERSION:
+            return False
+        known = _place_in_book(envelope.header, _read_proof(envelope)[1], sender_public_key)
+        with self._lock:
+            return known in self._opened
+
     def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int) -> None:
         """Returns where the envelope is authenticated by a session key that its sender's identity has signed.
 
@@ -183,9 +191,7 @@ class SessionBook:
             ) from error
 
     def _open(self, header: Header, session: bytes, sender_public_key: bytes, now_ms: int) -> SessionKey:
-        # Each part has one length, or is packed with its own: none can take an octet of its neighbour's.
-        told = wire.pack([header.sender, header.target, sender_public_key, session])
-        known = hashlib.sha384(told).digest()
+        known = _place_in_book(header, session, sender_public_key)
         with self._lock:
             key = self._opened.get(known)
             if key is not None:
@@ -214,6 +220,11 @@ class SessionBook:
             return SessionKey(epoch.private_key.open(sealed, binding), expires_ms)
         except (KeyringError, SealBroken) as error:
             raise _unknown(header, str(error)) from error
+
+
+def _place_in_book(header: Header, session: bytes, sender_public_key: bytes) -> bytes:
+    # Each part is packed with its length: none can take an octet of its neighbour's.
+    return hashlib.sha384(wire.pack([header.sender, header.target, sender_public_key, session])).digest()
 
 
 def _unknown(header: Header, why: str) -> EnvelopeRefused:

@@ -1,7 +1,7 @@
-"""What a caller need not wait for, such as the line about its request: put off until the store works, or for 1 ms.
+"""What a caller need not wait for, such as the line about its request: put off until others work, or for 3 ms.
 
 One encryptor alone asks again as soon as it has its answer, and would wait until the line about its last request is
-written. While the store commits there is time for that, and nobody waits.
+written. While the store commits, or a key is on its way to a peer, there is time for that, and nobody waits.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from shared.logs import get_logger
 
-# uvloop's timers count milliseconds. What a crash takes along is of the last two.
-LATEST_SECONDS = 0.001
+# Longer than it takes to place a key on demand. uvloop's timers count milliseconds: a crash takes along the last four.
+LATEST_SECONDS = 0.003
 
 _log = get_logger("afterwards")
 

@@ -23,8 +23,8 @@ from typing import Generic, Protocol, TypeVar
 from pymysql.connections import Connection
 
 from services.api.awake import Awake
-from services.api.store_line import StoreLine, Told
 from shared.errors import CommitUnknown, Overloaded, SkipbusError, StoreUnavailable
+from shared.store.line import StoreLine, Told
 from shared.store.results import Rows
 from shared.store.steps import Statement, Step, Steps
 

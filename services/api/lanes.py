@@ -11,11 +11,11 @@ from pymysql.connections import Connection
 
 from services.api.batching import Batch, Lane
 from services.api.metrics import batch_observer
-from services.api.mysql_commands import prepare
-from services.api.store_line import StoreLine
 from services.api.workers import together
 from shared.config import MySqlSettings, Settings
 from shared.database import connect
+from shared.store.commands import prepare
+from shared.store.line import StoreLine
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")

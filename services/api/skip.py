@@ -71,7 +71,7 @@ class SkipMethods:
         size_bits = parameters.key_size_bits(query)
         body_octets = _KEY_BODY_OCTETS + 2 * KEY_ID_BYTES + size_bits // 4
         if self._links is not None and self._links.covers(target):
-            issued = await self._links.issue(target, size_bits, entry.correlation_id)
+            issued = await self._links.issue(target, size_bits, entry.correlation_id, self._afterwards.do)
             response = KeyResponse(body_octets)
         else:
             if self._directory.get(target) is None:

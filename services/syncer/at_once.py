@@ -18,9 +18,10 @@ from shared.errors import StoreRefused, StoreUnavailable
 from shared.logs import get_logger
 from shared.store import relaying
 from shared.store.keys import end_without_change
+from shared.store.loop_steps import LoopSteps
 from shared.store.messages import EnvelopeRow
 from shared.store.placing import KEY_PLACED, KEY_STOCKED
-from shared.store.steps import Steps, StepsRunner
+from shared.store.steps import Steps
 
 # Keys of one envelope, and envelopes of one acknowledgement. More than that is bulk, which has bounds of its own.
 MAX_AT_ONCE = 32
@@ -31,7 +32,7 @@ _log = get_logger("at once")
 
 
 class AtOnce:
-    """Of one KP, and of one thread at a time. ``known`` is shared with ``effects``."""
+    """Of one KP and one event loop, for one envelope at a time. ``known`` is shared with ``effects``."""
 
     def __init__(
         self,
@@ -46,9 +47,9 @@ class AtOnce:
         self._bus_ids = frozenset(bus_ids)
         self._known = known
         self._rows_of = rows_of
-        self._runner = StepsRunner(mysql)
+        self._runner = LoopSteps(mysql)
 
-    def apply(self, accepted: Accepted, now_ms: int, meanwhile: Callable[[], None]) -> Aftermath | None:
+    async def apply(self, accepted: Accepted, now_ms: int, meanwhile: Callable[[], None]) -> Aftermath | None:
         """Commits what the envelope does; None where it has not done so, or cannot say whether it has. Never raises.
 
         Then it is still to be done, which does no harm where it is done. ``meanwhile`` is done while the store commits.
@@ -57,7 +58,7 @@ class AtOnce:
         if steps is None:
             return None
         try:
-            return self._runner.run(steps)
+            return await self._runner.run(steps)
         except (StoreUnavailable, StoreRefused) as error:
             _log.debug("left to the ordinary way", type=accepted.header.type.value, reason=str(error))
             return None

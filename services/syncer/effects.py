@@ -143,11 +143,11 @@ class Effects:
             self._acknowledge(sender, numbers, now_ms, keys.aftermath)
         return Applied(verdicts, keys.aftermath)
 
-    def apply_at_once(self, accepted: Accepted, now_ms: int, *, before_commit: BeforeCommit) -> Applied | None:
+    async def apply_at_once(self, accepted: Accepted, now_ms: int, *, before_commit: BeforeCommit) -> Applied | None:
         """``apply`` for one that somebody may be waiting for; None where it is still to be done. Never raises."""
         if self._at_once is None:
             return None
-        aftermath = self._at_once.apply(accepted, now_ms, lambda: before_commit([Verdict.HANDLED]))
+        aftermath = await self._at_once.apply(accepted, now_ms, lambda: before_commit([Verdict.HANDLED]))
         return None if aftermath is None else Applied([Verdict.HANDLED], aftermath)
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""Decides whether an envelope may have an effect: sender, target, proof, date, payload. Blocks; for a thread.
+"""Decides whether an envelope may have an effect: sender, target, proof, date, payload.
+
+Blocks, and is for a thread, but for ``examine_at_once``.
 
 Nothing of an envelope is believed before its signature is verified against the sender's pin, or its authenticator
 against a session key that the pinned identity has signed, except the names
@@ -31,6 +33,8 @@ from shared.identity import fingerprint
 from shared.logs import get_logger
 from shared.peer_directory import PeerDirectory
 
+# What is longer is bulk, and not read on the event loop.
+MAX_AT_ONCE_BYTES = 64 * 1024
 # How often an unknown sender may cause a look into the store.
 _LOOK_AGAIN_MS = 1_000
 # Refused before the pinned identity's signature was verified, or because it did not verify: what such an envelope
@@ -123,6 +127,23 @@ class Examiner:
         except Exception as error:  # noqa: BLE001 -- no surprise in what somebody sent may end the loop that reads it
             _log.error("envelope not understood", exc_info=error)
             return Refusal("malformed", header.sender if header else None, "an envelope is malformed")
+
+    def examine_at_once(self, body: bytes, redelivered: bool, waited_ms: int = 0) -> Accepted | None:
+        """``examine`` for the event loop: where the sender and its session key are known, so that nothing takes long.
+
+        None for everything else, and for whatever is wrong: ``examine`` says what.
+        """
+        if isinstance(body, LeftOut) or len(body) > MAX_AT_ONCE_BYTES:
+            return None
+        try:
+            envelope = read_envelope(body)
+            sender = envelope.header.sender
+            pin = self._directory.pin(sender) if self._directory.allows(sender) else None
+            if pin is None or self._sessions is None or not self._sessions.knows(envelope, pin):
+                return None
+            return self._accept(envelope, redelivered, waited_ms)
+        except Exception:  # noqa: BLE001 -- see above
+            return None
 
     def _accept(self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int) -> Accepted:
         header = envelope.header

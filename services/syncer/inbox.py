@@ -60,19 +60,21 @@ class _Open:
 class _Ahead:
     """Has the acknowledgement of keys signed while they are committed, where a batch is one envelope.
 
-    In a larger batch whoever waits is not alone, and one signature for all of them is made afterwards.
+    In a larger batch whoever waits is not alone, and one signature for all of them is made afterwards. ``quickly`` is
+    for the event loop.
     """
 
-    def __init__(self, replies: Replies, batch: Sequence[Accepted]) -> None:
+    def __init__(self, replies: Replies, batch: Sequence[Accepted], *, quickly: bool = False) -> None:
         self._replies = replies
         self._batch = batch
+        self._quickly = quickly
         self.letter: Letter | None = None
 
     def prepare(self, verdicts: Sequence[Verdict]) -> None:
-        """In the transaction's thread; only what is committed after this is ever acknowledged."""
+        """Where the transaction is; only what is committed after this is ever acknowledged."""
         if len(self._batch) == 1 and isinstance(self._batch[0].payload, PlacedKeys) and verdicts[0] in _ACKNOWLEDGED:
             header = self._batch[0].header
-            self.letter = self._replies.prepare(header.sender, header.number)
+            self.letter = self._replies.prepare(header.sender, header.number, quickly=self._quickly)
 
 
 class Inbox:
@@ -125,24 +127,17 @@ class Inbox:
             _log.debug("deliveries left to the broker", count=len(batch))
 
     async def _handle_one(self, delivery: Delivery, stop: asyncio.Event) -> None:
-        """One alone may be what somebody waits for: then it is examined and committed without leaving the thread."""
-
-        def examine(_again: bool) -> tuple[Accepted | Refusal, Applied | None, Letter | None]:
-            result = self._examiner.examine(delivery.body, delivery.redelivered, delivery.waited_ms)
-            if isinstance(result, Refusal):
-                return result, None, None
-            ahead = _Ahead(self._replies, [result])
-            applied = self._effects.apply_at_once(result, now_ms(), before_commit=ahead.prepare)
-            return result, applied, ahead.letter
-
-        result, applied, letter = await self._insist(examine, [delivery], stop)
-        one = await self._sort(delivery, result)
+        """One alone may be what somebody waits for: then it is examined and committed without a change of thread."""
+        accepted = self._examiner.examine_at_once(delivery.body, delivery.redelivered, delivery.waited_ms)
+        one = _Open(delivery, accepted) if accepted is not None else (await self._examine([delivery], stop))[0]
         if one is None:
             return
+        ahead = _Ahead(self._replies, [one.accepted], quickly=True)
+        applied = await self._effects.apply_at_once(one.accepted, now_ms(), before_commit=ahead.prepare)
         if applied is None:
             await self._commit([one], stop)
         else:
-            await self._settle_all([one], applied, letter)
+            await self._settle_all([one], applied, ahead.letter)
 
     async def _examine(self, batch: list[Delivery], stop: asyncio.Event) -> list[_Open | None]:
         def examine() -> list[Accepted | Refusal]:

@@ -41,6 +41,7 @@ from shared.lifecycle import next_beat
 from shared.logs import get_logger
 from shared.sealing import SealedWrappingKey
 from shared.store import messages, relaying
+from shared.store.loop_steps import LoopSteps
 from shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
 from shared.store.placing import KEY_PLACED
 from shared.store.relaying import Numbered
@@ -86,6 +87,8 @@ class Relay:
         self._engine = engine
         # Of the thread that numbers.
         self._runner = StepsRunner(settings.mysql)
+        # Of the event loop, for what was told of.
+        self._at_once = LoopSteps(settings.mysql)
         self._local_id = settings.local_system_id
         self._leader = leader
         self._watch = watch
@@ -138,6 +141,7 @@ class Relay:
         finally:
             waking.cancel()
             self._runner.close()
+            self._at_once.close()
 
     async def _quietly(self) -> None:
         """One round, without a word on a store that is away: the watch tells of that, once for all."""
@@ -217,7 +221,7 @@ class Relay:
     async def _number_told(self, hint: Hint) -> bool:
         """Whether the row that was told of is in an envelope now. Raises nothing: others are looked for after this."""
         try:
-            waiting = await asyncio.to_thread(self._number_at_once, hint)
+            waiting = await self._number_at_once(hint)
         except BackendError as error:
             _log.debug("left to the ordinary way", what="outbox", reason=str(error))
             return False
@@ -252,7 +256,7 @@ class Relay:
             line = self._lines[peer_id] = Line(peer_id)
         return line
 
-    def _number_at_once(self, hint: Hint) -> Waiting | None:
+    async def _number_at_once(self, hint: Hint) -> Waiting | None:
         """Makes an envelope of the row, if it is there and is as it was said to be; None otherwise."""
         envelope = OutboxEnvelope(hint.peer_id, self._numbers.next(), KEY_PLACED, 1, 0, None)
         letter = self._letters.make_known(envelope, [hint.payload]) if self._outgoing.is_open(hint.peer_id) else None
@@ -260,8 +264,11 @@ class Relay:
             return None
         waiting = Waiting(envelope)
         waiting.put(letter)
-        sign = functools.partial(self._sign_ahead, [waiting])
-        row_id = self._runner.run(relaying.commit_told(self._local_id, hint, envelope.number, sign))
+
+        def sign() -> None:
+            waiting.letter = self._outgoing.quickly_signed(letter)
+
+        row_id = await self._at_once.run(relaying.commit_told(self._local_id, hint, envelope.number, sign))
         if row_id is None:
             self._new_rows.note_missed()
             return None

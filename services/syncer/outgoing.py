@@ -1,10 +1,10 @@
 """Signs envelopes and hands them to the broker, or to the peer itself where that has an endpoint.
 
-Signing (one to two milliseconds each) is done in a thread, many at a time. Where one envelope alone is to go as soon
-as a transaction is committed, it is signed while the store commits, in the thread that waits for that (``signed``):
-another one would only wait for the interpreter's lock. Being signed is not being sent: an envelope whose transaction
-fails is dropped and nobody ever sees it. What somebody waits for goes under a session key, where its receiver reads
-that (``shared.sessions``): then to sign it is to make an authenticator.
+Signing (one to two milliseconds each) is done in a thread, many at a time. What somebody waits for goes under a session
+key, where its receiver reads that (``shared.sessions``): then to sign it is to make an authenticator, which is done
+anywhere. Where one envelope alone is to go as soon as a transaction is committed, it is signed while the store commits
+(``signed`` in a thread that waits for that, ``quickly_signed`` on the event loop). Being signed is not being sent: an
+envelope whose transaction fails is dropped and nobody ever sees it.
 """
 
 from __future__ import annotations
@@ -130,8 +130,12 @@ class Outgoing:
         return outcomes
 
     def signed(self, letter: Letter) -> Letter:
-        """The same letter, signed. For any thread; takes the time of a signature."""
+        """The same letter, signed. For any thread; may take the time of a signature."""
         return replace(letter, signed=self._sign(letter))
+
+    def quickly_signed(self, letter: Letter) -> Letter:
+        """The same letter under a session key, as it was where it needs a signature. For the event loop."""
+        return replace(letter, signed=self._in_session(letter, self._header(letter)))
 
     async def _signed(self, letters: Sequence[Letter]) -> list[bytes]:
         ahead = [letter.signed for letter in letters if letter.signed]
@@ -145,13 +149,17 @@ class Outgoing:
     def _sign(self, letter: Letter) -> bytes:
         if letter.signed is not None:
             return letter.signed
+        header = self._header(letter)
+        return self._in_session(letter, header) or sign_envelope(header, letter.payload, self._identity)
+
+    def _header(self, letter: Letter) -> Header:
         number = self.numbers.next() if letter.number is None else letter.number
-        header = Header(letter.type, self._local_id, letter.target, number, now_ms())
-        if letter.waited_for and self._sessions is not None:
-            envelope = self._sessions.envelope(header, letter.payload)
-            if envelope is not None:
-                return envelope
-        return sign_envelope(header, letter.payload, self._identity)
+        return Header(letter.type, self._local_id, letter.target, number, now_ms())
+
+    def _in_session(self, letter: Letter, header: Header) -> bytes | None:
+        if not letter.waited_for or self._sessions is None:
+            return None
+        return self._sessions.envelope(header, letter.payload)
 
     async def _send(self, letter: Letter, envelope: bytes) -> Outcome:
         link = self._links.get(letter.target)

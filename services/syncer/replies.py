@@ -68,13 +68,14 @@ class Replies:
         self._announcement_lock = asyncio.Lock()
         self._announcement: tuple[float, bytes | None] = (-KEEP_ANNOUNCEMENT_SECONDS, None)
 
-    def prepare(self, peer_id: str, number: int) -> Letter:
+    def prepare(self, peer_id: str, number: int, *, quickly: bool = False) -> Letter:
         """The acknowledgement of one envelope whose effect is about to be committed, not to be sent before it is.
 
-        Safe in any thread, and takes the time of a signature; for ``acknowledge``.
+        For ``acknowledge``. Safe in any thread, and may take the time of a signature; ``quickly`` never does: then it
+        may come back unsigned.
         """
         letter = Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement([number]), waited_for=True)
-        return self._outgoing.signed(letter)
+        return self._outgoing.quickly_signed(letter) if quickly else self._outgoing.signed(letter)
 
     def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False, prepared: Letter | None = None) -> None:
         """The effect of the peer's envelope is committed; ``at_once`` where somebody waits to hear that."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import cast
@@ -31,7 +32,7 @@ WRAPPING_KEY = [b"w" * 16, b"e" * 16, now_ms() + 3_600_000, b"sealed", b"signatu
 
 
 @pytest.fixture
-def effects(store: Store) -> Iterator[Effects]:
+async def effects(store: Store) -> AsyncIterator[Effects]:
     """With a wrapping key of the peer's that is known, as it is a moment after the first key."""
     with closing(Effects(store.engine, KP, {PEER}, store.settings.mysql)) as made:
         made.apply([placed(1, [record()])], now_ms(), again=False)
@@ -57,8 +58,8 @@ def acknowledged(*numbers: int, sender: str = PEER) -> Accepted:
     return accepted(Acknowledgement(numbers), EnvelopeType.KEY_STORED, 99, sender)
 
 
-def at_once(effects: Effects, one: Accepted) -> Applied | None:
-    return effects.apply_at_once(one, now_ms(), before_commit=lambda _verdicts: None)
+async def at_once(effects: Effects, one: Accepted) -> Applied | None:
+    return await effects.apply_at_once(one, now_ms(), before_commit=lambda _verdicts: None)
 
 
 def state(store: Store) -> list[list[tuple[object, ...]]]:
@@ -85,10 +86,12 @@ def outbox(store: Store, *types: str, items: int = 1) -> list[bytes]:
 # --- the same effect
 
 
-def test_keys_are_stored_counted_and_remembered_as_the_ordinary_way_does_it(store: Store, effects: Effects) -> None:
+async def test_keys_are_stored_counted_and_remembered_as_the_ordinary_way_does_it(
+    store: Store, effects: Effects
+) -> None:
     envelope = placed(7, [record(), record()])
     told: list[Verdict] = []
-    done = effects.apply_at_once(envelope, now_ms(), before_commit=told.extend)
+    done = await effects.apply_at_once(envelope, now_ms(), before_commit=told.extend)
     short = state(store)
     for table in ("key_records", "inbox", "peers"):
         store.rows(f"DELETE FROM {table}")
@@ -99,17 +102,21 @@ def test_keys_are_stored_counted_and_remembered_as_the_ordinary_way_does_it(stor
     assert told == [Verdict.HANDLED]
 
 
-def test_an_acknowledgement_takes_rows_away_as_the_ordinary_way_does_it(store: Store, effects: Effects) -> None:
+async def test_an_acknowledgement_takes_rows_away_as_the_ordinary_way_does_it(store: Store, effects: Effects) -> None:
     both: list[tuple[Applied | None, object]] = []
-    apply: list[Callable[[Accepted], Applied | None]] = [
-        lambda one: at_once(effects, one),
-        lambda one: effects.apply([one], now_ms(), again=False),
+
+    async def ordinarily(one: Accepted) -> Applied | None:
+        return effects.apply([one], now_ms(), again=False)
+
+    apply: list[Callable[[Accepted], Awaitable[Applied | None]]] = [
+        functools.partial(at_once, effects),
+        ordinarily,
     ]
     for way in apply:
         store.rows("DELETE FROM outbox")
         store.rows("DELETE FROM peers")
         tokens = outbox(store, "key.placed", "key.issued", "key.placed", items=3)
-        done = way(acknowledged(1, 2))
+        done = await way(acknowledged(1, 2))
         assert done is not None
         assert done.aftermath.stored == [tokens[0]]
         done.aftermath.stored.clear()
@@ -129,7 +136,7 @@ def rows_known(store: Store, effects: Effects, number: int) -> Effects:
 
 
 @pytest.mark.parametrize("types", [["key.placed"], ["key.placed", "key.placed"], ["key.issued"]])
-def test_rows_that_are_known_are_taken_away_without_a_question(
+async def test_rows_that_are_known_are_taken_away_without_a_question(
     store: Store, effects: Effects, types: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = outbox(store, *types, items=3)
@@ -138,7 +145,7 @@ def test_rows_that_are_known_are_taken_away_without_a_question(
     store.rows("UPDATE outbox SET envelope_no = 9 WHERE token = %s", untouched)
     with closing(rows_known(store, effects, 1)) as knowing:
         monkeypatch.setattr(relaying, "lock_envelope_rows", lambda *_: pytest.fail("it is asked for its rows"))
-        done = at_once(knowing, acknowledged(1))
+        done = await at_once(knowing, acknowledged(1))
     assert done is not None
     placed_rows = sum(kind == "key.placed" for kind in types)
     assert done.aftermath.stored == (tokens if placed_rows else [])
@@ -156,7 +163,7 @@ def test_rows_that_are_known_are_taken_away_without_a_question(
     ],
 )
 @pytest.mark.parametrize("count", [1, 2])
-def test_rows_that_are_no_longer_as_they_were_known_are_not_counted(
+async def test_rows_that_are_no_longer_as_they_were_known_are_not_counted(
     store: Store, effects: Effects, change: str, count: int
 ) -> None:
     """One was withdrawn meanwhile, or the store was put back: then what stands there is another row."""
@@ -164,23 +171,23 @@ def test_rows_that_are_no_longer_as_they_were_known_are_not_counted(
     store.rows("UPDATE outbox SET envelope_no = 1")
     with closing(rows_known(store, effects, 1)) as knowing:
         store.rows(change)
-        leave(store, knowing, acknowledged(1))
+        await leave(store, knowing, acknowledged(1))
 
 
-def test_an_acknowledgement_of_several_envelopes_asks_for_their_rows(store: Store, effects: Effects) -> None:
+async def test_an_acknowledgement_of_several_envelopes_asks_for_their_rows(store: Store, effects: Effects) -> None:
     tokens = outbox(store, "key.placed", "key.placed")
     with closing(rows_known(store, effects, 1)) as knowing:
-        done = at_once(knowing, acknowledged(1, 2))
+        done = await at_once(knowing, acknowledged(1, 2))
     assert done is not None
     assert set(done.aftermath.stored) == set(tokens)
     assert store.count("outbox") == 0
 
 
-def test_numbers_that_were_never_sent_acknowledge_nothing(store: Store, effects: Effects) -> None:
+async def test_numbers_that_were_never_sent_acknowledge_nothing(store: Store, effects: Effects) -> None:
     outbox(store, "key.placed")
     before = state(store)
-    assert at_once(effects, acknowledged(17)) is None
-    assert at_once(effects, acknowledged()) is None
+    assert await at_once(effects, acknowledged(17)) is None
+    assert await at_once(effects, acknowledged()) is None
     assert state(store) == before
 
 
@@ -253,84 +260,86 @@ def test_a_row_that_is_being_committed_is_waited_for(store: Store, effects: Effe
 # --- no effect, and the ordinary way
 
 
-def leave(store: Store, effects: Effects, one: Accepted) -> None:
+async def leave(store: Store, effects: Effects, one: Accepted) -> None:
     """It is not done at once, changes nothing and locks nothing."""
     before = state(store)
-    assert at_once(effects, one) is None
+    assert await at_once(effects, one) is None
     assert state(store) == before
     store.rows("DELETE FROM outbox")
     store.rows("DELETE FROM withdrawn_keys")
 
 
-def test_an_envelope_that_was_handled_before_is_left_alone(store: Store, effects: Effects) -> None:
+async def test_an_envelope_that_was_handled_before_is_left_alone(store: Store, effects: Effects) -> None:
     envelope = placed(7, [record()])
-    assert at_once(effects, envelope) is not None
+    assert await at_once(effects, envelope) is not None
     store.rows("DELETE FROM key_records")
-    leave(store, effects, envelope)
+    await leave(store, effects, envelope)
 
 
-def test_a_key_that_exists_is_never_overwritten(store: Store, effects: Effects) -> None:
+async def test_a_key_that_exists_is_never_overwritten(store: Store, effects: Effects) -> None:
     known = record()
-    assert at_once(effects, placed(7, [known])) is not None
+    assert await at_once(effects, placed(7, [known])) is not None
     known[-1] = b"x" * 48
-    leave(store, effects, placed(8, [record(), known]))
+    await leave(store, effects, placed(8, [record(), known]))
 
 
-def test_a_key_that_its_source_has_taken_back_is_not_stored(store: Store, effects: Effects) -> None:
+async def test_a_key_that_its_source_has_taken_back_is_not_stored(store: Store, effects: Effects) -> None:
     taken_back = [record(), record()]
     for one in taken_back:
         store.rows("INSERT INTO withdrawn_keys VALUES (%s, %s, %s, %s)", KP, PEER, one[0], now_ms() + 60_000)
-    leave(store, effects, placed(7, [record(), taken_back[0]]))
+    await leave(store, effects, placed(7, [record(), taken_back[0]]))
     for one in taken_back:
         store.rows("INSERT INTO withdrawn_keys VALUES (%s, %s, %s, %s)", KP, PEER, one[0], now_ms() + 60_000)
-    leave(store, effects, placed(7, taken_back))
+    await leave(store, effects, placed(7, taken_back))
 
 
-def test_what_another_source_has_taken_back_keeps_no_key_away(store: Store, effects: Effects) -> None:
+async def test_what_another_source_has_taken_back_keeps_no_key_away(store: Store, effects: Effects) -> None:
     mine = record()
     store.rows("INSERT INTO withdrawn_keys VALUES (%s, %s, %s, %s)", KP, STRANGER, mine[0], now_ms() + 60_000)
-    assert at_once(effects, placed(7, [mine])) is not None
+    assert await at_once(effects, placed(7, [mine])) is not None
     assert store.count("key_records") == 1
 
 
-def test_keys_under_a_wrapping_key_that_is_not_known_are_left(store: Store, effects: Effects) -> None:
+async def test_keys_under_a_wrapping_key_that_is_not_known_are_left(store: Store, effects: Effects) -> None:
     other = [b"v" * 16, *WRAPPING_KEY[1:]]
     payload = PlacedKeys((record(),), (other,), stock=False)
-    leave(store, effects, accepted(payload, EnvelopeType.KEY_ISSUED, 7))
+    await leave(store, effects, accepted(payload, EnvelopeType.KEY_ISSUED, 7))
 
 
-def test_stock_and_bulk_are_left(store: Store, effects: Effects) -> None:
-    leave(store, effects, placed(7, [record()], stock=True))
-    leave(store, effects, placed(7, [record() for _ in range(MAX_AT_ONCE + 1)]))
-    leave(store, effects, acknowledged(*range(1, MAX_AT_ONCE + 2)))
+async def test_stock_and_bulk_are_left(store: Store, effects: Effects) -> None:
+    await leave(store, effects, placed(7, [record()], stock=True))
+    await leave(store, effects, placed(7, [record() for _ in range(MAX_AT_ONCE + 1)]))
+    await leave(store, effects, acknowledged(*range(1, MAX_AT_ONCE + 2)))
 
 
-def test_an_acknowledgement_of_stock_is_left_and_holds_no_lock(store: Store, effects: Effects) -> None:
+async def test_an_acknowledgement_of_stock_is_left_and_holds_no_lock(store: Store, effects: Effects) -> None:
     outbox(store, "key.placed", "key.stocked")
-    leave(store, effects, acknowledged(1, 2))
+    await leave(store, effects, acknowledged(1, 2))
 
 
-def test_a_peer_of_the_same_store_is_left_to_the_ordinary_way(store: Store, effects: Effects) -> None:
-    leave(store, effects, acknowledged(1, sender=STRANGER))
+async def test_a_peer_of_the_same_store_is_left_to_the_ordinary_way(store: Store, effects: Effects) -> None:
+    await leave(store, effects, acknowledged(1, sender=STRANGER))
 
 
-def test_after_a_refusal_the_next_one_goes_at_once_over_the_same_connection(store: Store, effects: Effects) -> None:
+async def test_after_a_refusal_the_next_one_goes_at_once_over_the_same_connection(
+    store: Store, effects: Effects
+) -> None:
     envelope = placed(7, [record()])
-    assert at_once(effects, envelope) is not None
+    assert await at_once(effects, envelope) is not None
     (before,) = store.rows("SHOW STATUS LIKE 'Connections'")
     for _ in range(20):
-        assert at_once(effects, envelope) is None
-    assert at_once(effects, placed(8, [record()])) is not None
+        assert await at_once(effects, envelope) is None
+    assert await at_once(effects, placed(8, [record()])) is not None
     (after,) = store.rows("SHOW STATUS LIKE 'Connections'")
     assert int(str(after[1])) - int(str(before[1])) < 20
 
 
-def test_a_store_that_went_away_is_left_to_the_ordinary_way_once(store: Store, effects: Effects) -> None:
-    assert at_once(effects, placed(7, [record()])) is not None
+async def test_a_store_that_went_away_is_left_to_the_ordinary_way_once(store: Store, effects: Effects) -> None:
+    assert await at_once(effects, placed(7, [record()])) is not None
     for (connection_id,) in store.rows("SELECT id FROM information_schema.processlist WHERE id <> CONNECTION_ID()"):
         store.rows(f"KILL {connection_id}")
-    assert at_once(effects, placed(8, [record()])) is None
-    assert at_once(effects, placed(8, [record()])) is not None
+    assert await at_once(effects, placed(8, [record()])) is None
+    assert await at_once(effects, placed(8, [record()])) is not None
 
 
 # --- what is done while the server works

@@ -19,8 +19,8 @@ from pymysql.connections import Connection
 
 from services.api.awake import Awake
 from services.api.batching import Lane
-from services.api.store_line import Told
 from shared.errors import CommitUnknown, KeyNotAvailable, Overloaded, SkipbusError, StoreRefused, StoreUnavailable
+from shared.store.line import Told
 from shared.store.steps import Statement, Steps
 
 # A batch of this alone needs no statement.

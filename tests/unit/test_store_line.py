@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import pytest
 
-from services.api.store_line import StoreLine
 from shared.database import STATEMENT_TIMEOUT_SECONDS
 from shared.errors import StoreRefused, StoreUnavailable
+from shared.store.line import StoreLine
 from shared.store.results import Rows
 from shared.store.steps import Command, Statement, octets
 from tests.unit.test_results import MORE, end, error, ok, packets, row

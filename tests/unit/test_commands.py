@@ -8,8 +8,8 @@ from typing import Any, cast
 import pymysql.err
 import pytest
 
-from services.api.mysql_commands import MAX_PAYLOAD_BYTES, packets, prepare
 from shared.errors import StoreUnavailable
+from shared.store.commands import MAX_PAYLOAD_BYTES, packets, prepare
 from shared.store.steps import Bound
 
 INSERT = Bound("INSERT INTO t VALUES (?,?,?)", (-2, "é'", b"\0?"))

@@ -18,8 +18,9 @@ import pymysql.err
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND, CR
 
-from services.api.mysql_commands import packets
 from shared.database import STATEMENT_TIMEOUT_SECONDS, translated
+from shared.errors import StoreRefused
+from shared.store.commands import packets
 from shared.store.results import Answer, Rows
 from shared.store.steps import Command, Statement
 
@@ -34,9 +35,20 @@ class StoreLine:
     """One open connection. ``open`` is false once it has ended, from either side."""
 
     def __init__(
-        self, connection: Connection, loop: asyncio.AbstractEventLoop, statement_ids: Mapping[str, int] | None = None
+        self,
+        connection: Connection,
+        loop: asyncio.AbstractEventLoop,
+        statement_ids: Mapping[str, int] | None = None,
+        *,
+        outlives_refusals: bool = False,
     ) -> None:
-        """Takes over a connection with no statement under way; ``statement_ids`` are of those it has prepared."""
+        """Takes over a connection with no statement under way; ``statement_ids`` are of those it has prepared.
+
+        With ``outlives_refusals`` it stays open where the server has only refused a statement of a command that was
+        alone under way. What was half done is then the caller's to roll back.
+        """
+        self._outlives_refusals = outlives_refusals
+        self._commands = 0
         self._loop = loop
         self._statement_ids = statement_ids or {}
         # PyMySQL's object is kept for its buffered reader, which is empty now, and would close the socket with it.
@@ -61,11 +73,13 @@ class StoreLine:
         if not self.open:
             self._fail(_lost())
             return
-        self._write((statement.sql,))
+        self._commands = self._write((statement.sql,))
         if statement.meanwhile is not None and self.open:
             more = statement.meanwhile()
             if more:
-                self._answer.expect(self._write(more))
+                count = self._write(more)
+                self._commands += count
+                self._answer.expect(count)
 
     def check(self, now: float) -> None:
         """Ends the line where the server has taken too long over a statement; ``now`` is the loop's time."""
@@ -122,7 +136,11 @@ class StoreLine:
         try:
             complete = answer.feed(data)
         except pymysql.err.Error as error:
-            self._fail(error)
+            ours = translated(error)
+            ours.__cause__ = error
+            if not (self._outlives_refusals and self._commands == 1 and isinstance(ours, StoreRefused)):
+                self.close()
+            self._tell((), ours)
             return
         if complete:
             self._tell(answer.rows, None)

@@ -21,7 +21,7 @@ from shared.logs import get_logger
 from shared.store.steps import Bound, Command, text_of
 
 MAX_PAYLOAD_BYTES = 2**24 - 1
-_log = get_logger("mysql_commands")
+_log = get_logger("commands")
 
 
 def packets(commands: Sequence[Command], statement_ids: Mapping[str, int]) -> tuple[bytes, int]:
