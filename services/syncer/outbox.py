@@ -273,7 +273,7 @@ class Relay:
             self._new_rows.note_missed()
             return None
         waiting.rows = (EnvelopeRow(row_id, KEY_PLACED, 1, hint.token),)
-        self._new_rows.note_numbered([hint.token])
+        self._new_rows.note_found(hint.token)
         return waiting
 
     def _number(self) -> tuple[list[Waiting], bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.syncer import new_rows
-from services.syncer.new_rows import NewRows, News
+from services.syncer.new_rows import MAX_CREDIT, MISS_COSTS, NewRows, News
 from shared import wire
 from shared.hints import MAX_HINT_BYTES, Hint, pack_hint, read_hint
 
@@ -81,15 +81,43 @@ def test_what_is_told_beside_a_hint_is_not_lost(other: list[bytes]) -> None:
         assert (news.early, news.others) == (True, True)
 
 
-def test_after_a_hint_that_led_to_nothing_hints_only_say_that_rows_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def believes(rows: NewRows) -> bool:
+    rows.hear([item()])
+    news = rows.take()
+    assert news in (News(HINT, early=True), News(early=True, others=True))
+    return news.hint is not None
+
+
+def test_hints_that_lead_to_nothing_are_not_believed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = NewRows()
+    for _ in range(MAX_CREDIT // MISS_COSTS):
+        rows.note_missed()
+        assert believes(rows)
     rows.note_missed()
-    rows.hear([item()])
-    assert rows.take() == News(early=True, others=True)
-    monkeypatch.setattr(new_rows, "TRUST_NOTHING_SECONDS", 0.0)
+    assert not believes(rows)
+    # After that while one more is enough.
+    monkeypatch.setattr(rows, "_trust_from", 0.0)
+    assert believes(rows)
     rows.note_missed()
-    rows.hear([item()])
-    assert rows.take() == News(HINT, early=True)
+    assert not believes(rows)
+
+
+def test_a_hint_in_five_may_lead_to_nothing() -> None:
+    rows = NewRows()
+    for number in range(200):
+        rows.note_missed()
+        for other in range(MISS_COSTS):
+            rows.note_found(bytes([number, other]) * 8)
+    assert believes(rows)
+
+
+def test_credit_is_not_saved_up() -> None:
+    rows = NewRows()
+    for number in range(200):
+        rows.note_found(bytes([number]) * 16)
+    for _ in range(MAX_CREDIT // MISS_COSTS + 1):
+        rows.note_missed()
+    assert not believes(rows)
 
 
 def test_a_hint_of_a_row_that_is_in_an_envelope_already_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
