@@ -1,0 +1,132 @@
+"""What of an examination is done on the event loop: only what takes no time, and nothing else than a thread finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from services.syncer import examination
+from services.syncer.examination import MAX_AT_ONCE_BYTES, Accepted, Examiner, Refusal
+from services.syncer.payloads import pack_acknowledgement
+from shared import wire
+from shared.bus_bodies import LeftOut
+from shared.clock import now_ms
+from shared.envelopes import EnvelopeType, Header, session_envelope, sign_envelope
+from shared.epochs import EpochSpan
+from shared.hybrid import HybridPrivateKey
+from shared.identity import Identity
+from shared.keyring import Keyring, PrivateEpoch
+from shared.peer_directory import PeerDirectory
+from shared.sessions import SessionBook, make_session_key
+
+ALICE, BOB = "KP_Alice", "KP_Bob"
+IDENTITY = Identity.generate()
+PAYLOAD = pack_acknowledgement([7])
+EPOCH = PrivateEpoch(
+    b"e" * 16, EpochSpan(now_ms() - 60_000, now_ms() + 600_000, now_ms() + 4_000_000), HybridPrivateKey.generate()
+)
+KEY, SESSION = make_session_key(IDENTITY, ALICE, BOB, EPOCH.public())
+
+
+def header(target: str = BOB, age_ms: int = 0) -> Header:
+    return Header(EnvelopeType.KEY_STORED, ALICE, target, 7, now_ms() - age_ms)
+
+
+def in_session(payload: bytes = PAYLOAD, head: Header | None = None) -> bytes:
+    return session_envelope(head or header(), payload, KEY.mac, SESSION)
+
+
+def directory(pin: bytes | None = IDENTITY.public_key) -> PeerDirectory:
+    """It knows KP_Alice's pin, and cannot be refreshed: nothing may ask the store."""
+    known = SimpleNamespace(
+        pin=lambda system_id: pin if system_id == ALICE else None,
+        allows=lambda system_id: system_id in (ALICE, BOB),
+        get=lambda _: None,
+        is_bus_peer=lambda _: True,
+        conflicts=dict,
+        note_presented=lambda *_: None,
+        refresh=lambda _: pytest.fail("the store is asked"),
+    )
+    return cast("PeerDirectory", cast("Any", known))
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    made = Keyring.create(tmp_path / "keyring", BOB)
+    made.write_epoch(EPOCH)
+    return made
+
+
+@pytest.fixture
+def examiner(keyring: Keyring) -> Examiner:
+    """It has seen the session key before."""
+    made = Examiner(BOB, directory(), keyring.epoch_ids, SessionBook(keyring))
+    assert isinstance(made.examine(in_session(), redelivered=False), Accepted)
+    return made
+
+
+def test_an_envelope_under_a_known_session_key_is_examined_as_in_a_thread(examiner: Examiner) -> None:
+    body = in_session()
+    at_once, in_thread = examiner.examine_at_once(body, False), examiner.examine(body, redelivered=False)
+    assert isinstance(at_once, Accepted)
+    assert isinstance(in_thread, Accepted)
+    assert replace(at_once, clock_skew_ms=0) == replace(in_thread, clock_skew_ms=0)
+
+
+def test_a_session_key_that_is_not_open_is_left_to_a_thread(keyring: Keyring) -> None:
+    fresh = Examiner(BOB, directory(), keyring.epoch_ids, SessionBook(keyring))
+    assert fresh.examine_at_once(in_session(), False) is None
+    assert isinstance(fresh.examine(in_session(), redelivered=False), Accepted)
+    assert fresh.examine_at_once(in_session(), False) is not None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: sign_envelope(header(), PAYLOAD, IDENTITY),
+        lambda: in_session(wire.pack(bytes(MAX_AT_ONCE_BYTES))),
+        lambda: LeftOut(5 * 2**20),
+    ],
+    ids=["signed", "long", "left out"],
+)
+def test_what_takes_long_is_left_to_a_thread(
+    examiner: Examiner, body: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examination, "check_envelope", lambda *_: pytest.fail("it is verified here"))
+    assert examiner.examine_at_once(body(), False) is None
+
+
+def test_a_sender_whose_pin_is_not_known_is_left_to_a_thread(keyring: Keyring) -> None:
+    strange = Examiner(BOB, directory(pin=None), keyring.epoch_ids, SessionBook(keyring))
+    assert strange.examine_at_once(in_session(), False) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda: in_session()[:-1], "malformed"),
+        (lambda: in_session(b"\x90"), "malformed_payload"),
+        (lambda: in_session(head=header(target="KP_Carol")), "wrong_target"),
+        (lambda: in_session(head=header(age_ms=3_700_000)), "too_old"),
+        (lambda: session_envelope(header(), PAYLOAD, lambda _: bytes(48), SESSION), "bad_signature"),
+        (lambda: session_envelope(header(), PAYLOAD, lambda _: b"", SESSION), "malformed"),
+        (lambda: b"", "malformed"),
+    ],
+)
+def test_whatever_is_wrong_is_left_to_a_thread_that_says_what(
+    examiner: Examiner, body: Callable[[], bytes], reason: str
+) -> None:
+    made = body()
+    assert examiner.examine_at_once(made, False) is None
+    refusal = examiner.examine(made, redelivered=False)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == reason
+
+
+def test_without_sessions_nothing_is_examined_at_once() -> None:
+    assert Examiner(BOB, directory()).examine_at_once(in_session(), False) is None
