@@ -91,8 +91,10 @@ def test_a_session_key_that_is_not_open_is_left_to_a_thread(keyring: Keyring) ->
         lambda: sign_envelope(header(), PAYLOAD, IDENTITY),
         lambda: in_session(wire.pack(bytes(MAX_AT_ONCE_BYTES))),
         lambda: LeftOut(5 * 2**20),
+        # It says that it is signed, and has the session key that is known where the signature should be.
+        lambda: wire.pack([wire.unpack(sign_envelope(header(), PAYLOAD, IDENTITY))[0], *wire.unpack(in_session())[1:]]),
     ],
-    ids=["signed", "long", "left out"],
+    ids=["signed", "long", "left out", "signed in session"],
 )
 def test_what_takes_long_is_left_to_a_thread(
     examiner: Examiner, body: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch

@@ -100,6 +100,12 @@ def test_hints_that_lead_to_nothing_are_not_believed_for_a_while(monkeypatch: py
     assert believes(rows)
     rows.note_missed()
     assert not believes(rows)
+    # Unless others have led to something since.
+    monkeypatch.setattr(rows, "_trust_from", 0.0)
+    for number in range(MISS_COSTS):
+        rows.note_found(bytes([number]) * 16)
+    rows.note_missed()
+    assert believes(rows)
 
 
 def test_a_hint_in_five_may_lead_to_nothing() -> None:

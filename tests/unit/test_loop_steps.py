@@ -28,11 +28,13 @@ class Server:
         self.answers: list[bytes | None] = []
         self.heard: list[tuple[int, str]] = []
         self.connections = 0
+        self.ends: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
     def connect(self, _mysql: object, *, several_statements: bool) -> Any:  # noqa: ANN401 -- PyMySQL's connection
         assert several_statements
         ours, theirs = socket.socketpair()
+        self.ends.append(theirs)
         thread = threading.Thread(target=self._serve, args=(self.connections, theirs))
         self._threads.append(thread)
         self.connections += 1
@@ -119,7 +121,9 @@ async def test_a_refusal_that_the_steps_take_is_no_ones_else(server: Server, run
     assert server.heard == [(0, "INSERT"), (0, "ROLLBACK")]
 
 
-@pytest.mark.parametrize("answer", [b"", packets(error(1927, b"killed"))], ids=["gone", "killed"])
+@pytest.mark.parametrize(
+    "answer", [b"", packets(error(1927, b"killed")), packets(error(1064, b"what?"))], ids=["gone", "killed", "refused"]
+)
 async def test_a_rollback_that_fails_ends_the_connection_and_hides_nothing(
     server: Server, runner: LoopSteps, answer: bytes
 ) -> None:
@@ -134,6 +138,17 @@ async def test_a_connection_that_breaks_is_told_of_and_made_anew(server: Server,
     server.answers = [b"", packets(ok())]
     with pytest.raises(StoreUnavailable):
         await runner.run(ask("COMMIT"))
+    await runner.run(ask("COMMIT"))
+    assert server.heard == [(0, "COMMIT"), (1, "COMMIT")]
+
+
+async def test_a_connection_that_the_server_ends_while_nothing_is_asked_is_made_anew(
+    server: Server, runner: LoopSteps
+) -> None:
+    server.answers = [packets(ok()), packets(ok())]
+    await runner.run(ask("COMMIT"))
+    server.ends[0].shutdown(socket.SHUT_RDWR)
+    await asyncio.sleep(0.05)
     await runner.run(ask("COMMIT"))
     assert server.heard == [(0, "COMMIT"), (1, "COMMIT")]
 

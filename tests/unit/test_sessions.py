@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from services.api.placing import pack_records
+from services.syncer.letters import LetterMaker
 from services.syncer.numbers import Numbers
 from services.syncer.outgoing import Letter, Outgoing
 from services.syncer.replies import Replies
-from shared import sessions
+from shared import sessions, wire
 from shared.announcements import Announcement
 from shared.bus import Bus
 from shared.clock import now_ms
@@ -33,8 +35,11 @@ from shared.errors import EnvelopeRefused
 from shared.hybrid import HybridPrivateKey
 from shared.identity import Identity
 from shared.keyring import Keyring, PrivateEpoch
+from shared.sealing import make_wrapping_key
 from shared.secret import Secret
 from shared.sessions import REST_SECONDS, SessionBook, SessionMaker
+from shared.store.messages import OutboxEnvelope
+from shared.store.placing import KEY_PLACED, KEY_STOCKED
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 IDENTITY, BOBS = Identity.generate(), Identity.generate()
@@ -222,6 +227,16 @@ def test_without_sessions_only_a_signature_counts(pair: Pair) -> None:
     with pytest.raises(EnvelopeRefused) as caught:
         check_envelope(pair.made(), BOB, IDENTITY.public_key, NOW_MS)
     assert caught.value.reason == "bad_signature"
+
+
+@pytest.mark.parametrize(("row_type", "waited_for"), [(KEY_PLACED, True), (KEY_STOCKED, False), ("key.expired", False)])
+def test_of_what_is_in_the_outbox_only_keys_on_demand_are_waited_for(row_type: str, waited_for: bool) -> None:
+    opened, sealed = make_wrapping_key(IDENTITY, ALICE, BOB, NOW.public())
+    record = opened.seal(b"k" * 16, bytes(32), NOW_MS + 60_000, "c")
+    payload = pack_records([record]) if row_type in (KEY_PLACED, KEY_STOCKED) else wire.pack([[b"k" * 16, NOW_MS, "c"]])
+    letter = LetterMaker().make(lambda _: [sealed], OutboxEnvelope(BOB, 7, row_type, 1, 0, None), [payload])
+    assert letter is not None
+    assert letter.waited_for is waited_for
 
 
 def outgoing(pair: Pair) -> Outgoing:

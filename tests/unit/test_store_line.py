@@ -27,12 +27,12 @@ COMMIT = Statement("INSERT;INSERT;COMMIT")
 class Rig:
     """A line and the server's end of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, outlives_refusals: bool = False) -> None:
         ours, self.server = socket.socketpair()
         self.server.settimeout(5)
         self.loop = asyncio.get_running_loop()
         connection = SimpleNamespace(_sock=ours, _force_close=ours.close)
-        self.line = StoreLine(cast("Any", connection), self.loop)
+        self.line = StoreLine(cast("Any", connection), self.loop, outlives_refusals=outlives_refusals)
 
     def ask(self, statement: Statement = COMMIT) -> asyncio.Future[Rows]:
         answer: asyncio.Future[Rows] = self.loop.create_future()
@@ -202,6 +202,35 @@ async def test_errors_of_the_server_become_ours(rig: Rig, code: int, kind: type[
     with pytest.raises(kind):
         await told(answer)
     assert not rig.line.open
+
+
+async def test_a_line_may_outlive_a_refusal() -> None:
+    rig = Rig(outlives_refusals=True)
+    answer = rig.ask()
+    rig.server.sendall(packets(ok(MORE), error(1062, b"duplicate")))
+    with pytest.raises(StoreRefused, match="1062"):
+        await told(answer)
+    assert rig.line.open
+    answer = rig.ask(Statement("ROLLBACK"))
+    rig.server.sendall(packets(ok()))
+    assert await told(answer) == []
+    rig.line.close()
+    rig.server.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "kind"), [(["COMMIT"], 1062, StoreRefused), (None, 1927, StoreUnavailable)], ids=["two", "killed"]
+)
+async def test_a_line_ends_where_more_may_be_on_its_way_or_the_server_is_away(
+    more: list[Command] | None, code: int, kind: type[Exception]
+) -> None:
+    rig = Rig(outlives_refusals=True)
+    answer = rig.ask(Statement("INSERT", meanwhile=lambda: more))
+    rig.server.sendall(packets(error(code, b"no")))
+    with pytest.raises(kind):
+        await told(answer)
+    assert not rig.line.open
+    rig.server.close()
 
 
 async def test_a_line_that_the_server_ends_while_nothing_is_asked_says_so(rig: Rig) -> None:
