@@ -188,7 +188,7 @@ def check_envelope(
 def _check_proof(envelope: SignedEnvelope, public_key: bytes, now_ms: int, sessions: Sessions | None) -> None:
     if envelope.version == SESSION_VERSION:
         if sessions is None:
-            raise EnvelopeRefused("bad_signature", "an envelope has no signature of its own")
+            raise EnvelopeRefused("bad_signature", "an envelope has no signature of its own, which is needed here")
         sessions.check(envelope, public_key, now_ms)
         return
     try:

@@ -61,13 +61,15 @@ class NudgeKind(StrEnum):
     """Tokens of outbox rows whose envelope the peer has refused."""
     ARRIVED = "arrived"
     """keyIds of records that a peer has placed here."""
+    UNREAD = "unread"
+    """Envelopes that a peer could not read; an item says of one whose peer it is, and its number (``pack_unread``)."""
     STOCK = "stock"
     """Stock was used, placed or dropped. No items."""
 
 
 OnNudge = Callable[[NudgeKind, Sequence[bytes]], None]
-FOR_API = frozenset(NudgeKind) - {NudgeKind.OUTBOX}
-FOR_SYNCER = frozenset({NudgeKind.OUTBOX})
+FOR_SYNCER = frozenset({NudgeKind.OUTBOX, NudgeKind.UNREAD})
+FOR_API = frozenset(NudgeKind) - FOR_SYNCER
 
 
 class Nudges:
@@ -159,10 +161,24 @@ def read_nudge(local_id: str, key: str, body: bytes) -> tuple[NudgeKind, list[by
         raise ValueError("nudge")
     kind = NudgeKind(key.removeprefix(prefix))
     items = wire.unpack(body, max_items=MAX_ITEMS)
-    longest = MAX_HINT_BYTES if kind is NudgeKind.OUTBOX else MAX_ITEM_BYTES
+    longest = MAX_HINT_BYTES if kind in FOR_SYNCER else MAX_ITEM_BYTES
     if not isinstance(items, list) or not all(isinstance(i, bytes) and 0 < len(i) <= longest for i in items):
         raise ValueError("nudge")
     return kind, items
+
+
+def pack_unread(peer_id: str, number: int) -> bytes:
+    """An item of an ``UNREAD`` nudge."""
+    return wire.pack([peer_id, number])
+
+
+def read_unread(item: bytes) -> tuple[str, int] | None:
+    """Whose peer's envelope an item tells of, and its number; None where it tells of none."""
+    try:
+        peer_id, number = wire.unpack(item, max_items=2)
+    except (ValueError, TypeError):
+        return None
+    return (peer_id, number) if isinstance(peer_id, str) and type(number) is int else None
 
 
 class ProcessBus:

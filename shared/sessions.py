@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -32,15 +31,18 @@ from shared.epochs import EPOCH_ID_BYTES, PublicEpoch, current_epoch
 from shared.errors import EnvelopeRefused, KeyringError, SealBroken
 from shared.identity import CONTEXT_SESSION_KEY, Identity, verify
 from shared.keyring import Keyring
+from shared.logs import get_logger
 
 KEY_BYTES = 48
 MAC_BYTES = 48
 MAX_SESSION_BYTES = 8 * 1024
-# A peer that refuses what comes under a session key is sent signatures for so long.
-REST_SECONDS = 60.0
+# Of envelopes that a peer may yet say that it could not read.
+_NUMBERS_KEPT = 256
 _LABEL = b"skipbus session key 1"
 _MAX_TIME_MS = 2**63
-_BOOK_KEPT = 1_024
+_KEPT_OF_PEER = 8
+
+_log = get_logger("sessions")
 
 
 class SessionKey:
@@ -95,76 +97,91 @@ def make_session_key(
 
 @dataclass(frozen=True, slots=True)
 class _InUse:
-    """Made for this epoch of the peer that had this identity."""
+    """Made for this epoch of the peer that had this identity; ``numbers`` are of the last envelopes under it."""
 
     epoch: PublicEpoch
     public_key: bytes
     key: SessionKey
     sealed: bytes
+    numbers: deque[int] = field(default_factory=lambda: deque(maxlen=_NUMBERS_KEPT))
 
 
 class SessionMaker:
     """The session keys of one syncer, one for each peer. ``find`` gives a peer's announcement, where it is trusted."""
 
-    def __init__(
-        self,
-        local_id: str,
-        identity: Identity,
-        find: Callable[[str], Announcement | None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, local_id: str, identity: Identity, find: Callable[[str], Announcement | None]) -> None:
         self._local_id = local_id
         self._identity = identity
         self._find = find
-        self._clock = clock
         self._lock = Lock()
         self._in_use: dict[str, _InUse] = {}
-        self._resting: dict[str, float] = {}
+        # By the peer's announcement, so that it is tried again when there is another one.
+        self._resting: dict[str, int] = {}
 
-    def rest(self, peer_id: str) -> None:
-        """The peer has refused what came under a session key: for a while it is sent signatures, then a new one."""
+    def note_unread(self, peer_id: str, number: int) -> None:
+        """The peer is said to have refused this envelope for its session key, which proves nothing.
+
+        If it was sent under one, the peer is sent signatures until it announces itself anew: its epochs change then, or
+        its release has. Whoever says so of others, or of what never was, changes nothing.
+        """
+        announcement = self._find(peer_id)
         with self._lock:
-            self._resting[peer_id] = self._clock() + REST_SECONDS
-            self._in_use.pop(peer_id, None)
+            in_use = self._in_use.get(peer_id)
+            if in_use is None or announcement is None or number not in in_use.numbers:
+                return
+            del self._in_use[peer_id]
+            self._resting[peer_id] = announcement.issued_ms
+        _log.warning("session keys not read: signatures are sent until the peer announces itself anew", peer=peer_id)
 
-    def envelope(self, header: Header, payload: bytes) -> bytes | None:
+    def envelope(self, header: Header, payload: bytes, *, make: bool = True) -> bytes | None:
         """The envelope under the target's session key; None where it has to be signed.
 
-        The first one for an epoch takes the time of a signature.
+        The first one for an epoch takes the time of a signature: without ``make`` it has to be signed, too.
         """
-        in_use = self._for(header.target, header.date_ms)
-        if in_use is None:
-            return None
-        return session_envelope(header, payload, in_use.key.mac, in_use.sealed)
-
-    def _for(self, peer_id: str, at_ms: int) -> _InUse | None:
-        announcement = self._find(peer_id)
+        announcement = self._find(header.target)
         if announcement is None or SESSION_VERSION not in announcement.envelope_versions:
             return None
+        in_use = self._used(announcement, header.date_ms)
+        if in_use is None and make:
+            in_use = self._made(announcement, header.date_ms)
+        if in_use is None:
+            return None
         with self._lock:
-            if self._clock() < self._resting.get(peer_id, 0.0):
-                return None
-            epoch = current_epoch(announcement.epochs, at_ms)
-            if epoch is None:
-                self._in_use.pop(peer_id, None)
-                return None
-            in_use = self._in_use.get(peer_id)
-            if in_use is None or (in_use.epoch, in_use.public_key) != (epoch, announcement.public_key):
-                try:
-                    made = make_session_key(self._identity, self._local_id, peer_id, epoch)
-                except SealBroken:
-                    return None
-                in_use = self._in_use[peer_id] = _InUse(epoch, announcement.public_key, *made)
-            return in_use
+            in_use.numbers.append(header.number)
+        return session_envelope(header, payload, in_use.key.mac, in_use.sealed)
+
+    def _used(self, announcement: Announcement, at_ms: int) -> _InUse | None:
+        in_use = self._in_use.get(announcement.system_id)
+        if in_use is None or in_use.public_key != announcement.public_key:
+            return None
+        return in_use if in_use.epoch == current_epoch(announcement.epochs, at_ms) else None
+
+    def _made(self, announcement: Announcement, at_ms: int) -> _InUse | None:
+        peer_id, epoch = announcement.system_id, current_epoch(announcement.epochs, at_ms)
+        if epoch is None or self._resting.get(peer_id) == announcement.issued_ms:
+            return None
+        try:
+            # Nobody waits for this: another thread may make one as well, and either will do.
+            made = make_session_key(self._identity, self._local_id, peer_id, epoch)
+        except SealBroken as error:
+            _log.warning("no session key can be made: signatures are sent instead", peer=peer_id, reason=str(error))
+            self._resting[peer_id] = announcement.issued_ms
+            return None
+        with self._lock:
+            in_use = self._in_use[peer_id] = _InUse(epoch, announcement.public_key, *made)
+        return in_use
 
 
 class SessionBook:
-    """The session keys that peers have sent to one KP, opened. What was verified and opened once is remembered."""
+    """The session keys that peers have sent to one KP, opened. What was verified and opened once is remembered.
+
+    A few for each peer: several syncers of its have one each, and the next epoch brings another.
+    """
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
         self._lock = Lock()
-        self._opened: OrderedDict[bytes, SessionKey] = OrderedDict()
+        self._opened: dict[str, OrderedDict[bytes, SessionKey]] = {}
 
     def knows(self, envelope: SignedEnvelope, sender_public_key: bytes) -> bool:
         """Whether the envelope is under a session key that is open already. Raises EnvelopeRefused: malformed."""
@@ -172,7 +189,7 @@ class SessionBook:
             return False
         known = _place_in_book(envelope.header, _read_proof(envelope)[1], sender_public_key)
         with self._lock:
-            return known in self._opened
+            return known in self._opened.get(envelope.header.sender, ())
 
     def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int) -> None:
         """Returns where the envelope is authenticated by a session key that its sender's identity has signed.
@@ -180,8 +197,9 @@ class SessionBook:
         Raises EnvelopeRefused: bad_signature, unknown_session.
         """
         mac, session = _read_proof(envelope)
-        key = self._open(envelope.header, session, sender_public_key, now_ms)
+        key = self._open(envelope.header, session, sender_public_key)
         if key.expires_ms <= now_ms:
+            self._forget_ended(now_ms)
             raise _unknown(envelope.header, "it has ended")
         try:
             key.check(mac, envelope.signed_bytes())
@@ -190,21 +208,27 @@ class SessionBook:
                 "bad_signature", f"an envelope from {envelope.header.sender} does not fit its session key"
             ) from error
 
-    def _open(self, header: Header, session: bytes, sender_public_key: bytes, now_ms: int) -> SessionKey:
+    def _open(self, header: Header, session: bytes, sender_public_key: bytes) -> SessionKey:
         known = _place_in_book(header, session, sender_public_key)
         with self._lock:
-            key = self._opened.get(known)
+            of_peer = self._opened.get(header.sender)
+            key = of_peer.get(known) if of_peer is not None else None
             if key is not None:
-                self._opened.move_to_end(known)
                 return key
         key = self._open_anew(header, session, sender_public_key)
         with self._lock:
-            for ended in [one for one, opened in self._opened.items() if opened.expires_ms <= now_ms]:
-                del self._opened[ended]
-            self._opened[known] = key
-            if len(self._opened) > _BOOK_KEPT:
-                self._opened.popitem(last=False)
+            # Only now: the name of a sender that is no peer's never gets here.
+            of_peer = self._opened.setdefault(header.sender, OrderedDict())
+            of_peer[known] = key
+            if len(of_peer) > _KEPT_OF_PEER:
+                of_peer.popitem(last=False)
         return key
+
+    def _forget_ended(self, now_ms: int) -> None:
+        with self._lock:
+            for of_peer in self._opened.values():
+                for ended in [known for known, key in of_peer.items() if key.expires_ms <= now_ms]:
+                    del of_peer[ended]
 
     def _open_anew(self, header: Header, session: bytes, sender_public_key: bytes) -> SessionKey:
         epoch_id, expires_ms, sealed, signature = _read_session(session)

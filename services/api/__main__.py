@@ -39,7 +39,6 @@ from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_gr
 from shared.logs import configure_logging, get_logger
 from shared.metrics import serve_metrics
 from shared.peer_directory import PeerDirectory
-from shared.sessions import SessionBook
 from shared.store.keys import PREPARED
 from shared.system_ids import RemoteSystemIds
 
@@ -82,7 +81,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     afterwards = AccessLogger.afterwards = Afterwards(asyncio.get_running_loop())
     skip = SkipMethods(settings, directory, issue, claim, afterwards, links)
     tls = Tls(settings)
-    sync = _make_sync(settings, keyring, directory, links) if links is not None else None
+    sync = _make_sync(settings, directory, links) if links is not None else None
     application = Application(skip, StatusPages(settings, directory, view, tls.warnings, links), sync)
     server = _make_server(settings, application)
     serve_metrics(settings.metrics_port, REGISTRY)
@@ -124,12 +123,11 @@ async def _first_reading(view: StoreView) -> None:
             await view.refresh()
 
 
-def _make_sync(settings: Settings, keyring: Keyring, directory: PeerDirectory, links: BusLinks) -> SyncEndpoint:
+def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLinks) -> SyncEndpoint:
     return SyncEndpoint(
         settings.local_system_id,
         directory,
         links.bus.publish_envelope,
-        SessionBook(keyring),
         body_timeout_seconds=settings.header_timeout_seconds,
     )
 

@@ -2,10 +2,10 @@
 
 Rules: an envelope is answered 202 once the local broker has it in this KP's own queue, where the syncer finds it among
 those that came over the bus and judges it as one of them; nothing is decided here but that it is one envelope, for
-this KP, signed by a peer. Its date and number are the syncer's business, who keeps what they say of the peer's clock.
-A stranger can send what he likes: sizes are bounded while they are read, what all bodies together take in memory is
-bounded too, and so is what one address may take of it; signatures are verified in a few threads, and only under names
-of known peers.
+this KP, with a signature of a peer's. Its date and number are the syncer's business, who keeps what they say of the
+peer's clock. A stranger can send what he likes: sizes are bounded while they are read, what all bodies together
+take in memory is bounded too, and so is what one address may take of it; signatures are verified in a few threads, and
+only under names of known peers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from services.api.responses import RouteError, json_response
 from services.api.server import Connection
 from shared.envelopes import (
     MAX_ENVELOPE_BYTES,
-    VERSIONS,
+    VERSION,
     EnvelopeType,
-    Sessions,
     SignedEnvelope,
     check_envelope,
     read_claim,
@@ -44,7 +43,7 @@ _CHECKS_AT_ONCE = 2
 _DISCARD_SECONDS = 2.0
 # What only says how things are goes to whoever listens now, as it does over the bus.
 _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
-_STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401, "unknown_session": 401}
+_STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401}
 
 
 class Publish(Protocol):
@@ -61,23 +60,15 @@ class SyncRefused(RouteError):
         super().__init__(status, message)
         self.details: dict[str, Any] = {"reason": reason}
         if reason == "unknown_version":
-            self.details["versions"] = list(VERSIONS)
+            self.details["versions"] = [VERSION]
 
 
 class SyncEndpoint:
     """Of one event loop."""
 
     def __init__(
-        self,
-        local_id: str,
-        directory: PeerDirectory,
-        publish: Publish,
-        sessions: Sessions | None = None,
-        *,
-        body_timeout_seconds: float,
+        self, local_id: str, directory: PeerDirectory, publish: Publish, *, body_timeout_seconds: float
     ) -> None:
-        """Without ``sessions`` each envelope must have a signature of its own."""
-        self._sessions = sessions
         self._local_id = local_id
         self._directory = directory
         self._publish = publish
@@ -113,6 +104,9 @@ class SyncEndpoint:
             self._note_sender(claim.sender if claim else None, entry)
             raise _refused(error) from error
         self._note_sender(envelope.header.sender, entry)
+        if envelope.version != VERSION:
+            # What is under a session key is for the syncer alone, who has the epochs to open that.
+            raise SyncRefused(400, "unknown_version", f"by HTTPS an envelope of version {VERSION} is taken, signed")
         return envelope
 
     def _note_sender(self, sender: str | None, entry: Entry) -> None:
@@ -140,7 +134,7 @@ class SyncEndpoint:
 
     def _check(self, envelope: SignedEnvelope, pin: bytes) -> None:
         # By its own date: the syncer judges that, and tells the sender.
-        check_envelope(envelope, self._local_id, pin, envelope.header.date_ms, self._sessions)
+        check_envelope(envelope, self._local_id, pin, envelope.header.date_ms)
 
     async def _read(self, request: web.BaseRequest, share: _Share) -> bytes:
         too_large = (request.content_length or 0) > MAX_ENVELOPE_BYTES

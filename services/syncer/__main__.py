@@ -10,7 +10,7 @@ import functools
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -43,7 +43,9 @@ from shared.keyring import Keyring
 from shared.lifecycle import every, run_service
 from shared.logs import configure_logging, get_logger
 from shared.metrics import serve_metrics
+from shared.nudges import NudgeKind, read_unread
 from shared.peer_directory import PeerDirectory
+from shared.peers_config import PeerSettings
 from shared.sessions import SessionBook, SessionMaker
 from shared.store.peers import fetch_announcement
 from shared.store.processes import upsert_process
@@ -75,27 +77,26 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     remote_ids = RemoteSystemIds(settings.remote_system_ids, local_id)
     directory = PeerDirectory(engine, local_id, remote_ids, keyring.pins, settings.peers)
     new_rows = NewRows()
-    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, items: new_rows.hear(items))
+    sessions = SessionMaker(local_id, keyring.identity, directory.get)
+    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", functools.partial(_hear, new_rows, sessions))
     numbers = Numbers()
     links = _https_links(settings, stop.is_set)
-    outgoing = Outgoing(
-        bus, keyring.identity, local_id, numbers, links, SessionMaker(local_id, keyring.identity, directory.get)
-    )
+    outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links, sessions)
     hop = Hop()
     watch = PeerWatch(settings, engine, keyring, directory, hop)
     leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers), hop)
     relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows, hop)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
-    bus_ids = {peer.system_id for peer in settings.bus_peers}
-    effects = Effects(engine, local_id, bus_ids, settings.mysql, relay.rows_of)
+    effects = Effects(engine, local_id, _ids(settings.bus_peers), settings.mysql, relay.rows_of)
     refusals = Refusals(directory)
-    complaints = Complaints(bus, effects, relay, outgoing, refusals)
+    complaints = Complaints(bus, effects, relay, refusals)
     outgoing.on_refusal = complaints.hear_answer
     examiner = Examiner(local_id, directory, keyring.epoch_ids, SessionBook(keyring))
     refuser = Refuser(local_id, directory, refusals, replies, watch.clocks)
-    intake = Intake(bus, settings.heartbeat_seconds)
-    inbox = Inbox(intake, directory, examiner, effects, relay, replies, complaints, refuser)
+    inbox = Inbox(
+        Intake(bus, settings.heartbeat_seconds), directory, examiner, effects, relay, replies, complaints, refuser
+    )
     stock = StockWatch(settings, engine, leader, hop, lambda: complaints.tell(Aftermath(stock_changed=True)))
     signs = SignsOfLife(engine, local_id, bus)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)
@@ -145,6 +146,19 @@ class SignsOfLife:
     def _write(self, detail: str) -> None:
         with driver_errors(), self._engine.begin() as connection:
             upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), detail)
+
+
+def _hear(new_rows: NewRows, sessions: SessionMaker, kind: NudgeKind, items: Sequence[bytes]) -> None:
+    """A nudge, on the event loop."""
+    if kind is NudgeKind.OUTBOX:
+        new_rows.hear(items)
+        return
+    for unread in filter(None, map(read_unread, items)):
+        sessions.note_unread(*unread)
+
+
+def _ids(peers: Iterable[PeerSettings]) -> set[str]:
+    return {peer.system_id for peer in peers}
 
 
 def _https_links(settings: Settings, stopping: Callable[[], bool]) -> dict[str, HttpsLink]:

@@ -13,14 +13,14 @@ from services.syncer.answers import Answer
 from services.syncer.effects import Effects
 from services.syncer.key_effects import Aftermath
 from services.syncer.outbox import Relay
-from services.syncer.outgoing import Letter, Outgoing
+from services.syncer.outgoing import Letter
 from services.syncer.payloads import Complaint
 from services.syncer.refusals import Refusals
 from shared.bus import Bus
 from shared.clock import now_ms
 from shared.errors import BackendError
 from shared.logs import get_logger
-from shared.nudges import NudgeKind
+from shared.nudges import NudgeKind, pack_unread
 
 # The same envelope with a new date, or a signature of its own, may be accepted.
 _PASSING = frozenset({"too_old", "from_future", "unknown_session"})
@@ -34,9 +34,8 @@ _log = get_logger("complaints")
 class Complaints:
     """Hears complaints on the event loop; ``run`` writes down those that came by HTTPS."""
 
-    def __init__(self, bus: Bus, effects: Effects, relay: Relay, outgoing: Outgoing, refusals: Refusals) -> None:
+    def __init__(self, bus: Bus, effects: Effects, relay: Relay, refusals: Refusals) -> None:
         self._bus = bus
-        self._outgoing = outgoing
         self._effects = effects
         self._relay = relay
         self._refusals = refusals
@@ -47,7 +46,8 @@ class Complaints:
         metrics.REFUSED_BY_PEER.labels(metrics.bounded_reason(complaint.reason), peer_id).inc()
         self._refusals.note_complaint(peer_id, complaint)
         if complaint.reason in _UNREAD:
-            self._outgoing.note_unread(peer_id)
+            # The syncer that has sent it may be another one.
+            self._bus.nudge(NudgeKind.UNREAD, [pack_unread(peer_id, complaint.number)])
         if complaint.reason not in _PASSING:
             self._relay.note_refused(peer_id, complaint.number)
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from services.syncer.payloads import Capabilities, Payload, read_payload
+from services.syncer.payloads import Acknowledgement, Capabilities, Payload, read_payload
 from services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
 from shared.announcements import Announcement, read_announcement
 from shared.bus_bodies import LeftOut
 from shared.clock import now_ms
 from shared.envelopes import (
     MAX_ENVELOPE_BYTES,
+    SESSION_VERSION,
     Claim,
     EnvelopeType,
     Header,
@@ -90,6 +91,10 @@ class Refusal:
     claim: Claim | None = None
 
 
+class _TakesLong(Exception):
+    """It is for a thread."""
+
+
 class Examiner:
     """Goes by one KP's directory."""
 
@@ -141,11 +146,13 @@ class Examiner:
             pin = self._directory.pin(sender) if self._directory.allows(sender) else None
             if pin is None or self._sessions is None or not self._sessions.knows(envelope, pin):
                 return None
-            return self._accept(envelope, redelivered, waited_ms)
+            return self._accept(envelope, redelivered, waited_ms, quickly=True)
         except Exception:  # noqa: BLE001 -- see above
             return None
 
-    def _accept(self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int) -> Accepted:
+    def _accept(
+        self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int, *, quickly: bool = False
+    ) -> Accepted:
         header = envelope.header
         pin, at_ms = self._find_pin(header.sender), now_ms()
         try:
@@ -155,13 +162,22 @@ class Examiner:
                 self._blame_changed_identity(envelope)
             raise
         payload = read_payload(header.type, envelope.payload)
+        if envelope.version == SESSION_VERSION and not _is_waited_for(payload):
+            raise EnvelopeRefused("bad_signature", f"an envelope with this {header.type} has no signature of its own")
         announcement = None
         if isinstance(payload, PlacedKeys):
             self._note_own_epochs(at_ms)
+            if quickly and not self._is_quick(header, payload, pin):
+                raise _TakesLong
             self._judge.check(header, payload, pin, at_ms)
         if isinstance(payload, Capabilities) and payload.announcement is not None:
             announcement = _read_announcement(payload.announcement, header.sender, pin)
         return Accepted(header, payload, redelivered, announcement, at_ms - waited_ms - header.date_ms)
+
+    def _is_quick(self, header: Header, placed: PlacedKeys, pin: bytes) -> bool:
+        return self._judge.knows(header, placed, pin) and all(
+            self._own_epochs.remembers(wrapping_key[1]) for wrapping_key in placed.wrapping_keys
+        )
 
     def _note_own_epochs(self, at_ms: int) -> None:
         own = self._directory.get(self._local_id)
@@ -224,6 +240,11 @@ class Examiner:
         except (EnvelopeRefused, SealBroken):
             return None
         return announcement.public_key if announcement.system_id == header.sender else None
+
+
+def _is_waited_for(payload: Payload) -> bool:
+    """Whether a session key may speak for it: an encryptor waits for it, and its sender sends it so."""
+    return isinstance(payload, Acknowledgement) or (isinstance(payload, PlacedKeys) and not payload.stock)
 
 
 def _refusal(error: EnvelopeRefused, header: Header | None, body: bytes) -> Refusal:

@@ -270,9 +270,11 @@ class Relay:
 
         row_id = await self._at_once.run(relaying.commit_told(self._local_id, hint, envelope.number, sign))
         if row_id is None:
+            metrics.HINTS.labels("missed").inc()
             self._new_rows.note_missed()
             return None
         waiting.rows = (EnvelopeRow(row_id, KEY_PLACED, 1, hint.token),)
+        metrics.HINTS.labels("found").inc()
         self._new_rows.note_found(hint.token)
         return waiting
 

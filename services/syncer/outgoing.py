@@ -110,11 +110,6 @@ class Outgoing:
         """Whether there is a way to the peer at all; one with an endpoint may be tried at any time."""
         return peer_id in self._links or self._bus.up.is_set()
 
-    def note_unread(self, peer_id: str) -> None:
-        """The peer could not read what came under a session key."""
-        if self._sessions is not None:
-            self._sessions.rest(peer_id)
-
     async def send(self, letters: Sequence[Letter]) -> list[Outcome]:
         """Dates, signs and sends; what became of each. Raises nothing for a broker or a peer that is away."""
         if not any(self.is_reachable(letter.target) for letter in letters):
@@ -134,8 +129,8 @@ class Outgoing:
         return replace(letter, signed=self._sign(letter))
 
     def quickly_signed(self, letter: Letter) -> Letter:
-        """The same letter under a session key, as it was where it needs a signature. For the event loop."""
-        return replace(letter, signed=self._in_session(letter, self._header(letter)))
+        """The same letter under a session key, as it was where that is not at hand. For the event loop."""
+        return replace(letter, signed=self._in_session(letter, self._header(letter), make=False))
 
     async def _signed(self, letters: Sequence[Letter]) -> list[bytes]:
         ahead = [letter.signed for letter in letters if letter.signed]
@@ -156,10 +151,11 @@ class Outgoing:
         number = self.numbers.next() if letter.number is None else letter.number
         return Header(letter.type, self._local_id, letter.target, number, now_ms())
 
-    def _in_session(self, letter: Letter, header: Header) -> bytes | None:
-        if not letter.waited_for or self._sessions is None:
+    def _in_session(self, letter: Letter, header: Header, *, make: bool = True) -> bytes | None:
+        # By HTTPS nothing is so urgent, and what cannot be read there is told in another way.
+        if not letter.waited_for or self._sessions is None or self.has_link(letter.target):
             return None
-        return self._sessions.envelope(header, letter.payload)
+        return self._sessions.envelope(header, letter.payload, make=make)
 
     async def _send(self, letter: Letter, envelope: bytes) -> Outcome:
         link = self._links.get(letter.target)

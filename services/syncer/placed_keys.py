@@ -134,6 +134,18 @@ class PlacedKeysJudge:
             self._check_wrapping_key(wrapping_key, sender_public_key)
         _check_lifetimes(header, placed, now_ms)
 
+    def knows(self, header: Header, placed: PlacedKeys, sender_public_key: bytes) -> bool:
+        """Whether all wrapping keys have been checked before, so that ``check`` takes no time."""
+        return all(
+            self._place(wrapping_key, sender_public_key) in self._verified
+            for wrapping_key in placed.sealed_wrapping_keys(header)
+        )
+
+    def _place(self, wrapping_key: SealedWrappingKey, sender_public_key: bytes) -> bytes:
+        signed = wrapping_key.signed_bytes()
+        told = len(signed).to_bytes(4, "big") + signed + wrapping_key.signature + sender_public_key
+        return hashlib.sha384(told).digest()
+
     def _check_wrapping_key(self, wrapping_key: SealedWrappingKey, sender_public_key: bytes) -> None:
         if not self._has_epoch(wrapping_key.epoch_id, wrapping_key.expires_ms):
             raise EnvelopeRefused(
@@ -141,14 +153,12 @@ class PlacedKeysJudge:
                 f"{wrapping_key.source_id} sealed keys to an epoch that {wrapping_key.target_id} does not have, or for "
                 "longer than it is kept: they could not be opened",
             )
-        signed = wrapping_key.signed_bytes()
-        told = hashlib.sha384(len(signed).to_bytes(4, "big") + signed + wrapping_key.signature + sender_public_key)
-        known = told.digest()
+        known = self._place(wrapping_key, sender_public_key)
         if known in self._verified:
             self._verified.move_to_end(known)
             return
         try:
-            verify(sender_public_key, wrapping_key.signature, signed, CONTEXT_WRAPPING_KEY)
+            verify(sender_public_key, wrapping_key.signature, wrapping_key.signed_bytes(), CONTEXT_WRAPPING_KEY)
         except SealBroken as error:
             raise EnvelopeRefused("bad_seal", f"a wrapping key is not signed by {wrapping_key.source_id}") from error
         self._verified[known] = None
@@ -184,6 +194,10 @@ class OwnEpochs:
         self._destroy_ms.update(epochs)
         for epoch_id in [known for known, destroy_ms in self._destroy_ms.items() if destroy_ms <= now_ms]:
             del self._destroy_ms[epoch_id]
+
+    def remembers(self, epoch_id: bytes) -> bool:
+        """Whether ``has`` needs no look at the keyring."""
+        return epoch_id in self._destroy_ms
 
     def has(self, epoch_id: bytes, until_ms: int) -> bool:
         """Whether what is sealed to it can be opened until then (UTC ms)."""

@@ -58,5 +58,7 @@ class Refuser:
             # sender's doing.
             if header.type is not EnvelopeType.ENVELOPE_REFUSED and refusal.reason != "replayed":
                 self._replies.complain(header.sender, header.number, refusal.reason, refusal.explanation, verified=True)
+        elif header is not None and header.type is EnvelopeType.ENVELOPE_REFUSED:
+            return
         elif claim is not None and claim.target == self._local_id and self._directory.pin(claim.sender) is not None:
             self._replies.complain(claim.sender, claim.number, refusal.reason, refusal.explanation, verified=False)

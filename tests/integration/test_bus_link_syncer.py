@@ -167,6 +167,12 @@ async def test_a_nudge_sends_keys_at_once_and_tells_both_apis(scene: Scene, rabb
         assert sorted(times)[10] < 0.3, times
 
 
+def hints(site: Site, outcome: str) -> float:
+    """How many hints have led to their row, or to nothing."""
+    wanted = f'skipbus_outbox_hints_total{{outcome="{outcome}"}}'
+    return sum(value for line, value in metrics(site) if line.startswith(wanted))
+
+
 def hint_of(placed: Placed) -> bytes:
     item = pack_hint(Hint(placed.target, placed.token, wire.pack(placed.rows)))
     assert item is not None
@@ -221,12 +227,16 @@ async def test_a_row_that_was_told_of_is_sent_at_once_whenever_it_is_committed(
 
     async with ears.bus.connected():
         await ears.bus.up.wait()
-        # The first one brings its wrapping key; after the false one hints are mere nudges.
+        found, missed = hints(alice, "found"), hints(alice, "missed")
+        # The first one brings its wrapping key; after the false ones hints are mere nudges.
         for way in (committed_first, told_beside_others, told_first, told_falsely, committed_first):
             times = [await seconds_until_stored(scene, ears, way, next(each)) for _ in range(12)]
             # Far below a second, also at the third quarter: a few may meet a beat.
             assert sorted(times)[8] < 0.3, (way.__name__, times)
     alice.rig.wait_count(alice.kp, scene.bob.kp, "issued", issued + 72)
+    # The short way is taken; a beat may have been faster for a few.
+    assert hints(alice, "found") >= found + 6
+    assert hints(alice, "missed") > missed
 
 
 def test_rows_that_wait_at_the_same_time_share_an_envelope(scene: Scene) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from services.syncer import examination
 from services.syncer.examination import MAX_AT_ONCE_BYTES, Accepted, Examiner, Refusal
+from services.syncer.metrics import REASONS
 from services.syncer.payloads import pack_acknowledgement
+from services.syncer.placed_keys import pack_placed_keys
 from shared import wire
 from shared.bus_bodies import LeftOut
 from shared.clock import now_ms
@@ -22,6 +25,7 @@ from shared.hybrid import HybridPrivateKey
 from shared.identity import Identity
 from shared.keyring import Keyring, PrivateEpoch
 from shared.peer_directory import PeerDirectory
+from shared.sealing import make_wrapping_key
 from shared.sessions import SessionBook, make_session_key
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
@@ -41,12 +45,20 @@ def in_session(payload: bytes = PAYLOAD, head: Header | None = None) -> bytes:
     return session_envelope(head or header(), payload, KEY.mac, SESSION)
 
 
-def directory(pin: bytes | None = IDENTITY.public_key) -> PeerDirectory:
-    """It knows KP_Alice's pin, and cannot be refreshed: nothing may ask the store."""
+def placed(*, stock: bool = False) -> bytes:
+    opened, sealed = make_wrapping_key(IDENTITY, ALICE, BOB, EPOCH.public())
+    r = opened.seal(b"k" * 16, bytes(32), now_ms() + 60_000, "c")
+    record = [r.key_id, r.size_bits, r.expires_ms, r.correlation_id, r.wrapping_key_id, r.nonce, r.sealed]
+    return pack_placed_keys([record], [sealed], stock=stock)
+
+
+def directory(pin: bytes | None = IDENTITY.public_key, *, announced: bool = True) -> PeerDirectory:
+    """It knows KP_Alice's pin and what KP_Bob announces. It cannot be refreshed: nothing may ask the store."""
+    own = SimpleNamespace(epochs=(EPOCH.public(),) if announced else ())
     known = SimpleNamespace(
         pin=lambda system_id: pin if system_id == ALICE else None,
         allows=lambda system_id: system_id in (ALICE, BOB),
-        get=lambda _: None,
+        get=lambda _: own,
         is_bus_peer=lambda _: True,
         conflicts=dict,
         note_presented=lambda *_: None,
@@ -108,6 +120,31 @@ def test_a_sender_whose_pin_is_not_known_is_left_to_a_thread(keyring: Keyring) -
     assert strange.examine_at_once(in_session(), False) is None
 
 
+def test_keys_under_a_wrapping_key_that_was_not_verified_before_are_left_to_a_thread(examiner: Examiner) -> None:
+    body = in_session(placed(), replace(header(), type=EnvelopeType.KEY_ISSUED))
+    assert examiner.examine_at_once(body, False) is None
+    assert isinstance(examiner.examine(body, redelivered=False), Accepted)
+    assert isinstance(examiner.examine_at_once(body, False), Accepted)
+
+
+def test_keys_for_an_epoch_that_only_the_keyring_knows_are_left_to_a_thread(keyring: Keyring) -> None:
+    """To look into its folder takes as long as that has files."""
+    forgetful = Examiner(BOB, directory(announced=False), keyring.epoch_ids, SessionBook(keyring))
+    body = in_session(placed(), replace(header(), type=EnvelopeType.KEY_ISSUED))
+    for _ in range(2):
+        assert isinstance(forgetful.examine(body, redelivered=False), Accepted)
+        assert forgetful.examine_at_once(body, False) is None
+
+
+@pytest.mark.parametrize("payload", [b"\x91\x94\xc4\x01k\xcd\x01\x00\x01\xa1c", None], ids=["news", "stock"])
+def test_what_nobody_waits_for_needs_a_signature_of_its_own(examiner: Examiner, payload: bytes | None) -> None:
+    body = in_session(payload or placed(stock=True), replace(header(), type=EnvelopeType.KEY_ISSUED))
+    assert examiner.examine_at_once(body, False) is None
+    refusal = examiner.examine(body, redelivered=False)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "bad_signature"
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -132,3 +169,11 @@ def test_whatever_is_wrong_is_left_to_a_thread_that_says_what(
 
 def test_without_sessions_nothing_is_examined_at_once() -> None:
     assert Examiner(BOB, directory()).examine_at_once(in_session(), False) is None
+
+
+def test_every_reason_that_stands_in_the_wire_format_has_a_label_of_its_own() -> None:
+    wire_format = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
+    table = wire_format[wire_format.index("| step | reason") : wire_format.index("A refused envelope is rejected")]
+    reasons = {word for row in table.splitlines() for word in re.findall(r"`([a-z_]+)`", row.rpartition(" | ")[2])}
+    assert reasons >= {"bad_signature", "unknown_session", "replayed"}
+    assert reasons == REASONS

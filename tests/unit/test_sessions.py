@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -19,6 +20,7 @@ from services.syncer.replies import Replies
 from shared import sessions, wire
 from shared.announcements import Announcement
 from shared.bus import Bus
+from shared.bus_names import nudge_routing_key
 from shared.clock import now_ms
 from shared.envelopes import (
     SESSION_VERSION,
@@ -35,11 +37,15 @@ from shared.errors import EnvelopeRefused
 from shared.hybrid import HybridPrivateKey
 from shared.identity import Identity
 from shared.keyring import Keyring, PrivateEpoch
+from shared.nudges import NudgeKind, pack_unread, read_nudge, read_unread
 from shared.sealing import make_wrapping_key
 from shared.secret import Secret
-from shared.sessions import REST_SECONDS, SessionBook, SessionMaker
+from shared.sessions import SessionBook, SessionMaker
 from shared.store.messages import OutboxEnvelope
 from shared.store.placing import KEY_PLACED, KEY_STOCKED
+
+if TYPE_CHECKING:
+    from services.syncer.https_link import HttpsLink
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 IDENTITY, BOBS = Identity.generate(), Identity.generate()
@@ -65,23 +71,12 @@ def header(at_ms: int = NOW_MS, number: int = 7, target: str = BOB) -> Header:
     return Header(EnvelopeType.KEY_ISSUED, ALICE, target, number, at_ms)
 
 
-class Clock:
-    """A monotonic clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.seconds = 1_000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
 class Pair:
     """KP_Alice, who makes session keys, and KP_Bob, who opens them."""
 
     def __init__(self, folder: Path) -> None:
         self.announcement: Announcement | None = announced()
-        self.clock = Clock()
-        self.maker = SessionMaker(ALICE, IDENTITY, lambda _: self.announcement, self.clock)
+        self.maker = SessionMaker(ALICE, IDENTITY, lambda _: self.announcement)
         self.keyring = Keyring.create(folder / "keyring", BOB)
         for epoch in (NOW, NEXT):
             self.keyring.write_epoch(epoch)
@@ -159,18 +154,31 @@ def test_a_peer_whose_epoch_key_is_no_key_is_sent_signatures(pair: Pair) -> None
     assert pair.maker.envelope(header(), b"\x90") is None
 
 
-def test_a_peer_that_could_not_read_one_is_sent_signatures_for_a_while_and_then_a_new_one(pair: Pair) -> None:
-    first = session_of(pair.made())
-    pair.maker.rest(BOB)
-    pair.clock.seconds += REST_SECONDS - 0.1
+def test_a_peer_that_could_not_read_one_is_sent_signatures_until_it_announces_itself_anew(pair: Pair) -> None:
+    first = pair.made()
+    pair.maker.note_unread(BOB, first.header.number)
     assert pair.maker.envelope(header(), b"\x90") is None
-    pair.clock.seconds += 0.2
-    assert session_of(pair.made()) != first
+    pair.announcement = replace(announced(), issued_ms=NOW_MS + 1)
+    assert session_of(pair.made()) != session_of(first)
 
 
-def test_another_peer_does_not_rest(pair: Pair) -> None:
-    pair.maker.rest("KP_Carol")
-    pair.check(pair.made())
+@pytest.mark.parametrize(("peer_id", "number"), [(BOB, 8), ("KP_Carol", 7)])
+def test_whoever_says_that_an_envelope_was_not_read_which_never_was_changes_nothing(
+    pair: Pair, peer_id: str, number: int
+) -> None:
+    first = pair.made()
+    pair.maker.note_unread(peer_id, number)
+    assert session_of(pair.made()) == session_of(first)
+
+
+def test_on_the_event_loop_no_session_key_is_made(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pair.maker.envelope(header(), b"\x90", make=False) is None
+    made = pair.made()
+    monkeypatch.setattr(sessions, "make_session_key", None)
+    envelope = pair.maker.envelope(header(), b"\x90", make=False)
+    assert envelope is not None
+    assert session_of(read_envelope(envelope)) == session_of(made)
+    assert pair.maker.envelope(header(NOW_MS + 300_000), b"\x90", make=False) is None
 
 
 def test_a_session_key_that_was_opened_is_refused_after_its_end(pair: Pair) -> None:
@@ -202,25 +210,23 @@ def test_the_epoch_that_was_destroyed_opens_no_session_key(pair: Pair) -> None:
     assert reason_of(pair, envelope) == "unknown_session"
 
 
-def test_no_more_session_keys_are_remembered_than_there_is_room_for(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sessions, "_BOOK_KEPT", 2)
-    for _ in range(4):
-        pair.check(pair.made())
-        pair.maker.rest(BOB)
-        pair.clock.seconds += REST_SECONDS + 1
-    assert len(pair.book._opened) == 2
+def test_a_few_session_keys_are_remembered_of_each_peer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_KEPT_OF_PEER", 2)
+    opened = []
+    for issued_ms in range(4):
+        pair.announcement = replace(announced(), issued_ms=issued_ms)
+        opened.append(pair.made())
+        pair.check(opened[-1])
+        pair.maker.note_unread(BOB, 7)
+    assert [pair.book.knows(one, IDENTITY.public_key) for one in opened] == [False, False, True, True]
 
 
-def test_session_keys_that_have_ended_are_forgotten_when_another_is_opened(pair: Pair) -> None:
-    pair.check(pair.made())
-    at_ms = NOW.span.destroy_ms
-    late = epoch_from(at_ms - 1_000)
-    pair.keyring.write_epoch(late)
-    pair.announcement = announced(epochs=(late,))
-    pair.check(pair.made(at_ms), at_ms)
-    assert len(pair.book._opened) == 1
+def test_session_keys_that_have_ended_are_forgotten(pair: Pair) -> None:
+    envelope = pair.made()
+    pair.check(envelope)
+    late_ms = NOW.span.destroy_ms
+    assert reason_of(pair, replace(envelope, header=header(late_ms)), late_ms) == "unknown_session"
+    assert not pair.book.knows(envelope, IDENTITY.public_key)
 
 
 def test_without_sessions_only_a_signature_counts(pair: Pair) -> None:
@@ -259,5 +265,32 @@ def test_what_an_encryptor_waits_for_goes_under_a_session_key_and_all_else_is_si
 
 def test_what_an_encryptor_waits_for_is_signed_where_the_peer_could_not_read_it(pair: Pair) -> None:
     made = outgoing(pair)
-    made.note_unread(BOB)
+    pair.announcement = announced(versions=(VERSION,))
     assert version_of(made.signed(Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 7, waited_for=True))) == VERSION
+
+
+def test_what_goes_by_https_is_signed(pair: Pair) -> None:
+    made = outgoing(pair)
+    made._links = {BOB: cast("HttpsLink", None)}
+    assert version_of(made.signed(Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 7, waited_for=True))) == VERSION
+
+
+def test_what_would_need_a_signature_comes_back_as_it_was_from_the_event_loop(pair: Pair) -> None:
+    made = outgoing(pair)
+    letter = Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 7, waited_for=True)
+    assert made.quickly_signed(letter).signed is None
+    made.signed(letter)
+    assert version_of(made.quickly_signed(letter)) == SESSION_VERSION
+    assert Replies(made, lambda: None).prepare(BOB, 7, quickly=True).signed is not None
+
+
+@pytest.mark.parametrize("item", [b"", b"\xc1", wire.pack([BOB]), wire.pack([7, BOB]), wire.pack([BOB, True])])
+def test_what_tells_of_no_envelope_says_nothing(item: bytes) -> None:
+    assert read_unread(item) is None
+
+
+def test_a_nudge_tells_of_an_envelope_that_was_not_read() -> None:
+    longest = "K" * 64
+    key = nudge_routing_key(ALICE, NudgeKind.UNREAD.value)
+    _, items = read_nudge(ALICE, key, wire.pack([pack_unread(longest, 2**63 - 1)]))
+    assert [read_unread(item) for item in items] == [(longest, 2**63 - 1)]
