@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import random
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +162,7 @@ def sealed_keys(
     source: Voice, target: KeyProvider, place: Place, count: int = 1, *, source_id: str | None = None
 ) -> Load:
     """Fresh keys of `source`, sealed to the epoch that `target` has announced in its own store."""
-    epoch = current_epoch(epochs_of(target, place), now_ms())
-    assert epoch is not None, f"{target.system_id} has announced no epoch"
+    epoch = epoch_of(target, place)
     source_id = source_id or source.id
     opened, wrapping = make_wrapping_key(source.identity, source_id, target.system_id, epoch)
     load = Load(
@@ -177,6 +177,13 @@ def sealed_keys(
         load.keys.append(Key(source_id, target.system_id, key_id.hex(), key.hex()))
         load.records.append([key_id, 256, expires_ms, "c-test", record.wrapping_key_id, record.nonce, record.sealed])
     return load
+
+
+def epoch_of(kp: KeyProvider, place: Place) -> PublicEpoch:
+    """The one to seal to now."""
+    epoch = current_epoch(epochs_of(kp, place), now_ms())
+    assert epoch is not None, f"{kp.system_id} has announced no epoch"
+    return epoch
 
 
 def epochs_of(kp: KeyProvider, place: Place) -> Sequence[PublicEpoch]:
@@ -510,6 +517,59 @@ class Scene:
         wait_for(lambda: refused(self.bob, reason, sender) == counted + 1, timeout_seconds=10)
         assert self.records_at_bob() == records
         self.assert_goes_on()
+
+
+def arrived(scene: Scene, load: Load) -> bool:
+    """Whether KP_Bob has these keys."""
+    return {key.key_id for key in load.keys} <= scene.records_at_bob()
+
+
+@contextmanager
+def asking(scene: Scene) -> Iterator[tuple[Future[Answer], float]]:
+    """A caller who waits for a key of KP_Alice for KP_Bob, and since when."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(get, scene.alice.url, "key", remoteSystemID=scene.bob_id), time.monotonic()
+
+
+def placed_by(scene: Scene, tap: Tap) -> bytes:
+    """The next envelope in which KP_Alice places keys."""
+    return tap.wait(EnvelopeType.KEY_ISSUED, scene.alice_id)
+
+
+def assert_no_answer(scene: Scene, forge: Callable[[int], bytes]) -> None:
+    """KP_Alice takes no acknowledgement that was forged for an envelope of hers, whose number ``forge`` is told."""
+    with scene.admin.diverting(scene.bob_id) as tap, asking(scene) as (asked, _):
+        forged = forge(read_envelope(placed_by(scene, tap)).header.number)
+        before = refused(scene.alice, "bad_signature", scene.bob_id)
+        scene.admin.send(scene.alice_id, forged)
+        assert asked.result(20).status == 500
+        assert refused(scene.alice, "bad_signature", scene.bob_id) == before + 1
+    scene.assert_goes_on()
+
+
+def flipped_bits(whole: bytes) -> list[bytes]:
+    """The envelope with one bit turned: at 150 places, and among the names and numbers, few bytes in thousands."""
+    positions = [*random.sample(range(8 * len(whole)), 150), *range(0, 8 * 60, 7)]
+    return [_flip(whole, position) for position in positions]
+
+
+def _flip(body: bytes, position: int) -> bytes:
+    changed = bytearray(body)
+    changed[position // 8] ^= 1 << position % 8
+    return bytes(changed)
+
+
+def refused_in_all(scene: Scene) -> float:
+    """By KP_Bob, for whatever reason."""
+    return metric(scene.bob, "skipbus_envelopes_refused_total")
+
+
+def assert_all_refused(scene: Scene, bodies: Sequence[bytes]) -> None:
+    """KP_Bob refuses each of them, and stores nothing."""
+    before, records = refused_in_all(scene), scene.records_at_bob()
+    scene.admin.send(scene.bob_id, *bodies)
+    wait_for(lambda: refused_in_all(scene) == before + len(bodies), timeout_seconds=30)
+    assert scene.records_at_bob() == records
 
 
 @contextmanager
