@@ -16,7 +16,7 @@ from typing import Protocol
 
 from shared import wire
 from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.errors import EnvelopeRefused, SealBroken
+from shared.errors import EnvelopeRefused, SealBroken, TakesLong
 from shared.identity import CONTEXT_ENVELOPE, Identity, verify
 from shared.system_ids import validate_system_id
 
@@ -71,11 +71,11 @@ class SignedEnvelope:
 class Sessions(Protocol):
     """Knows session keys; ``shared.sessions.SessionBook`` does."""
 
-    def knows(self, envelope: SignedEnvelope, sender_public_key: bytes) -> bool:
-        """Whether the envelope's session key has been opened before, so that ``check`` takes no time."""
+    def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int, *, quickly: bool = False) -> None:
+        """Returns where the envelope is authenticated by a session key of that identity's. Raises EnvelopeRefused.
 
-    def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int) -> None:
-        """Returns where the envelope is authenticated by a session key of that identity's; raises EnvelopeRefused."""
+        With ``quickly`` a session key that was not opened before raises TakesLong.
+        """
 
 
 def sign_envelope(header: Header, payload: bytes, identity: Identity) -> bytes:
@@ -162,18 +162,24 @@ def read_claim(data: bytes) -> Claim | None:
 
 
 def check_envelope(
-    envelope: SignedEnvelope, local_id: str, sender_public_key: bytes, now_ms: int, sessions: Sessions | None = None
+    envelope: SignedEnvelope,
+    local_id: str,
+    sender_public_key: bytes,
+    now_ms: int,
+    sessions: Sessions | None = None,
+    *,
+    quickly: bool = False,
 ) -> None:
     """Returns when the envelope is for ``local_id``, fresh, and authentic: its sender's pinned identity stands for it.
 
     Raises EnvelopeRefused: wrong_target, bad_signature, unknown_session, malformed, too_old, from_future. That the
     number is new is checked by the inbox, in the transaction that has the envelope's effect. Without ``sessions``
-    an envelope must have a signature of its own.
+    an envelope must have a signature of its own. With ``quickly`` whatever needs a signature verified raises TakesLong.
     """
     header = envelope.header
     if header.target != local_id:
         raise EnvelopeRefused("wrong_target", f"an envelope from {header.sender} is for {header.target}")
-    _check_proof(envelope, sender_public_key, now_ms, sessions)
+    _check_proof(envelope, sender_public_key, now_ms, sessions, quickly=quickly)
     if header.date_ms < now_ms - MAX_AGE_MS:
         age_seconds = (now_ms - header.date_ms) // 1000
         raise EnvelopeRefused("too_old", f"an envelope from {header.sender} is {age_seconds} s old")
@@ -185,12 +191,16 @@ def check_envelope(
         )
 
 
-def _check_proof(envelope: SignedEnvelope, public_key: bytes, now_ms: int, sessions: Sessions | None) -> None:
+def _check_proof(
+    envelope: SignedEnvelope, public_key: bytes, now_ms: int, sessions: Sessions | None, *, quickly: bool
+) -> None:
     if envelope.version == SESSION_VERSION:
         if sessions is None:
             raise EnvelopeRefused("bad_signature", "an envelope has no signature of its own, which is needed here")
-        sessions.check(envelope, public_key, now_ms)
+        sessions.check(envelope, public_key, now_ms, quickly=quickly)
         return
+    if quickly:
+        raise TakesLong
     try:
         verify(public_key, envelope.proof, envelope.signed_bytes(), CONTEXT_ENVELOPE)
     except SealBroken as error:

@@ -28,7 +28,7 @@ from shared import hybrid, wire
 from shared.announcements import Announcement
 from shared.envelopes import SESSION_VERSION, Header, SignedEnvelope, session_envelope
 from shared.epochs import EPOCH_ID_BYTES, PublicEpoch, current_epoch
-from shared.errors import EnvelopeRefused, KeyringError, SealBroken
+from shared.errors import EnvelopeRefused, KeyringError, SealBroken, TakesLong
 from shared.identity import CONTEXT_SESSION_KEY, Identity, verify
 from shared.keyring import Keyring
 from shared.logs import get_logger
@@ -183,21 +183,14 @@ class SessionBook:
         self._lock = Lock()
         self._opened: dict[str, OrderedDict[bytes, SessionKey]] = {}
 
-    def knows(self, envelope: SignedEnvelope, sender_public_key: bytes) -> bool:
-        """Whether the envelope is under a session key that is open already. Raises EnvelopeRefused: malformed."""
-        if envelope.version != SESSION_VERSION:
-            return False
-        known = _place_in_book(envelope.header, _read_proof(envelope)[1], sender_public_key)
-        with self._lock:
-            return known in self._opened.get(envelope.header.sender, ())
-
-    def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int) -> None:
+    def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int, *, quickly: bool = False) -> None:
         """Returns where the envelope is authenticated by a session key that its sender's identity has signed.
 
-        Raises EnvelopeRefused: bad_signature, unknown_session.
+        Raises EnvelopeRefused: malformed, bad_signature, unknown_session; with ``quickly`` TakesLong where the session
+        key is not open.
         """
         mac, session = _read_proof(envelope)
-        key = self._open(envelope.header, session, sender_public_key)
+        key = self._open(envelope.header, session, sender_public_key, quickly=quickly)
         if key.expires_ms <= now_ms:
             self._forget_ended(now_ms)
             raise _unknown(envelope.header, "it has ended")
@@ -208,13 +201,15 @@ class SessionBook:
                 "bad_signature", f"an envelope from {envelope.header.sender} does not fit its session key"
             ) from error
 
-    def _open(self, header: Header, session: bytes, sender_public_key: bytes) -> SessionKey:
+    def _open(self, header: Header, session: bytes, sender_public_key: bytes, *, quickly: bool) -> SessionKey:
         known = _place_in_book(header, session, sender_public_key)
         with self._lock:
             of_peer = self._opened.get(header.sender)
             key = of_peer.get(known) if of_peer is not None else None
-            if key is not None:
-                return key
+        if key is not None:
+            return key
+        if quickly:
+            raise TakesLong
         key = self._open_anew(header, session, sender_public_key)
         with self._lock:
             # Only now: the name of a sender that is no peer's never gets here.

@@ -10,7 +10,7 @@ import functools
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -45,7 +45,6 @@ from shared.logs import configure_logging, get_logger
 from shared.metrics import serve_metrics
 from shared.nudges import NudgeKind, read_unread
 from shared.peer_directory import PeerDirectory
-from shared.peers_config import PeerSettings
 from shared.sessions import SessionBook, SessionMaker
 from shared.store.peers import fetch_announcement
 from shared.store.processes import upsert_process
@@ -88,7 +87,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows, hop)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
-    effects = Effects(engine, local_id, _ids(settings.bus_peers), settings.mysql, relay.rows_of)
+    effects = Effects(engine, local_id, {p.system_id for p in settings.bus_peers}, settings.mysql, relay.rows_of)
     refusals = Refusals(directory)
     complaints = Complaints(bus, effects, relay, refusals)
     outgoing.on_refusal = complaints.hear_answer
@@ -155,10 +154,6 @@ def _hear(new_rows: NewRows, sessions: SessionMaker, kind: NudgeKind, items: Seq
         return
     for unread in filter(None, map(read_unread, items)):
         sessions.note_unread(*unread)
-
-
-def _ids(peers: Iterable[PeerSettings]) -> set[str]:
-    return {peer.system_id for peer in peers}
 
 
 def _https_links(settings: Settings, stopping: Callable[[], bool]) -> dict[str, HttpsLink]:

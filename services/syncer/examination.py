@@ -3,8 +3,8 @@
 Blocks, and is for a thread, but for ``examine_at_once``.
 
 Nothing of an envelope is believed before its signature is verified against the sender's pin, or its authenticator
-against a session key that the pinned identity has signed, except the names
-that are needed to find that pin. Whether its number is new is decided with its effect (``effects``).
+against a session key that the pinned identity has signed, except the names that are needed to find that pin. Whether
+its number is new is decided with its effect (``effects``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shared.envelopes import (
     read_claim,
     read_envelope,
 )
-from shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused
+from shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused, TakesLong
 from shared.identity import fingerprint
 from shared.logs import get_logger
 from shared.peer_directory import PeerDirectory
@@ -91,10 +91,6 @@ class Refusal:
     claim: Claim | None = None
 
 
-class _TakesLong(Exception):
-    """It is for a thread."""
-
-
 class Examiner:
     """Goes by one KP's directory."""
 
@@ -110,7 +106,7 @@ class Examiner:
         self._sessions = sessions
         self._directory = directory
         self._own_epochs = OwnEpochs(epochs_in_keyring)
-        self._judge = PlacedKeysJudge(directory.is_bus_peer, self._own_epochs.has)
+        self._judge = PlacedKeysJudge(directory.is_bus_peer, self._own_epochs)
         self._looked_ms = 0
 
     def examine(self, body: bytes, redelivered: bool, waited_ms: int = 0) -> Accepted | Refusal:
@@ -141,12 +137,7 @@ class Examiner:
         if isinstance(body, LeftOut) or len(body) > MAX_AT_ONCE_BYTES:
             return None
         try:
-            envelope = read_envelope(body)
-            sender = envelope.header.sender
-            pin = self._directory.pin(sender) if self._directory.allows(sender) else None
-            if pin is None or self._sessions is None or not self._sessions.knows(envelope, pin):
-                return None
-            return self._accept(envelope, redelivered, waited_ms, quickly=True)
+            return self._accept(read_envelope(body), redelivered, waited_ms, quickly=True)
         except Exception:  # noqa: BLE001 -- see above
             return None
 
@@ -154,11 +145,11 @@ class Examiner:
         self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int, *, quickly: bool = False
     ) -> Accepted:
         header = envelope.header
-        pin, at_ms = self._find_pin(header.sender), now_ms()
+        pin, at_ms = self._find_pin(header.sender, quickly=quickly), now_ms()
         try:
-            check_envelope(envelope, self._local_id, pin, at_ms, self._sessions)
+            check_envelope(envelope, self._local_id, pin, at_ms, self._sessions, quickly=quickly)
         except EnvelopeRefused as error:
-            if error.reason == "bad_signature":
+            if error.reason == "bad_signature" and not quickly:
                 self._blame_changed_identity(envelope)
             raise
         payload = read_payload(header.type, envelope.payload)
@@ -167,26 +158,22 @@ class Examiner:
         announcement = None
         if isinstance(payload, PlacedKeys):
             self._note_own_epochs(at_ms)
-            if quickly and not self._is_quick(header, payload, pin):
-                raise _TakesLong
-            self._judge.check(header, payload, pin, at_ms)
+            self._judge.check(header, payload, pin, at_ms, quickly=quickly)
         if isinstance(payload, Capabilities) and payload.announcement is not None:
             announcement = _read_announcement(payload.announcement, header.sender, pin)
         return Accepted(header, payload, redelivered, announcement, at_ms - waited_ms - header.date_ms)
-
-    def _is_quick(self, header: Header, placed: PlacedKeys, pin: bytes) -> bool:
-        return self._judge.knows(header, placed, pin) and all(
-            self._own_epochs.remembers(wrapping_key[1]) for wrapping_key in placed.wrapping_keys
-        )
 
     def _note_own_epochs(self, at_ms: int) -> None:
         own = self._directory.get(self._local_id)
         if own is not None:
             self._own_epochs.note(((epoch.epoch_id, epoch.span.destroy_ms) for epoch in own.epochs), at_ms)
 
-    def _find_pin(self, sender: str) -> bytes:
+    def _find_pin(self, sender: str, *, quickly: bool) -> bytes:
         if self._directory.allows(sender):
-            pin = self._directory.pin(sender) or self._look_again(sender)
+            pin = self._directory.pin(sender)
+            if pin is None and quickly:
+                raise TakesLong
+            pin = pin or self._look_again(sender)
             if pin is not None:
                 return pin
         raise EnvelopeRefused("unknown_sender", "an envelope's sender is not a peer of this key provider")

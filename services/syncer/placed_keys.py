@@ -17,7 +17,7 @@ from typing import Any
 from shared import wire
 from shared.envelopes import Header
 from shared.epochs import EPOCH_ID_BYTES, MAX_CLOCK_SKEW_MS
-from shared.errors import EnvelopeRefused, SealBroken
+from shared.errors import EnvelopeRefused, SealBroken, TakesLong
 from shared.identity import CONTEXT_WRAPPING_KEY, verify
 from shared.keys import KEY_ID_BYTES, MAX_KEY_BITS, MIN_KEY_BITS
 from shared.sealing import WRAPPING_KEY_ID_BYTES, KeyRecord, SealedWrappingKey
@@ -118,47 +118,44 @@ def _check_wrapping_key(wrapping_key: object) -> None:
 class PlacedKeysJudge:
     """Decides for one target whether sealed keys can be served from here; remembers signatures it has verified."""
 
-    def __init__(self, is_bus_peer: Callable[[str], bool], has_epoch: Callable[[bytes, int], bool]) -> None:
-        """``has_epoch`` says whether the local KP has this epoch's private half, and will until that time (UTC ms)."""
+    def __init__(self, is_bus_peer: Callable[[str], bool], own_epochs: OwnEpochs) -> None:
+        """``own_epochs`` are the local KP's."""
         self._is_bus_peer = is_bus_peer
-        self._has_epoch = has_epoch
+        self._own_epochs = own_epochs
         self._verified: OrderedDict[bytes, None] = OrderedDict()
 
-    def check(self, header: Header, placed: PlacedKeys, sender_public_key: bytes, now_ms: int) -> None:
-        """Raises EnvelopeRefused: not_a_bus_peer, unknown_epoch, bad_seal, bad_lifetime."""
+    def check(
+        self, header: Header, placed: PlacedKeys, sender_public_key: bytes, now_ms: int, *, quickly: bool = False
+    ) -> None:
+        """Raises EnvelopeRefused: not_a_bus_peer, unknown_epoch, bad_seal, bad_lifetime.
+
+        With ``quickly`` a wrapping key that was not verified before, or of an epoch to be looked for, raises TakesLong.
+        """
         if not self._is_bus_peer(header.sender):
             raise EnvelopeRefused(
                 "not_a_bus_peer", f"{header.sender} sent sealed keys and is no peer over a bus in this configuration"
             )
         for wrapping_key in placed.sealed_wrapping_keys(header):
-            self._check_wrapping_key(wrapping_key, sender_public_key)
+            self._check_wrapping_key(wrapping_key, sender_public_key, quickly=quickly)
         _check_lifetimes(header, placed, now_ms)
 
-    def knows(self, header: Header, placed: PlacedKeys, sender_public_key: bytes) -> bool:
-        """Whether all wrapping keys have been checked before, so that ``check`` takes no time."""
-        return all(
-            self._place(wrapping_key, sender_public_key) in self._verified
-            for wrapping_key in placed.sealed_wrapping_keys(header)
-        )
-
-    def _place(self, wrapping_key: SealedWrappingKey, sender_public_key: bytes) -> bytes:
-        signed = wrapping_key.signed_bytes()
-        told = len(signed).to_bytes(4, "big") + signed + wrapping_key.signature + sender_public_key
-        return hashlib.sha384(told).digest()
-
-    def _check_wrapping_key(self, wrapping_key: SealedWrappingKey, sender_public_key: bytes) -> None:
-        if not self._has_epoch(wrapping_key.epoch_id, wrapping_key.expires_ms):
+    def _check_wrapping_key(self, wrapping_key: SealedWrappingKey, sender_public_key: bytes, *, quickly: bool) -> None:
+        if not self._own_epochs.has(wrapping_key.epoch_id, wrapping_key.expires_ms, quickly=quickly):
             raise EnvelopeRefused(
                 "unknown_epoch",
                 f"{wrapping_key.source_id} sealed keys to an epoch that {wrapping_key.target_id} does not have, or for "
                 "longer than it is kept: they could not be opened",
             )
-        known = self._place(wrapping_key, sender_public_key)
+        signed = wrapping_key.signed_bytes()
+        told = hashlib.sha384(len(signed).to_bytes(4, "big") + signed + wrapping_key.signature + sender_public_key)
+        known = told.digest()
         if known in self._verified:
             self._verified.move_to_end(known)
             return
+        if quickly:
+            raise TakesLong
         try:
-            verify(sender_public_key, wrapping_key.signature, wrapping_key.signed_bytes(), CONTEXT_WRAPPING_KEY)
+            verify(sender_public_key, wrapping_key.signature, signed, CONTEXT_WRAPPING_KEY)
         except SealBroken as error:
             raise EnvelopeRefused("bad_seal", f"a wrapping key is not signed by {wrapping_key.source_id}") from error
         self._verified[known] = None
@@ -195,14 +192,17 @@ class OwnEpochs:
         for epoch_id in [known for known, destroy_ms in self._destroy_ms.items() if destroy_ms <= now_ms]:
             del self._destroy_ms[epoch_id]
 
-    def remembers(self, epoch_id: bytes) -> bool:
-        """Whether ``has`` needs no look at the keyring."""
-        return epoch_id in self._destroy_ms
+    def has(self, epoch_id: bytes, until_ms: int, *, quickly: bool = False) -> bool:
+        """Whether what is sealed to it can be opened until then (UTC ms).
 
-    def has(self, epoch_id: bytes, until_ms: int) -> bool:
-        """Whether what is sealed to it can be opened until then (UTC ms)."""
+        With ``quickly`` raises TakesLong where the keyring must be looked into.
+        """
         destroy_ms = self._destroy_ms.get(epoch_id)
-        return until_ms <= destroy_ms if destroy_ms is not None else epoch_id in self._in_keyring()
+        if destroy_ms is not None:
+            return until_ms <= destroy_ms
+        if quickly:
+            raise TakesLong
+        return epoch_id in self._in_keyring()
 
 
 def _require(condition: bool) -> None:

@@ -53,12 +53,12 @@ class Refuser:
 
     def _tell_sender(self, refusal: Refusal) -> None:
         header, claim = refusal.header, refusal.claim
-        if header is not None and refusal.verified:
-            # A refusal of a refusal would go back and forth for ever; a heartbeat that is played back is not its
-            # sender's doing.
-            if header.type is not EnvelopeType.ENVELOPE_REFUSED and refusal.reason != "replayed":
-                self._replies.complain(header.sender, header.number, refusal.reason, refusal.explanation, verified=True)
-        elif header is not None and header.type is EnvelopeType.ENVELOPE_REFUSED:
+        if header is not None and header.type is EnvelopeType.ENVELOPE_REFUSED:
+            # A refusal of a refusal would go back and forth for ever.
             return
+        if header is not None and refusal.verified:
+            # A heartbeat that is played back is not its sender's doing.
+            if refusal.reason != "replayed":
+                self._replies.complain(header.sender, header.number, refusal.reason, refusal.explanation, verified=True)
         elif claim is not None and claim.target == self._local_id and self._directory.pin(claim.sender) is not None:
             self._replies.complain(claim.sender, claim.number, refusal.reason, refusal.explanation, verified=False)

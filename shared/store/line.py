@@ -44,11 +44,10 @@ class StoreLine:
     ) -> None:
         """Takes over a connection with no statement under way; ``statement_ids`` are of those it has prepared.
 
-        With ``outlives_refusals`` it stays open where the server has only refused a statement of a command that was
-        alone under way. What was half done is then the caller's to roll back.
+        With ``outlives_refusals`` it stays open where the server has only refused a statement of the last command under
+        way. What was half done is then the caller's to roll back.
         """
         self._outlives_refusals = outlives_refusals
-        self._commands = 0
         self._loop = loop
         self._statement_ids = statement_ids or {}
         # PyMySQL's object is kept for its buffered reader, which is empty now, and would close the socket with it.
@@ -73,13 +72,11 @@ class StoreLine:
         if not self.open:
             self._fail(_lost())
             return
-        self._commands = self._write((statement.sql,))
+        self._write((statement.sql,))
         if statement.meanwhile is not None and self.open:
             more = statement.meanwhile()
             if more:
-                count = self._write(more)
-                self._commands += count
-                self._answer.expect(count)
+                self._answer.expect(self._write(more))
 
     def check(self, now: float) -> None:
         """Ends the line where the server has taken too long over a statement; ``now`` is the loop's time."""
@@ -136,19 +133,16 @@ class StoreLine:
         try:
             complete = answer.feed(data)
         except pymysql.err.Error as error:
-            ours = translated(error)
-            ours.__cause__ = error
-            if not (self._outlives_refusals and self._commands == 1 and isinstance(ours, StoreRefused)):
-                self.close()
-            self._tell((), ours)
+            self._fail(error, may_stay=self._outlives_refusals and answer.is_last)
             return
         if complete:
             self._tell(answer.rows, None)
 
-    def _fail(self, error: BaseException) -> None:
-        self.close()
+    def _fail(self, error: BaseException, *, may_stay: bool = False) -> None:
         ours = translated(error)
         ours.__cause__ = error
+        if not (may_stay and isinstance(ours, StoreRefused)):
+            self.close()
         self._tell((), ours)
 
     def _tell(self, rows: Rows, error: BaseException | None) -> None:

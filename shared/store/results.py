@@ -49,6 +49,11 @@ class Answer:
         """The rows of the statement that gave some."""
         return self._rows
 
+    @property
+    def is_last(self) -> bool:
+        """Whether only one command is still to be answered."""
+        return self._commands == 1
+
     def expect(self, commands: int) -> None:
         """So many more commands were sent before this was answered."""
         self._commands += commands

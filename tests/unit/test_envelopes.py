@@ -61,7 +61,7 @@ def receive(vector: dict[str, Any], folder: Path) -> SignedEnvelope:
     if isinstance(payload, PlacedKeys):
         epochs = OwnEpochs(frozenset)
         epochs.note(((bytes.fromhex(epoch_id), destroy_ms) for epoch_id, destroy_ms in vector["epochs"]), 0)
-        judge = PlacedKeysJudge(lambda _: vector["link"] == "bus", epochs.has)
+        judge = PlacedKeysJudge(lambda _: vector["link"] == "bus", epochs)
         judge.check(envelope.header, payload, sender_public_key, vector["now_ms"])
     return envelope
 

@@ -16,7 +16,7 @@ from services.syncer.examination import MAX_AT_ONCE_BYTES, Accepted, Examiner, R
 from services.syncer.metrics import REASONS
 from services.syncer.payloads import pack_acknowledgement
 from services.syncer.placed_keys import pack_placed_keys
-from shared import wire
+from shared import envelopes, sessions, wire
 from shared.bus_bodies import LeftOut
 from shared.clock import now_ms
 from shared.envelopes import EnvelopeType, Header, session_envelope, sign_envelope
@@ -52,7 +52,9 @@ def placed(*, stock: bool = False) -> bytes:
     return pack_placed_keys([record], [sealed], stock=stock)
 
 
-def directory(pin: bytes | None = IDENTITY.public_key, *, announced: bool = True) -> PeerDirectory:
+def directory(
+    pin: bytes | None = IDENTITY.public_key, *, announced: bool = True, conflicts: dict[str, Any] | None = None
+) -> PeerDirectory:
     """It knows KP_Alice's pin and what KP_Bob announces. It cannot be refreshed: nothing may ask the store."""
     own = SimpleNamespace(epochs=(EPOCH.public(),) if announced else ())
     known = SimpleNamespace(
@@ -60,7 +62,7 @@ def directory(pin: bytes | None = IDENTITY.public_key, *, announced: bool = True
         allows=lambda system_id: system_id in (ALICE, BOB),
         get=lambda _: own,
         is_bus_peer=lambda _: True,
-        conflicts=dict,
+        conflicts=lambda: conflicts or {},
         note_presented=lambda *_: None,
         refresh=lambda _: pytest.fail("the store is asked"),
     )
@@ -101,18 +103,30 @@ def test_a_session_key_that_is_not_open_is_left_to_a_thread(keyring: Keyring) ->
     "body",
     [
         lambda: sign_envelope(header(), PAYLOAD, IDENTITY),
-        lambda: in_session(wire.pack(bytes(MAX_AT_ONCE_BYTES))),
-        lambda: LeftOut(5 * 2**20),
         # It says that it is signed, and has the session key that is known where the signature should be.
         lambda: wire.pack([wire.unpack(sign_envelope(header(), PAYLOAD, IDENTITY))[0], *wire.unpack(in_session())[1:]]),
     ],
-    ids=["signed", "long", "left out", "signed in session"],
+    ids=["signed", "signed in session"],
 )
 def test_what_takes_long_is_left_to_a_thread(
     examiner: Examiner, body: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examination, "check_envelope", lambda *_: pytest.fail("it is verified here"))
+    for module in (envelopes, sessions):
+        monkeypatch.setattr(module, "verify", lambda *_: pytest.fail("it is verified here"))
     assert examiner.examine_at_once(body(), False) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [lambda: in_session(wire.pack(bytes(MAX_AT_ONCE_BYTES))), lambda: LeftOut.of(5 * 2**20)],
+    ids=["long", "left out"],
+)
+def test_what_is_long_is_not_even_read(
+    examiner: Examiner, body: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = body()
+    monkeypatch.setattr(examination, "read_envelope", lambda _: pytest.fail("it is read here"))
+    assert examiner.examine_at_once(long, False) is None
 
 
 def test_a_sender_whose_pin_is_not_known_is_left_to_a_thread(keyring: Keyring) -> None:
@@ -165,6 +179,15 @@ def test_whatever_is_wrong_is_left_to_a_thread_that_says_what(
     refusal = examiner.examine(made, redelivered=False)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == reason
+
+
+def test_who_else_may_have_signed_it_is_left_to_a_thread(keyring: Keyring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another identity is presented under the name; whether it stands for a bad envelope takes a verification."""
+    presented = {ALICE: SimpleNamespace(presented_key=Identity.generate().public_key)}
+    made = Examiner(BOB, directory(conflicts=presented), keyring.epoch_ids, SessionBook(keyring))
+    assert isinstance(made.examine(in_session(), redelivered=False), Accepted)
+    monkeypatch.setattr(sessions, "verify", lambda *_: pytest.fail("it is verified here"))
+    assert made.examine_at_once(session_envelope(header(), PAYLOAD, lambda _: bytes(48), SESSION), False) is None
 
 
 def test_without_sessions_nothing_is_examined_at_once() -> None:
