@@ -28,6 +28,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY services services
 COPY skipctl skipctl
+COPY skipbus skipbus
 COPY skipbus_testkit skipbus_testkit
 RUN /opt/build/bin/python -c "from setuptools.build_meta import build_wheel; build_wheel('/dist')" \
  && python -m pip --python /opt/skipbus/bin/python install --no-index --no-deps /dist/*.whl

@@ -21,9 +21,9 @@ from aiohttp import web
 from pymysql.constants import CLIENT
 
 from sandbox.ports import LOOPBACK
-from shared.store.line import StoreLine
-from shared.store.results import Rows
-from shared.store.steps import Statement
+from skipbus.shared.store.line import StoreLine
+from skipbus.shared.store.results import Rows
+from skipbus.shared.store.steps import Statement
 
 PATH = "/key"
 _RECORDS, _EVENTS = "bench_bare_records", "bench_bare_events"

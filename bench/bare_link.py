@@ -23,7 +23,7 @@ from aio_pika.abc import AbstractConnection, AbstractExchange, AbstractIncomingM
 
 from sandbox.servers import Database
 from sandbox.sites import Sites
-from shared.bus_names import ENVELOPES
+from skipbus.shared.bus_names import ENVELOPES
 
 # An envelope with one key: a sealed and signed wrapping key (6.4 kB), a record, the envelope's own signature (4.6 kB).
 _ENVELOPE_BYTES = 11_200

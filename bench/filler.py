@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError
 from sandbox.servers import Database
-from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
-from shared.clock import now_ms
-from shared.config import MySqlSettings
-from shared.database import connect, make_engine
-from shared.keyring import Keyring
-from shared.peer_directory import PeerDirectory
-from shared.secret import Secret
-from shared.store.steps import run_steps
-from shared.system_ids import RemoteSystemIds
+from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import connect, make_engine
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.secret import Secret
+from skipbus.shared.store.steps import run_steps
+from skipbus.shared.system_ids import RemoteSystemIds
 
 _BATCH = 1000
 _KEY_TTL_SECONDS = 3600

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sandbox.ports import LOOPBACK
-from services.api.tls import openssl
+from skipbus.services.api.tls import openssl
 
 _THREADS = 4
 _TIMEOUT_SECONDS = 10.0

@@ -14,15 +14,15 @@ import aio_pika
 
 from sandbox.key_provider import BusPeer
 from sandbox.processes import SandboxError
-from services.syncer.payloads import pack_capabilities, pack_heartbeat
-from shared.announcements import Announcement, digest, sign_announcement
-from shared.bus_names import ENVELOPES, live_routing_key, routing_key
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, Header, sign_envelope
-from shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.peers_config import identity_line
+from skipbus.services.syncer.payloads import pack_capabilities, pack_heartbeat
+from skipbus.shared.announcements import Announcement, digest, sign_announcement
+from skipbus.shared.bus_names import ENVELOPES, live_routing_key, routing_key
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.peers_config import identity_line
 
 _QUEUE = "bench.voices"
 _START_SECONDS = 30.0

@@ -19,8 +19,8 @@ from sandbox.ports import LOOPBACK, free_port
 from sandbox.processes import POLL_SECONDS, Child, SandboxError, minimal_environ, tail, write_private
 from sandbox.servers import Database
 from sandbox.tls_files import TlsFiles
-from shared.keyring import Keyring
-from shared.peers_config import identity_line
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.peers_config import identity_line
 
 ROLES = ("api", "syncer", "janitor")
 # A service drains for at most 10 s.
@@ -118,7 +118,7 @@ class KeyProvider:
         running = self.processes.get(role)
         if running is not None and running.running:
             return running
-        command = [sys.executable, "-m", f"services.{role}"]
+        command = [sys.executable, "-m", f"skipbus.services.{role}"]
         environ = self.environ | self.environ_of.get(role, {})
         child = Child(command, environ=environ, log=self.log_of(role), cwd=self.root)
         self.processes[role] = child
@@ -163,7 +163,7 @@ class KeyProvider:
     def run_skipctl(self, *arguments: str) -> str:
         """Run `skipctl` in this key provider's environment; its output. Raises SandboxError."""
         result = subprocess.run(
-            [sys.executable, "-m", "skipctl", *arguments],
+            [sys.executable, "-m", "skipbus.ctl", *arguments],
             env=self.environ,
             cwd=self.root,
             capture_output=True,
@@ -195,7 +195,7 @@ class KeyProvider:
         remotes = {f"SKIP_REMOTE_SYSTEM_ID_{n}": remote for n, remote in enumerate(remote_ids, start=1)}
         return {
             **minimal_environ(home=self.root),
-            # `-m services.api` must find this clone from any working folder, installed or not.
+            # `-m skipbus.services.api` must find this clone from any working folder, installed or not.
             "PYTHONPATH": str(_REPOSITORY),
             "SKIP_ENV": "production",
             "SKIP_LOCAL_SYSTEM_ID": self.system_id,

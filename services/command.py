@@ -2,8 +2,8 @@
 
 Rules: the service runs in this very process, so that as PID 1 of a container it gets the signals itself; only the
 service that is asked for is imported, since a probe runs every few seconds.
-Leaves to others: everything that the services do (``services.*.__main__``), and what the probes ask
-(``services.probes``).
+Leaves to others: everything that the services do (``skipbus.services.*.__main__``), and what the probes ask
+(``skipbus.services.probes``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> int:
     if word in _SERVICES:
         # The services read their arguments as their own console scripts do.
         sys.argv = [f"skip-{word}", *sys.argv[2:]]
-        return _main_of(f"services.{word}.__main__")
+        return _main_of(f"skipbus.services.{word}.__main__")
     if word in _PROBES and len(sys.argv) == 2:
         return _probe(word)
     helped = word in ("--help", "-h")
@@ -46,7 +46,7 @@ def _main_of(module: str) -> int:
 
 def _probe(word: str) -> int:
     # Here, so that a service does not carry it.
-    from services import probes  # noqa: PLC0415
+    from skipbus.services import probes  # noqa: PLC0415
 
     fault = probes.ready_fault(os.environ) if word == "ready" else probes.alive_fault(os.environ)
     sys.stdout.write(f"{fault or word}\n")

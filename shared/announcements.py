@@ -1,7 +1,7 @@
 """Announcements: a KP's signed statement of its identity, its public epochs and its capabilities.
 
 Pure. An announcement proves only that its identity made it; whether that identity may speak for the
-system id is decided by the pin (``shared.store.peers`` learns it at first sight).
+system id is decided by the pin (``skipbus.shared.store.peers`` learns it at first sight).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shared import wire
-from shared.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
-from shared.errors import SealBroken
-from shared.hybrid import PUBLIC_KEY_BYTES
-from shared.identity import CONTEXT_ANNOUNCEMENT, Identity, verify
-from shared.system_ids import validate_system_id
+from skipbus.shared import wire
+from skipbus.shared.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
+from skipbus.shared.errors import SealBroken
+from skipbus.shared.hybrid import PUBLIC_KEY_BYTES
+from skipbus.shared.identity import CONTEXT_ANNOUNCEMENT, Identity, verify
+from skipbus.shared.system_ids import validate_system_id
 
 T = TypeVar("T")
 VERSION = 1

@@ -2,7 +2,7 @@
 
 What a process needs on the broker is declared anew on every new connection, by a function that its owner hands in,
 so a broker that comes back empty is put in order too. A lost broker is logged once when it goes and once when it is
-back. Leaves to others: what is declared, published and consumed (``shared.bus``, ``shared.nudges``).
+back. Leaves to others: what is declared, published and consumed (``skipbus.shared.bus``, ``skipbus.shared.nudges``).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.connection import make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 
-from shared.bus_bodies import bound_bodies
-from shared.errors import BusUnavailable
-from shared.logs import get_logger
-from shared.secret import Secret
+from skipbus.shared.bus_bodies import bound_bodies
+from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.logs import get_logger
+from skipbus.shared.secret import Secret
 
 CONNECT_SECONDS = 5.0
 CONFIRM_SECONDS = 10.0

@@ -1,13 +1,13 @@
 """A syncer's door to the broker: its KP's queues, what arrives in them, and publishing to others.
 
 Everything that this KP needs (exchanges, its queues, its dead-letter queue) is declared on every new connection
-(``shared.broker``). Deliveries of a lost connection are worthless: the broker hands them out again.
+(``skipbus.shared.broker``). Deliveries of a lost connection are worthless: the broker hands them out again.
 
 A quorum queue that was made just before its broker was killed can come back without a leader, and then answers
 nobody, ever. This KP's own one is then deleted and made anew; what was in it comes again from the peers' outboxes.
 
-Publishing is confirmed by the broker (``shared.bus_sending``). Leaves to others: what envelopes say and which are sent
-again.
+Publishing is confirmed by the broker (``shared/bus_sending.py``). Leaves to others: what envelopes say and which are
+sent again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 from pamqp.common import FieldTable
 
-from shared.broker import (
+from skipbus.shared.broker import (
     CONFIRM_SECONDS,
     CONNECT_SECONDS,
     FAILURES,
@@ -34,7 +34,7 @@ from shared.broker import (
     cancelled_from_outside,
     confirmation,
 )
-from shared.bus_names import (
+from skipbus.shared.bus_names import (
     DEAD_LETTERS,
     ENVELOPES,
     dead_queue_name,
@@ -43,13 +43,13 @@ from shared.bus_names import (
     queue_name,
     routing_key,
 )
-from shared.bus_sending import Channels, Sender
-from shared.errors import BusUnavailable
-from shared.logs import get_logger
-from shared.nudges import FOR_SYNCER, NudgeKind, Nudges, OnNudge, pumping
-from shared.secret import Secret
+from skipbus.shared.bus_sending import Channels, Sender
+from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.logs import get_logger
+from skipbus.shared.nudges import FOR_SYNCER, NudgeKind, Nudges, OnNudge, pumping
+from skipbus.shared.secret import Secret
 
-# Of each queue. Of a message that is larger than any envelope only its length is in memory (``shared.bus_bodies``).
+# Of each queue. Of a message that is larger than any envelope only its length is in memory (``shared/bus_bodies.py``).
 PREFETCH = 32
 DELIVERY_LIMIT = 5
 DEAD_LETTERS_KEPT = 10_000

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange
 
-from shared.broker import CONFIRM_SECONDS, message_of
-from shared.bus_names import ENVELOPES, live_routing_key, routing_key
-from shared.errors import BusUnavailable
-from shared.logs import get_logger
+from skipbus.shared.broker import CONFIRM_SECONDS, message_of
+from skipbus.shared.bus_names import ENVELOPES, live_routing_key, routing_key
+from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.logs import get_logger
 
 # One message alone; the relay waits for it meanwhile.
 PROBE_SECONDS = 3.0

@@ -3,8 +3,8 @@
 Rules: parsed once, at start, from what is handed in; all problems are reported together, each with the
 variable, what is wrong and the fix, and exit code 2; no secret stands in a problem or in what is shown.
 Units stand in the names.
-Leaves to others: the list of options (`shared.options`) and where values come from
-(`shared.config_sources`).
+Leaves to others: the list of options (`skipbus.shared.options`) and where values come from
+(`skipbus.shared.config_sources`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.config_sources import ENVIRONMENT, ProblemError, Raw, Sources, read_sources, shown
-from shared.errors import OperatorError
-from shared.option_kinds import NO_FILE
-from shared.options import CONFIG_FILE, IDENTITIES_PLACE, OPTIONS, REMOTE_PREFIX, Option, remote_number
-from shared.peers_config import Link, PeerSettings, describe_peer, read_peers
-from shared.secret import Secret
-from shared.system_ids import RemoteSystemIds, validate_pattern
+from skipbus.shared.config_sources import ENVIRONMENT, ProblemError, Raw, Sources, read_sources, shown
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.option_kinds import NO_FILE
+from skipbus.shared.options import CONFIG_FILE, IDENTITIES_PLACE, OPTIONS, REMOTE_PREFIX, Option, remote_number
+from skipbus.shared.peers_config import Link, PeerSettings, describe_peer, read_peers
+from skipbus.shared.secret import Secret
+from skipbus.shared.system_ids import RemoteSystemIds, validate_pattern
 
 __all__ = [
     "EXIT_BAD_CONFIGURATION",

@@ -3,8 +3,8 @@
 Rules: the environment wins over the TOML file; a name that means nothing here is a problem, with the
 nearest name that does; every problem is one text that names the variable or the file, what is wrong and
 the fix, and holds no secret.
-Leaves to others: what the options accept (`shared.options`), and what is checked across them
-(`shared.config`).
+Leaves to others: what the options accept (`skipbus.shared.options`), and what is checked across them
+(`skipbus.shared.config`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.options import (
+from skipbus.shared.options import (
     CONFIG_FILE,
     EARLIER_NAMES,
     IDENTITIES_PLACE,

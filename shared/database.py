@@ -16,8 +16,8 @@ from pymysql.constants import CLIENT, CR, ER
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from shared.config import MySqlSettings
-from shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.errors import StoreRefused, StoreUnavailable
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_SECONDS = 10

@@ -12,9 +12,9 @@ import hashlib
 
 from pymysql.connections import Connection
 
-from shared.config import MySqlSettings
-from shared.database import connect, driver_errors
-from shared.errors import BackendError
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import connect, driver_errors
+from skipbus.shared.errors import BackendError
 
 
 class Election:

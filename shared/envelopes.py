@@ -3,7 +3,7 @@
 The bytes are MessagePack ``[protected, payload, proof]``, each a byte string. ``protected`` is
 ``[version, type, sender, target, number, date_ms]``; the proof covers both byte strings as they
 stand, so nothing is ever packed again in order to be verified. In version 1 it is the sender's signature; in version 2
-an authenticator, with the session key that the sender has signed once (``shared.sessions``). A receiver reads the
+an authenticator, with the session key that the sender has signed once (``shared/sessions.py``). A receiver reads the
 protected part, finds the sender's pinned identity, verifies, and only then looks into the payload.
 """
 
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from shared import wire
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.errors import EnvelopeRefused, SealBroken, TakesLong
-from shared.identity import CONTEXT_ENVELOPE, Identity, verify
-from shared.system_ids import validate_system_id
+from skipbus.shared import wire
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.errors import EnvelopeRefused, SealBroken, TakesLong
+from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity, verify
+from skipbus.shared.system_ids import validate_system_id
 
 VERSION = 1
 SESSION_VERSION = 2
@@ -69,7 +69,7 @@ class SignedEnvelope:
 
 
 class Sessions(Protocol):
-    """Knows session keys; ``shared.sessions.SessionBook`` does."""
+    """Knows session keys; ``skipbus.shared.sessions.SessionBook`` does."""
 
     def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int, *, quickly: bool = False) -> None:
         """Returns where the envelope is authenticated by a session key of that identity's. Raises EnvelopeRefused.

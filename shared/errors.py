@@ -1,8 +1,8 @@
 """The one error tree, by whose fault it is: the caller's, the peer's, a backend's, or ours.
 
 Rules: a message is one sentence that a stranger may read; it never carries key material. An error
-becomes an HTTP status in one place (``services.api.responses``) and an ack or a reject in one other
-(``services.syncer.inbox``). Driver errors are wrapped where the driver is used, cause kept.
+becomes an HTTP status in one place (``skipbus.services.api.responses``) and an ack or a reject in one other
+(``skipbus.services.syncer.inbox``). Driver errors are wrapped where the driver is used, cause kept.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 For what a process reads each second though nothing has happened. There is no commit to wait for, no lock and no view of
 the past that the server would have to keep, and nothing is written. What comes back may be of different moments, a
-millisecond apart. The questions themselves are in ``shared.store.glances``.
+millisecond apart. The questions themselves are in ``skipbus.shared.store.glances``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from pymysql.connections import Connection
 
-from shared.config import MySqlSettings
-from shared.database import OwnConnection, driver_errors
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import OwnConnection, driver_errors
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from shared import wire
+from skipbus.shared import wire
 
 AHEAD_SECONDS = 0.002
 TOKEN_BYTES = 16

@@ -1,8 +1,8 @@
 """One change of thread for everything that blocks and is asked for in one turn of the event loop.
 
 A change of thread costs more than the short question to the store that it is made for. What regular tasks ask at the
-same beat (``shared.lifecycle``) is therefore done in one thread, one after another, in the order in which it was asked
-for. None waits long for another: where one takes its time, the rest goes on in a thread of its own.
+same beat (``shared/lifecycle.py``) is therefore done in one thread, one after another, in the order in which it was
+asked for. None waits long for another: where one takes its time, the rest goes on in a thread of its own.
 """
 
 from __future__ import annotations

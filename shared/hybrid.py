@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hpke import (
 )
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from shared.errors import SealBroken
+from skipbus.shared.errors import SealBroken
 
 _SUITE = Suite(KEM.MLKEM1024_P384, KDF.HKDF_SHA384, AEAD.AES_256_GCM)
 _MLKEM_PUBLIC_BYTES = 1568

@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA87PrivateKey, MLDSA87PublicKey
 
-from shared.errors import SealBroken
+from skipbus.shared.errors import SealBroken
 
 PUBLIC_KEY_BYTES = 2592
 CONTEXT_ANNOUNCEMENT = b"skipbus announcement 1"

@@ -5,7 +5,7 @@ supervises it (Compose, systemd, the demo) starts it anew. SIGTERM and SIGINT se
 themselves within ``DRAIN_SECONDS``; after that the process ends all the same.
 
 Regular tasks of a process keep one beat, a second long: waking once for all of them costs an idle process less than
-waking for each, and what they ask of the store then goes together (``shared.hop``). Each process has its own phase.
+waking for each, and what they ask of the store then goes together (``shared/hop.py``). Each process has its own phase.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from shared.errors import BackendError, OperatorError
-from shared.logs import get_logger
-from shared.metrics import TaskAge
+from skipbus.shared.errors import BackendError, OperatorError
+from skipbus.shared.logs import get_logger
+from skipbus.shared.metrics import TaskAge
 
 DRAIN_SECONDS = 10.0
 EXIT_OK = 0

@@ -2,7 +2,7 @@
 
 Rules: nothing here raises or blocks for a reader that has stopped reading. What cannot be written waits
 in a bounded backlog; beyond it lines are dropped and counted. Any thread may write.
-Leaves to others: what stands in a line (`shared.log_rendering`), and telling about dropped lines.
+Leaves to others: what stands in a line (`skipbus.shared.log_rendering`), and telling about dropped lines.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Rules: no I/O; rendering never raises, whatever is in an event; octets are counted and never shown,
 because they may be a key; the text of a known secret, and any password in a URL, becomes `***`.
-Leaves to others: setting the logs up (`shared.logs`) and writing lines (`shared.line_writer`).
+Leaves to others: setting the logs up (`skipbus.shared.logs`) and writing lines (`skipbus.shared.line_writer`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import orjson
 from structlog.dev import ConsoleRenderer, plain_traceback
 from structlog.typing import EventDict, Processor
 
-from shared.secret import HIDDEN, Secret
+from skipbus.shared.secret import HIDDEN, Secret
 
 Redact = Callable[[bytes], bytes]
 

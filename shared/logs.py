@@ -3,7 +3,7 @@
 Rules: JSON lines in production, readable ones in development; every line has `timestamp`, `level`,
 `event`, `service`, `system_id` and `pid`; within a request also its `correlation_id`. Known secrets never
 come out, and the libraries' levels that show messages or credentials stay off.
-Leaves to others: rendering (`shared.log_rendering`), writing (`shared.line_writer`), what is worth a line.
+Leaves to others: rendering (`shared/log_rendering.py`), writing (`shared/line_writer.py`), what is worth a line.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import structlog
 from structlog.contextvars import merge_contextvars
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from shared.config import Settings
-from shared.line_writer import LineWriter
-from shared.log_rendering import (
+from skipbus.shared.config import Settings
+from skipbus.shared.line_writer import LineWriter
+from skipbus.shared.log_rendering import (
     console_renderer,
     explain_exception,
     fields,
@@ -35,7 +35,7 @@ from shared.log_rendering import (
     show_plainly,
     utc_timestamp,
 )
-from shared.secret import Secret
+from skipbus.shared.secret import Secret
 
 __all__ = [
     "CORRELATION_ID",

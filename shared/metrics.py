@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, Gauge, Metric, start_http_serve
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from shared.errors import OperatorError
-from shared.logs import line_writer
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.logs import line_writer
 
 _TASKS = CollectorRegistry()
 _INTERVAL = Gauge("skipbus_task_interval_seconds", "How often a regular task is done.", ["task"], registry=_TASKS)

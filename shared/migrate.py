@@ -3,7 +3,7 @@
 Any number of processes may start at once: one migrates, the others wait and find nothing left to do. A
 store that is at the current revision is only read, so accounts without the right to change tables can start.
 A store that is *newer* is left alone and used: within a major release migrations only add. What a process does
-at its start, mostly without this module, is in shared.store_start.
+at its start, mostly without this module, is in skipbus.shared.store_start.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
-from shared.config import MySqlSettings
-from shared.database import driver_errors, make_engine
-from shared.errors import OperatorError, StoreUnavailable
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import driver_errors, make_engine
+from skipbus.shared.errors import OperatorError, StoreUnavailable
 
 _SCRIPTS = Path(__file__).parent / "migrations"
 _LOCK_WAIT_SECONDS = 60

@@ -5,7 +5,7 @@ looks there once a second anyway: nudges may be lost, repeated, or forged by who
 works the same, only later. So they are neither persistent nor confirmed nor federated, and what cannot be sent
 at once is dropped.
 
-``ProcessBus`` is an api process's whole door to the broker; the syncer uses ``Nudges`` inside ``shared.bus``.
+``ProcessBus`` is an api process's whole door to the broker; the syncer uses ``Nudges`` inside ``skipbus.shared.bus``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from enum import StrEnum
 import aio_pika
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage
 
-from shared import wire
-from shared.broker import FAILURES, Broker, Session, cancelled_from_outside, message_of, publish_confirmed
-from shared.bus_names import (
+from skipbus.shared import wire
+from skipbus.shared.broker import FAILURES, Broker, Session, cancelled_from_outside, message_of, publish_confirmed
+from skipbus.shared.bus_names import (
     ENVELOPES,
     NUDGES,
     encode_id,
@@ -31,11 +31,11 @@ from shared.bus_names import (
     nudge_routing_key,
     routing_key,
 )
-from shared.envelopes import MAX_AGE_MS
-from shared.errors import BusUnavailable
-from shared.hints import MAX_HINT_BYTES
-from shared.logs import get_logger
-from shared.secret import Secret
+from skipbus.shared.envelopes import MAX_AGE_MS
+from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.hints import MAX_HINT_BYTES
+from skipbus.shared.logs import get_logger
+from skipbus.shared.secret import Secret
 
 MAX_ITEMS = 1_000
 MAX_ITEM_BYTES = 64
@@ -54,7 +54,7 @@ class NudgeKind(StrEnum):
     """What changed, and what the items of such a nudge are."""
 
     OUTBOX = "outbox"
-    """There are new outbox rows, or will be in a moment; an item says of one what it will be (``shared.hints``)."""
+    """There are new outbox rows, or will be in a moment; an item says of one what it will be (``shared/hints.py``)."""
     STORED = "stored"
     """Tokens of outbox rows that the peer has acknowledged."""
     REFUSED = "refused"

@@ -3,8 +3,8 @@
 Rules: pure functions without I/O; a parser takes text and raises `ValueError`, with a sentence of its own
 or without one where "is not <wants>" says it all; a parser of a secret never puts the text into its
 sentence.
-Leaves to others: the options themselves (`shared.options`), and where the text comes from
-(`shared.config_sources`).
+Leaves to others: the options themselves (`skipbus.shared.options`), and where the text comes from
+(`skipbus.shared.config_sources`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from shared.secret import Secret
+from skipbus.shared.secret import Secret
 
 NO_FILE = "none"
 _N = TypeVar("_N", int, float)

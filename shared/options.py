@@ -2,8 +2,8 @@
 
 Rules: one entry an option and nothing about it elsewhere; names of the earlier server keep their meaning;
 a secret has no place in the TOML file, and may be given by a file that `<variable>_FILE` names.
-Leaves to others: where values come from (`shared.config_sources`), and the frozen result
-(`shared.config`).
+Leaves to others: where values come from (`skipbus.shared.config_sources`), and the frozen result
+(`skipbus.shared.config`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from shared.option_kinds import (
+from skipbus.shared.option_kinds import (
     NO_FILE,
     Kind,
     account_name,
@@ -26,7 +26,7 @@ from shared.option_kinds import (
     whole,
     yes_no,
 )
-from shared.system_ids import validate_system_id
+from skipbus.shared.system_ids import validate_system_id
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ REMOTE_PREFIX = "SKIP_REMOTE_SYSTEM_ID_"
 REMOTE_PLACE = "remote_system_ids"
 # A table: a pattern of identities, and the ids or globs of ids that they may ask for.
 IDENTITIES_PLACE = "identities"
-# A list of tables, one a peer (`shared.peers_config`).
+# A list of tables, one a peer (`skipbus.shared.peers_config`).
 PEERS_PLACE = "peers"
 # The earlier server's name, which Compose files of its users still carry. SKIP_ENV wins where both are there.
 EARLIER_NAMES = {"SKIP_ENV": "FLASK_ENV"}

@@ -10,10 +10,10 @@ Announcements of bus peers come only from what they sent to this KP, those of ot
 can write into one of the two places must not speak for a KP of the other.
 
 ``refresh`` blocks and belongs in a thread; it reads and verifies only what changed. Whoever looks at the digests each
-second (``shared.store.glances``) spares it as long as ``is_current`` says so. The reading methods look
+second (``skipbus.shared.store.glances``) spares it as long as ``is_current`` says so. The reading methods look
 at one snapshot that is replaced as a whole, so any thread may call them at any time. While the store is away
 the last snapshot stays. Leaves to others: who writes announcements (janitor, syncer) and the SQL
-(``shared.store.peers``).
+(``skipbus.shared.store.peers``).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from threading import Lock
 
 from sqlalchemy import Connection, Engine
 
-from shared.announcements import Announcement, digest, read_announcement
-from shared.database import driver_errors
-from shared.errors import KeyringError, SealBroken
-from shared.identity import fingerprint
-from shared.logs import get_logger
-from shared.peers_config import PeerSettings
-from shared.pins import PinBook
-from shared.store import peers as peer_store
-from shared.store.glances import Digests
-from shared.store.peers import Pin
-from shared.system_ids import RemoteSystemIds
+from skipbus.shared.announcements import Announcement, digest, read_announcement
+from skipbus.shared.database import driver_errors
+from skipbus.shared.errors import KeyringError, SealBroken
+from skipbus.shared.identity import fingerprint
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peers_config import PeerSettings
+from skipbus.shared.pins import PinBook
+from skipbus.shared.store import peers as peer_store
+from skipbus.shared.store.glances import Digests
+from skipbus.shared.store.peers import Pin
+from skipbus.shared.system_ids import RemoteSystemIds
 
 # Pins change only by an operator's hand; while one is awaited they are read at every refresh.
 PIN_REREAD_MS = 10_000
@@ -44,7 +44,7 @@ CONFLICT_REMINDER_MS = 600_000
 PRESENTED_EVERY_MS = 60_000
 PRESENTED_KEPT_MS = 3 * PRESENTED_EVERY_MS
 
-log = get_logger(__name__)
+log = get_logger("shared.peer_directory")
 
 
 @dataclass(frozen=True)

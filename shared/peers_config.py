@@ -2,8 +2,8 @@
 
 Rules: a peer is named by its exact id; keys travel over a bus only to a peer whose identity stands in the
 configuration; every fault of every table is reported, each with its fix, and a table with a fault gives no peer.
-Leaves to others: finding the tables (``shared.config_sources``) and what they mean together with other options
-(``shared.config``).
+Leaves to others: finding the tables (``skipbus.shared.config_sources``) and what they mean together with other options
+(``skipbus.shared.config``).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA87PublicKey
 
-from shared.config_sources import read_regular_file, shown
-from shared.identity import fingerprint
-from shared.system_ids import validate_system_id
+from skipbus.shared.config_sources import read_regular_file, shown
+from skipbus.shared.identity import fingerprint
+from skipbus.shared.system_ids import validate_system_id
 
 Link = Literal["store", "bus"]
 

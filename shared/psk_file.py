@@ -4,7 +4,7 @@ Owns what such a file may hold. Blank lines and lines that begin with ``#`` or `
 1 to 127 bytes of UTF-8 without control characters and without ``:``; a key has 256 to 2048 bits. A file that any user
 of the host could read is refused: its keys are no secret any more. All faults are told together, each with its line;
 no key is ever in one.
-Leaves to others: when it is read (``services.api.tls``), and who writes it (``skipctl psk``).
+Leaves to others: when it is read (``skipbus.services.api.tls``), and who writes it (``skipctl psk``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from shared.config_sources import read_regular_file, shown
-from shared.errors import OperatorError
+from skipbus.shared.config_sources import read_regular_file, shown
+from skipbus.shared.errors import OperatorError
 
 MAX_IDENTITY_BYTES = 127
 MIN_KEY_BITS = 256

@@ -2,7 +2,7 @@
 
 Rules: ids are ``utf8mb4_bin`` (case-sensitive, compared byte by byte), key material is only ever
 ciphertext, times are UTC milliseconds since the Unix epoch in BIGINT, and every query of
-``shared.store`` has an index here. Several KPs may share one store, so every table that belongs to a
+``skipbus.shared.store`` has an index here. Several KPs may share one store, so every table that belongs to a
 KP carries its system id in front.
 """
 

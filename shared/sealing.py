@@ -20,10 +20,10 @@ from typing import NamedTuple
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from shared import hybrid, wire
-from shared.epochs import PublicEpoch
-from shared.errors import SealBroken
-from shared.identity import CONTEXT_WRAPPING_KEY, Identity, verify
+from skipbus.shared import hybrid, wire
+from skipbus.shared.epochs import PublicEpoch
+from skipbus.shared.errors import SealBroken
+from skipbus.shared.identity import CONTEXT_WRAPPING_KEY, Identity, verify
 
 MAX_SEALS = 2**24
 WRAPPING_KEY_ID_BYTES = 16

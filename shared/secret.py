@@ -2,8 +2,8 @@
 
 Rules: the text comes out by `reveal()` and by nothing else; `repr`, `str`, `format` and f-strings show
 `***`; pickling and serialising raise, so that a secret cannot leave the process by accident.
-Leaves to others: reading secrets (`shared.config_sources`) and keeping them out of log lines
-(`shared.logs`).
+Leaves to others: reading secrets (`skipbus.shared.config_sources`) and keeping them out of log lines
+(`skipbus.shared.logs`).
 """
 
 from __future__ import annotations

@@ -24,14 +24,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from shared import hybrid, wire
-from shared.announcements import Announcement
-from shared.envelopes import SESSION_VERSION, Header, SignedEnvelope, session_envelope
-from shared.epochs import EPOCH_ID_BYTES, PublicEpoch, current_epoch
-from shared.errors import EnvelopeRefused, KeyringError, SealBroken, TakesLong
-from shared.identity import CONTEXT_SESSION_KEY, Identity, verify
-from shared.keyring import Keyring
-from shared.logs import get_logger
+from skipbus.shared import hybrid, wire
+from skipbus.shared.announcements import Announcement
+from skipbus.shared.envelopes import SESSION_VERSION, Header, SignedEnvelope, session_envelope
+from skipbus.shared.epochs import EPOCH_ID_BYTES, PublicEpoch, current_epoch
+from skipbus.shared.errors import EnvelopeRefused, KeyringError, SealBroken, TakesLong
+from skipbus.shared.identity import CONTEXT_SESSION_KEY, Identity, verify
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.logs import get_logger
 
 KEY_BYTES = 48
 MAC_BYTES = 48

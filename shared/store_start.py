@@ -9,11 +9,11 @@ from pymysql.constants import ER
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
 
-from shared.config import MySqlSettings
-from shared.database import driver_errors, make_engine
-from shared.logs import get_logger
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import driver_errors, make_engine
+from skipbus.shared.logs import get_logger
 
-# The revision that this release needs, as shared.migrations has it; a test compares them.
+# The revision that this release needs, as skipbus.shared.migrations has it; a test compares them.
 HEAD_REVISION = "0002"
 
 _log = get_logger("migrate")
@@ -54,7 +54,7 @@ def _revision(connection: Connection) -> str | None:
 
 
 def _migrate(mysql: MySqlSettings) -> None:
-    from shared import migrate  # noqa: PLC0415 -- see above
+    from skipbus.shared import migrate  # noqa: PLC0415 -- see above
 
     try:
         if migrate.upgrade_store(mysql):

@@ -25,10 +25,10 @@ from testcontainers.core.container import DockerContainer
 from testcontainers.core.docker_client import DockerClient
 from testcontainers.core.network import Network
 
+from skipbus.ctl.cert import make_certificates
 from skipbus_testkit.key_provider import FILES, FOLDER
 from skipbus_testkit.provider import Credentials, KeyProvider
 from skipbus_testkit.proxy_control import CONTROL_PORT, TLS_PORT, TOKEN_VARIABLE
-from skipctl.cert import make_certificates
 
 Topology = Literal["shared-store"]
 _SERVED = ("rsa.pem", "rsa.key", "ecdsa.pem", "ecdsa.key", "ca.pem", "psk.txt")

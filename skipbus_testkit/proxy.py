@@ -23,12 +23,12 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from services.api.access_log import ENTRY, Entry
-from services.api.server import BoundedServer
-from services.api.tls.serving import Tls
-from shared.config import Settings, load_settings_or_exit
-from shared.lifecycle import run_service
-from shared.logs import configure_logging, new_correlation_id
+from skipbus.services.api.access_log import ENTRY, Entry
+from skipbus.services.api.server import BoundedServer
+from skipbus.services.api.tls.serving import Tls
+from skipbus.shared.config import Settings, load_settings_or_exit
+from skipbus.shared.lifecycle import run_service
+from skipbus.shared.logs import configure_logging, new_correlation_id
 from skipbus_testkit.proxy_control import CONTROL_PORT, TOKEN_VARIABLE
 
 _KEPT_REQUESTS = 10_000

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import cast
 
-from shared.config import ConfigurationError, problems_text, project_version
-from shared.errors import SkipbusError
-from skipctl.command import Handler
+from skipbus.ctl.command import Handler
+from skipbus.shared.config import ConfigurationError, problems_text, project_version
+from skipbus.shared.errors import SkipbusError
 
 _PROGRAM = "skipctl"
 _COMMANDS = ("config", "db", "keyring", "identity", "peer", "psk", "cert", "site")
@@ -46,7 +46,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {project_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name in (command,) if command in _COMMANDS else _COMMANDS:
-        import_module(f"skipctl.{name}").register(commands)
+        import_module(f"skipbus.ctl.{name}").register(commands)
     return parser
 
 

@@ -18,8 +18,8 @@ from string import Template
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from shared.bus_names import encode_id
-from skipctl.shipped import read_shipped
+from skipbus.ctl.shipped import read_shipped
+from skipbus.shared.bus_names import encode_id
 
 # Where a site's broker finds its files; Compose mounts them there.
 BROKER_FILES = "/run/skipbus"

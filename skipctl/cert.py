@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from shared.errors import OperatorError
-from skipctl.command import Commands, add_command, add_group
+from skipbus.ctl.command import Commands, add_command, add_group
+from skipbus.shared.errors import OperatorError
 
 PrivateKey: TypeAlias = "rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey"
 _RSA_BITS = 3072

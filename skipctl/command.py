@@ -2,8 +2,8 @@
 
 Rules: a module has `register(commands)`, which adds one command with `add_group`, and its subcommands with
 `add_command`. A handler gets the parsed arguments and the environment, prints to stdout and returns the
-exit code; it raises errors of `shared.errors` and prints none of them.
-Leaves to others: turning errors into sentences and exit codes (`skipctl.__main__`).
+exit code; it raises errors of `skipbus.shared.errors` and prints none of them.
+Leaves to others: turning errors into sentences and exit codes (`skipbus.ctl.__main__`).
 """
 
 from __future__ import annotations

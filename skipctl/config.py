@@ -1,7 +1,7 @@
 """Owns `skipctl config`: the effective configuration, as the services would start with it.
 
 Rules: secrets show as `***`.
-Leaves to others: reading and checking the configuration (`shared.config`).
+Leaves to others: reading and checking the configuration (`skipbus.shared.config`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from shared.config import describe_text, load_settings
-from skipctl.command import Commands, add_command, add_group
+from skipbus.ctl.command import Commands, add_command, add_group
+from skipbus.shared.config import describe_text, load_settings
 
 
 def register(commands: Commands) -> None:

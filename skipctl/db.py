@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from shared.config import load_settings
-from shared.migrate import head_revision, is_known, store_revision, upgrade_store
-from skipctl.provision import add_provision
+from skipbus.ctl.provision import add_provision
+from skipbus.shared.config import load_settings
+from skipbus.shared.migrate import head_revision, is_known, store_revision, upgrade_store
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

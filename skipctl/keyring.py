@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shared.clock import now_ms
-from shared.config import load_settings
-from shared.identity import fingerprint
-from shared.keyring import Keyring
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import load_settings
+from skipbus.shared.identity import fingerprint
+from skipbus.shared.keyring import Keyring
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

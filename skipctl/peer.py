@@ -2,7 +2,7 @@
 
 Rules: reads only, nothing is learned or pinned by looking; exit code 0 where all is well and 1 where something is
 not. An endpoint is asked as the syncer would reach it, at `GET {endpoint}/capabilities`.
-Leaves to others: the words (`skipctl.peer_words`).
+Leaves to others: the words (`skipbus.ctl.peer_words`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, buil
 import orjson
 from sqlalchemy import Connection
 
-from shared.announcements import Announcement, read_announcement
-from shared.clock import now_ms
-from shared.config import Settings, load_settings
-from shared.database import driver_errors, make_engine
-from shared.errors import SealBroken
-from shared.keyring import Keyring
-from shared.liveness import peer_status
-from shared.peers_config import PeerSettings
-from shared.store import messages, peers
-from shared.store.processes import fetch_processes
-from shared.store.stock import fetch_stock_levels
-from shared.system_ids import RemoteSystemIds
-from skipctl.command import Commands, add_command, add_group
-from skipctl.peer_words import PeerView, complaints
+from skipbus.ctl.command import Commands, add_command, add_group
+from skipbus.ctl.peer_words import PeerView, complaints
+from skipbus.shared.announcements import Announcement, read_announcement
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings, load_settings
+from skipbus.shared.database import driver_errors, make_engine
+from skipbus.shared.errors import SealBroken
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.liveness import peer_status
+from skipbus.shared.peers_config import PeerSettings
+from skipbus.shared.store import messages, peers
+from skipbus.shared.store.processes import fetch_processes
+from skipbus.shared.store.stock import fetch_stock_levels
+from skipbus.shared.system_ids import RemoteSystemIds
 
 ENDPOINT_TIMEOUT_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 256 * 1024

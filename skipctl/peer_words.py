@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.announcements import Announcement
-from shared.epochs import MAX_CLOCK_SKEW_MS, current_epoch
-from shared.identity import fingerprint
-from shared.liveness import peer_status
-from shared.peers_config import PeerSettings
-from shared.store.messages import PeerRow
+from skipbus.shared.announcements import Announcement
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS, current_epoch
+from skipbus.shared.identity import fingerprint
+from skipbus.shared.liveness import peer_status
+from skipbus.shared.peers_config import PeerSettings
+from skipbus.shared.store.messages import PeerRow
 
 # A refusal is news for so long; what waits for longer than this is stuck.
 REFUSAL_NEWS_MS = 3_600_000

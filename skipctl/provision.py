@@ -16,13 +16,13 @@ from pathlib import Path
 
 from pymysql.connections import Connection
 
-from shared.config import load_settings
-from shared.config_sources import read_regular_file
-from shared.database import connect, driver_errors
-from shared.errors import OperatorError
-from shared.migrate import StoreNewer, head_revision, upgrade_store
-from shared.secret import Secret
-from skipctl.shipped import read_shipped
+from skipbus.ctl.shipped import read_shipped
+from skipbus.shared.config import load_settings
+from skipbus.shared.config_sources import read_regular_file
+from skipbus.shared.database import connect, driver_errors
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.migrate import StoreNewer, head_revision, upgrade_store
+from skipbus.shared.secret import Secret
 
 # Those with "bus-" in front may all that the others may, and what links between sites take besides.
 ROLES = ("api", "syncer", "janitor", "bus-api", "bus-syncer")

@@ -3,7 +3,7 @@
 Rules: keys have 256 bits from the operating system. The file is exchanged in one step, so that neither a running api
 nor stunnel ever reads half of it; comments stay. A key is shown once, when it is made, because the router needs it;
 ``list`` shows none.
-Leaves to others: what such a file may hold (``shared.psk_file``); the api reads it again by itself.
+Leaves to others: what such a file may hold (``skipbus.shared.psk_file``); the api reads it again by itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.config import load_settings
-from shared.errors import OperatorError
-from shared.psk_file import entries, parse_entry, read_psk_file, shown_identity, validate_identity
-from skipctl.command import Commands, add_command, add_group
+from skipbus.ctl.command import Commands, add_command, add_group
+from skipbus.shared.config import load_settings
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.psk_file import entries, parse_entry, read_psk_file, shown_identity, validate_identity
 
 _KEY_BYTES = 32
 _DEFAULT_PORT = 8443

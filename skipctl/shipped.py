@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shared.errors import OperatorError
+from skipbus.shared.errors import OperatorError
 
 _PLACES = (
     Path(sys.prefix) / "share" / "skipbus" / "compose",

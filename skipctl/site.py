@@ -2,8 +2,8 @@
 
 Owns which files a folder has, and the commands. ``init`` never overwrites: the folder must be new or empty. Every
 password is random and in a file of its own. The authorities' private keys and what clients need stay with the operator,
-outside of what any container mounts. Leaves who may read what to ``skipctl.site_folder``, and what joins two sites to
-``skipctl.site_link``.
+outside of what any container mounts. Leaves who may read what to ``skipctl/site_folder.py``, and what joins two sites
+to ``skipctl/site_link.py``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.errors import OperatorError
-from shared.identity import fingerprint
-from shared.keyring import Keyring
-from shared.peers_config import identity_line
-from shared.system_ids import validate_system_id
-from skipctl.broker_definitions import CONFIGURATION, SiteDefinitions, definitions, site_configuration
-from skipctl.cert import make_broker_certificate, make_certificates
-from skipctl.command import Commands, add_command, add_group
-from skipctl.handover import parse_broker, read_handover
-from skipctl.shipped import read_shipped
-from skipctl.site_folder import (
+from skipbus.ctl.broker_definitions import CONFIGURATION, SiteDefinitions, definitions, site_configuration
+from skipbus.ctl.cert import make_broker_certificate, make_certificates
+from skipbus.ctl.command import Commands, add_command, add_group
+from skipbus.ctl.handover import parse_broker, read_handover
+from skipbus.ctl.shipped import read_shipped
+from skipbus.ctl.site_folder import (
     NEW_KEYRING,
     SHARED_PLACES,
     SITE_PLACE,
@@ -35,7 +30,12 @@ from skipctl.site_folder import (
     owners_of,
     write_new,
 )
-from skipctl.site_link import SiteFolder
+from skipbus.ctl.site_link import SiteFolder
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.identity import fingerprint
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.peers_config import identity_line
+from skipbus.shared.system_ids import validate_system_id
 
 _SERVICES = ("api", "syncer", "janitor")
 _HOSTS = ["localhost", "127.0.0.1", "::1"]

@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import OperatorError
+from skipbus.shared.errors import OperatorError
 
 # The image's user.
 SERVICE_USER = 10001

@@ -10,12 +10,12 @@ import secrets
 import tomllib
 from pathlib import Path
 
-from shared.bus_names import encode_id
-from shared.errors import OperatorError
-from shared.peers_config import parse_identity_line, peer_block, read_peers
-from skipctl.broker_definitions import BROKER_FILES, SiteDefinitions, upstream_uri
-from skipctl.handover import Handover, account_for, parse_broker
-from skipctl.site_folder import read_environment, replace
+from skipbus.ctl.broker_definitions import BROKER_FILES, SiteDefinitions, upstream_uri
+from skipbus.ctl.handover import Handover, account_for, parse_broker
+from skipbus.ctl.site_folder import read_environment, replace
+from skipbus.shared.bus_names import encode_id
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.peers_config import parse_identity_line, peer_block, read_peers
 
 
 class SiteFolder:

@@ -11,36 +11,36 @@ from contextlib import nullcontext, suppress
 
 from aiohttp import web
 
-from services.api import workers
-from services.api.access_log import AccessLine, AccessLogger
-from services.api.afterwards import Afterwards
-from services.api.app import Application
-from services.api.batching import Lane
-from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
-from services.api.draining import drain
-from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
-from services.api.lanes import make_lane
-from services.api.links import BusLinks
-from services.api.listening import listen
-from services.api.metrics import REGISTRY
-from services.api.server import BoundedServer
-from services.api.skip import SkipMethods
-from services.api.status import StatusPages
-from services.api.store_view import StoreView
-from services.api.sync import SyncEndpoint
-from services.api.tls.plaintext import plain_host
-from services.api.tls.serving import Tls
-from shared.config import Settings, config_from_argv
-from shared.database import make_engine
-from shared.errors import BackendError
-from shared.hop import Hop
-from shared.keyring import Keyring
-from shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
-from shared.logs import configure_logging, get_logger
-from shared.metrics import serve_metrics
-from shared.peer_directory import PeerDirectory
-from shared.store.keys import PREPARED
-from shared.system_ids import RemoteSystemIds
+from skipbus.services.api import workers
+from skipbus.services.api.access_log import AccessLine, AccessLogger
+from skipbus.services.api.afterwards import Afterwards
+from skipbus.services.api.app import Application
+from skipbus.services.api.batching import Lane
+from skipbus.services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
+from skipbus.services.api.draining import drain
+from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from skipbus.services.api.lanes import make_lane
+from skipbus.services.api.links import BusLinks
+from skipbus.services.api.listening import listen
+from skipbus.services.api.metrics import REGISTRY
+from skipbus.services.api.server import BoundedServer
+from skipbus.services.api.skip import SkipMethods
+from skipbus.services.api.status import StatusPages
+from skipbus.services.api.store_view import StoreView
+from skipbus.services.api.sync import SyncEndpoint
+from skipbus.services.api.tls.plaintext import plain_host
+from skipbus.services.api.tls.serving import Tls
+from skipbus.shared.config import Settings, config_from_argv
+from skipbus.shared.database import make_engine
+from skipbus.shared.errors import BackendError
+from skipbus.shared.hop import Hop
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
+from skipbus.shared.logs import configure_logging, get_logger
+from skipbus.shared.metrics import serve_metrics
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.store.keys import PREPARED
+from skipbus.shared.system_ids import RemoteSystemIds
 
 _REFRESH_SECONDS = 1.0
 _FIRST_READING_SECONDS = 3.0

@@ -18,11 +18,11 @@ import orjson
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.web import BaseRequest, StreamResponse
 
-from services.api.afterwards import Afterwards
-from services.api.metrics import observe_request
-from services.api.tls.callers import Caller
-from shared.log_rendering import utc_timestamp
-from shared.logs import line_writer
+from skipbus.services.api.afterwards import Afterwards
+from skipbus.services.api.metrics import observe_request
+from skipbus.services.api.tls.callers import Caller
+from skipbus.shared.log_rendering import utc_timestamp
+from skipbus.shared.logs import line_writer
 
 _SHOWN_KEY_ID_DIGITS = 12
 _LONG_HEX = re.compile(r"[0-9a-fA-F]{16,}")

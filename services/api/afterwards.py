@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from shared.logs import get_logger
+from skipbus.shared.logs import get_logger
 
 # Longer than it takes to place a key on demand. uvloop's timers count milliseconds: a crash takes along the last four.
 LATEST_SECONDS = 0.003

@@ -11,14 +11,14 @@ from urllib.parse import unquote
 
 from aiohttp import HttpVersion10, web
 
-from services.api.access_log import ENTRY, Entry
-from services.api.responses import RouteError, error_response, reason_of
-from services.api.skip import SkipMethods
-from services.api.status import StatusPages
-from services.api.sync import PATH as SYNC_PATH
-from services.api.sync import SyncEndpoint
-from shared.errors import SkipbusError
-from shared.logs import CORRELATION_ID, get_logger, new_correlation_id
+from skipbus.services.api.access_log import ENTRY, Entry
+from skipbus.services.api.responses import RouteError, error_response, reason_of
+from skipbus.services.api.skip import SkipMethods
+from skipbus.services.api.status import StatusPages
+from skipbus.services.api.sync import PATH as SYNC_PATH
+from skipbus.services.api.sync import SyncEndpoint
+from skipbus.shared.errors import SkipbusError
+from skipbus.shared.logs import CORRELATION_ID, get_logger, new_correlation_id
 
 _log = get_logger("app")
 _KEY_PREFIX = "/key/"

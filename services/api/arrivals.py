@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from shared.errors import KeyNotAvailable
+from skipbus.shared.errors import KeyNotAvailable
 
 MAX_WAITING = 10_000
 # Anybody with an account at the local broker can send nudges; each may cost one look into the store, up to so many.

@@ -22,11 +22,11 @@ from typing import Generic, Protocol, TypeVar
 
 from pymysql.connections import Connection
 
-from services.api.awake import Awake
-from shared.errors import CommitUnknown, Overloaded, SkipbusError, StoreUnavailable
-from shared.store.line import StoreLine, Told
-from shared.store.results import Rows
-from shared.store.steps import Statement, Step, Steps
+from skipbus.services.api.awake import Awake
+from skipbus.shared.errors import CommitUnknown, Overloaded, SkipbusError, StoreUnavailable
+from skipbus.shared.store.line import StoreLine, Told
+from skipbus.shared.store.results import Rows
+from skipbus.shared.store.steps import Statement, Step, Steps
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")

@@ -12,22 +12,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from services.api.commit_tokens import CommitTokens
-from shared import wire
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType
-from shared.errors import KeyNotAvailable, KeyringError, SealBroken, SkipbusError, StoreUnavailable
-from shared.keyring import Keyring
-from shared.peer_directory import PeerDirectory
-from shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey, open_wrapping_key
-from shared.store.keys import (
+from skipbus.services.api.commit_tokens import CommitTokens
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.errors import KeyNotAvailable, KeyringError, SealBroken, SkipbusError, StoreUnavailable
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey, open_wrapping_key
+from skipbus.shared.store.keys import (
     commit_claimed,
     end_without_change,
     fetch_for_claim,
     fetch_wrapping_keys,
 )
-from shared.store.packets import OutboxRow
-from shared.store.steps import Steps
+from skipbus.shared.store.packets import OutboxRow
+from skipbus.shared.store.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import secrets
 from typing import Generic, TypeVar
 
-from shared.store.keys import fetch_commit_token
-from shared.store.steps import Steps
+from skipbus.shared.store.keys import fetch_commit_token
+from skipbus.shared.store.steps import Steps
 
 Answers = TypeVar("Answers")
 

@@ -12,9 +12,9 @@ import asyncio
 
 from aiohttp import web
 
-from services.api.app import Application
-from services.api.server import BoundedServer
-from services.api.tls.serving import Tls
+from skipbus.services.api.app import Application
+from skipbus.services.api.server import BoundedServer
+from skipbus.services.api.tls.serving import Tls
 
 # How long a new client may take to its first request. Clients that only hold connections must not delay the end.
 GRACE_SECONDS = 2.0

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from shared import wire
-from shared.announcements import Announcement
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType
-from shared.epochs import EpochSpan, PublicEpoch, current_epoch
-from shared.errors import NoEntropy, PeerNotReady, SkipbusError
-from shared.identity import Identity
-from shared.keys import new_key_id
-from shared.peer_directory import PeerDirectory
-from shared.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
-from shared.store.keys import commit_issued, fetch_is_placed
-from shared.store.packets import OutboxRow
-from shared.store.steps import Steps
+from skipbus.shared import wire
+from skipbus.shared.announcements import Announcement
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.epochs import EpochSpan, PublicEpoch, current_epoch
+from skipbus.shared.errors import NoEntropy, PeerNotReady, SkipbusError
+from skipbus.shared.identity import Identity
+from skipbus.shared.keys import new_key_id
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
+from skipbus.shared.store.keys import commit_issued, fetch_is_placed
+from skipbus.shared.store.packets import OutboxRow
+from skipbus.shared.store.steps import Steps
 
 
 class IssueRequest(NamedTuple):

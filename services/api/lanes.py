@@ -9,13 +9,13 @@ from typing import TypeVar
 
 from pymysql.connections import Connection
 
-from services.api.batching import Batch, Lane
-from services.api.metrics import batch_observer
-from services.api.workers import together
-from shared.config import MySqlSettings, Settings
-from shared.database import connect
-from shared.store.commands import prepare
-from shared.store.line import StoreLine
+from skipbus.services.api.batching import Batch, Lane
+from skipbus.services.api.metrics import batch_observer
+from skipbus.services.api.workers import together
+from skipbus.shared.config import MySqlSettings, Settings
+from skipbus.shared.database import connect
+from skipbus.shared.store.commands import prepare
+from skipbus.shared.store.line import StoreLine
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")

@@ -13,25 +13,25 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from services.api import metrics
-from services.api.arrivals import Arrivals
-from services.api.batching import Lane
-from services.api.claiming import ClaimedKey
-from services.api.issuing import IssuedKey, IssueRequest, Sealer
-from services.api.lanes import make_lane
-from services.api.placing import MAX_BATCH, Outcome, PlaceBatch, PlacedKey, SettleBatch, Settlement
-from services.api.settling import Settler
-from services.api.stock_claiming import StockClaimBatch, StockOpener, StockRequest
-from services.api.stocking import StockKeeper, StockMaker, low_mark
-from shared.config import Settings
-from shared.errors import Overloaded, PeerNotReady
-from shared.hints import Hint, pack_hint
-from shared.hop import Hop
-from shared.keyring import Keyring
-from shared.keys import DEFAULT_KEY_BITS
-from shared.lifecycle import every
-from shared.nudges import NudgeKind, ProcessBus
-from shared.peer_directory import PeerDirectory
+from skipbus.services.api import metrics
+from skipbus.services.api.arrivals import Arrivals
+from skipbus.services.api.batching import Lane
+from skipbus.services.api.claiming import ClaimedKey
+from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer
+from skipbus.services.api.lanes import make_lane
+from skipbus.services.api.placing import MAX_BATCH, Outcome, PlaceBatch, PlacedKey, SettleBatch, Settlement
+from skipbus.services.api.settling import Settler
+from skipbus.services.api.stock_claiming import StockClaimBatch, StockOpener, StockRequest
+from skipbus.services.api.stocking import StockKeeper, StockMaker, low_mark
+from skipbus.shared.config import Settings
+from skipbus.shared.errors import Overloaded, PeerNotReady
+from skipbus.shared.hints import Hint, pack_hint
+from skipbus.shared.hop import Hop
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.keys import DEFAULT_KEY_BITS
+from skipbus.shared.lifecycle import every
+from skipbus.shared.nudges import NudgeKind, ProcessBus
+from skipbus.shared.peer_directory import PeerDirectory
 
 _TIDY_SECONDS = 1.0
 

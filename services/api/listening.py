@@ -14,8 +14,8 @@ import socket
 
 from aiohttp import web
 
-from shared.errors import OperatorError
-from shared.logs import get_logger
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.logs import get_logger
 
 _BACKLOG = 4096
 _ASK_SECONDS = 2.0

@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from urllib.parse import parse_qsl
 
-from shared.errors import CallerError
-from shared.keys import (
+from skipbus.shared.errors import CallerError
+from skipbus.shared.keys import (
     DEFAULT_ENTROPY_BITS,
     DEFAULT_KEY_BITS,
     parse_entropy_size,
     parse_key_id,
     parse_key_size,
 )
-from shared.system_ids import RemoteSystemIds, validate_system_id
+from skipbus.shared.system_ids import RemoteSystemIds, validate_system_id
 
 _MAX_FIELDS = 16
 _SPELLINGS = {"remoteSystemId": "remoteSystemID"}

@@ -21,16 +21,16 @@ from enum import Enum
 from functools import partial
 from typing import Protocol
 
-from services.api.issuing import IssuedKey, IssueRequest, Sealer, no_entropy
-from shared import wire
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType
-from shared.errors import SkipbusError
-from shared.hints import AHEAD_SECONDS, TOKEN_BYTES, Hint
-from shared.keys import new_key_id
-from shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey
-from shared.store.packets import OutboxRow
-from shared.store.placing import (
+from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer, no_entropy
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.errors import SkipbusError
+from skipbus.shared.hints import AHEAD_SECONDS, TOKEN_BYTES, Hint
+from skipbus.shared.keys import new_key_id
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey
+from skipbus.shared.store.packets import OutboxRow
+from skipbus.shared.store.placing import (
     KEY_PLACED,
     commit_placing,
     commit_withdrawn,
@@ -38,7 +38,7 @@ from shared.store.placing import (
     fetch_for_withdrawal,
     fetch_waiting_tokens,
 )
-from shared.store.steps import Steps
+from skipbus.shared.store.steps import Steps
 
 # Records in one row; an envelope takes 2,000.
 MAX_BATCH = 500
@@ -75,7 +75,7 @@ class Placement:
         return time.monotonic() - self.begun > LATE_AFTER_TIMEOUTS * sync_timeout_seconds
 
     def is_told(self) -> bool:
-        """Once it is committed: whether the syncer finds it without being told again (``shared.hints``)."""
+        """Once it is committed: whether the syncer finds it without being told again (``skipbus.shared.hints``)."""
         return self.told is not None and time.monotonic() - self.told <= AHEAD_SECONDS
 
 

@@ -15,7 +15,7 @@ from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import StreamWriter
 from multidict import CIMultiDict
 
-from shared.errors import (
+from skipbus.shared.errors import (
     CallerError,
     NoEntropy,
     Overloaded,

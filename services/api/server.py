@@ -16,12 +16,12 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from services.api.access_log import ENTRY, Entry
-from services.api.responses import RouteError, error_response
-from services.api.tls.callers import Caller
-from services.api.tls.reading import TooMuchBesideData
-from shared.lifecycle import next_beat
-from shared.logs import get_logger, new_correlation_id
+from skipbus.services.api.access_log import ENTRY, Entry
+from skipbus.services.api.responses import RouteError, error_response
+from skipbus.services.api.tls.callers import Caller
+from skipbus.services.api.tls.reading import TooMuchBesideData
+from skipbus.shared.lifecycle import next_beat
+from skipbus.shared.logs import get_logger, new_correlation_id
 
 MAX_LINE_BYTES = 2048
 MAX_FIELD_BYTES = 4096

@@ -12,11 +12,11 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 
-from services.api import metrics
-from services.api.batching import Lane
-from services.api.placing import Check, Outcome, Placement, Release, Settlement, Withdraw
-from shared.errors import NotPlaced, Overloaded, SkipbusError, StoreUnavailable
-from shared.logs import get_logger
+from skipbus.services.api import metrics
+from skipbus.services.api.batching import Lane
+from skipbus.services.api.placing import Check, Outcome, Placement, Release, Settlement, Withdraw
+from skipbus.shared.errors import NotPlaced, Overloaded, SkipbusError, StoreUnavailable
+from skipbus.shared.logs import get_logger
 
 _POLL_SECONDS = 1.0
 # Kept for when the store is back. Beyond this the syncer's own withdrawal has to do.

@@ -8,19 +8,19 @@ import secrets
 import orjson
 from aiohttp import web
 
-from services.api import parameters
-from services.api.access_log import Entry
-from services.api.afterwards import Afterwards
-from services.api.batching import Lane
-from services.api.claiming import ClaimedKey, ClaimRequest
-from services.api.issuing import IssuedKey, IssueRequest, no_entropy, not_usable
-from services.api.links import BusLinks
-from services.api.responses import KeyResponse, prepared_response, secret_response
-from shared.config import Settings
-from shared.errors import CallerError
-from shared.keys import DEFAULT_KEY_BITS, KEY_ID_BYTES
-from shared.peer_directory import PeerDirectory
-from shared.system_ids import RemoteSystemIds
+from skipbus.services.api import parameters
+from skipbus.services.api.access_log import Entry
+from skipbus.services.api.afterwards import Afterwards
+from skipbus.services.api.batching import Lane
+from skipbus.services.api.claiming import ClaimedKey, ClaimRequest
+from skipbus.services.api.issuing import IssuedKey, IssueRequest, no_entropy, not_usable
+from skipbus.services.api.links import BusLinks
+from skipbus.services.api.responses import KeyResponse, prepared_response, secret_response
+from skipbus.shared.config import Settings
+from skipbus.shared.errors import CallerError
+from skipbus.shared.keys import DEFAULT_KEY_BITS, KEY_ID_BYTES
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.system_ids import RemoteSystemIds
 
 # What the earlier server says; routers show it to their operators (16 bytes are safe everywhere, draft 4.1).
 ALGORITHM = "pqc"

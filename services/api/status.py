@@ -7,15 +7,15 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from services.api.access_log import Entry
-from services.api.links import BusLinks
-from services.api.responses import json_response
-from services.api.store_view import Reading, StoreView
-from shared.clock import now_ms
-from shared.config import Settings, project_version
-from shared.liveness import peer_status
-from shared.peer_directory import PeerDirectory
-from shared.store.messages import PeerRow
+from skipbus.services.api.access_log import Entry
+from skipbus.services.api.links import BusLinks
+from skipbus.services.api.responses import json_response
+from skipbus.services.api.store_view import Reading, StoreView
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings, project_version
+from skipbus.shared.liveness import peer_status
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.store.messages import PeerRow
 
 # Signs of life come once per heartbeat interval.
 _PROCESS_LATE_INTERVALS = 3

@@ -10,20 +10,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.api.claiming import Opener
-from services.api.commit_tokens import CommitTokens
-from services.api.issuing import IssuedKey
-from services.api.placing import withdrawn_row
-from shared import wire
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType
-from shared.errors import SealBroken, SkipbusError
-from shared.logs import get_logger
-from shared.sealing import KeyRecord
-from shared.store.keys import end_without_change
-from shared.store.packets import OutboxRow
-from shared.store.steps import Steps
-from shared.store.stock import claim_stock, commit_given_out
+from skipbus.services.api.claiming import Opener
+from skipbus.services.api.commit_tokens import CommitTokens
+from skipbus.services.api.issuing import IssuedKey
+from skipbus.services.api.placing import withdrawn_row
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.errors import SealBroken, SkipbusError
+from skipbus.shared.logs import get_logger
+from skipbus.shared.sealing import KeyRecord
+from skipbus.shared.store.keys import end_without_change
+from skipbus.shared.store.packets import OutboxRow
+from skipbus.shared.store.steps import Steps
+from skipbus.shared.store.stock import claim_stock, commit_given_out
 
 _log = get_logger("stock")
 

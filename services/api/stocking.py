@@ -18,25 +18,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from services.api import metrics
-from services.api.issuing import Sealer, no_entropy
-from services.api.placing import pack_records
-from services.api.stock_claiming import usable_until_ms
-from shared.clock import now_ms
-from shared.config import MySqlSettings, PeerSettings, Settings
-from shared.election import Election
-from shared.errors import BackendError, PeerNotReady, SkipbusError
-from shared.glance import Glance
-from shared.hop import Hop
-from shared.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
-from shared.lifecycle import next_beat
-from shared.logs import get_logger
-from shared.sealing import KeyRecord
-from shared.store.glances import look_at_stock
-from shared.store.packets import OutboxRow
-from shared.store.placing import KEY_STOCKED
-from shared.store.steps import StepsRunner
-from shared.store.stock import StockLevel, commit_stocked
+from skipbus.services.api import metrics
+from skipbus.services.api.issuing import Sealer, no_entropy
+from skipbus.services.api.placing import pack_records
+from skipbus.services.api.stock_claiming import usable_until_ms
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import MySqlSettings, PeerSettings, Settings
+from skipbus.shared.election import Election
+from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError
+from skipbus.shared.glance import Glance
+from skipbus.shared.hop import Hop
+from skipbus.shared.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
+from skipbus.shared.lifecycle import next_beat
+from skipbus.shared.logs import get_logger
+from skipbus.shared.sealing import KeyRecord
+from skipbus.shared.store.glances import look_at_stock
+from skipbus.shared.store.packets import OutboxRow
+from skipbus.shared.store.placing import KEY_STOCKED
+from skipbus.shared.store.steps import StepsRunner
+from skipbus.shared.store.stock import StockLevel, commit_stocked
 
 BATCH = 500
 ROUND_SECONDS = 1.0

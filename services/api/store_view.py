@@ -10,19 +10,19 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.api.claiming import Opener
-from services.api.issuing import Sealer
-from shared.clock import now_ms
-from shared.config import Settings
-from shared.epochs import current_epoch
-from shared.glance import Glance
-from shared.hop import Hop
-from shared.keyring import Keyring, check_pinned_identity
-from shared.peer_directory import PeerDirectory
-from shared.store.glances import look_at_view
-from shared.store.messages import PeerRow
-from shared.store.processes import ProcessSeen
-from shared.store_start import bring_up_to_date
+from skipbus.services.api.claiming import Opener
+from skipbus.services.api.issuing import Sealer
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings
+from skipbus.shared.epochs import current_epoch
+from skipbus.shared.glance import Glance
+from skipbus.shared.hop import Hop
+from skipbus.shared.keyring import Keyring, check_pinned_identity
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.store.glances import look_at_view
+from skipbus.shared.store.messages import PeerRow
+from skipbus.shared.store.processes import ProcessSeen
+from skipbus.shared.store_start import bring_up_to_date
 
 # A reading every second: three missed ones, or one that hangs, and the store counts as away.
 STORE_AWAY_AFTER_MS = 3000

@@ -18,11 +18,11 @@ from typing import Any, Protocol, Self
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from services.api import metrics
-from services.api.access_log import Entry
-from services.api.responses import RouteError, json_response
-from services.api.server import Connection
-from shared.envelopes import (
+from skipbus.services.api import metrics
+from skipbus.services.api.access_log import Entry
+from skipbus.services.api.responses import RouteError, json_response
+from skipbus.services.api.server import Connection
+from skipbus.shared.envelopes import (
     MAX_ENVELOPE_BYTES,
     VERSION,
     EnvelopeType,
@@ -31,8 +31,8 @@ from shared.envelopes import (
     read_claim,
     read_envelope,
 )
-from shared.errors import BusUnavailable, EnvelopeRefused, Overloaded
-from shared.peer_directory import PeerDirectory
+from skipbus.shared.errors import BusUnavailable, EnvelopeRefused, Overloaded
+from skipbus.shared.peer_directory import PeerDirectory
 
 PATH = "/sync"
 MAX_HELD_BYTES = 64 * 1024 * 1024

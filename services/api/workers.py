@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 
-from shared.config import EXIT_BAD_CONFIGURATION, Settings
-from shared.lifecycle import DRAIN_SECONDS, EXIT_FAILED, EXIT_OK
-from shared.logs import get_logger
+from skipbus.shared.config import EXIT_BAD_CONFIGURATION, Settings
+from skipbus.shared.lifecycle import DRAIN_SECONDS, EXIT_FAILED, EXIT_OK
+from skipbus.shared.logs import get_logger
 
 _PR_SET_PDEATHSIG = 1
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
@@ -44,7 +44,7 @@ class _Worker:
         self.started = time.monotonic()
         parent = os.getpid()
         return subprocess.Popen(
-            [sys.executable, "-m", "services.api"],
+            [sys.executable, "-m", "skipbus.services.api"],
             env=self._environment,
             preexec_fn=lambda: _die_with(parent),  # noqa: PLW1509 -- this process has one thread
         )

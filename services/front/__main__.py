@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from services.front.passing import Backends, Passage
-from shared.config import project_version
-from shared.lifecycle import DRAIN_SECONDS, every, run_service
-from shared.metrics import serve_metrics
+from skipbus.services.front.passing import Backends, Passage
+from skipbus.shared.config import project_version
+from skipbus.shared.lifecycle import DRAIN_SECONDS, every, run_service
+from skipbus.shared.metrics import serve_metrics
 
 _TICK_SECONDS = 1.0
 _BACKLOG = 4096

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection, Engine
 
-from shared.database import driver_errors
-from shared.envelopes import EnvelopeType
-from shared.logs import get_logger
-from shared.store.expiry import Expired, delete_expired, fetch_expired, fetch_stretch, fetch_targets
-from shared.store.packets import OutboxRow, insert_outbox_rows
+from skipbus.shared.database import driver_errors
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.logs import get_logger
+from skipbus.shared.store.expiry import Expired, delete_expired, fetch_expired, fetch_stretch, fetch_targets
+from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
 
 BATCH = 4000
 ABANDONED_AFTER_MS = 60_000

@@ -8,21 +8,21 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, Engine
 
-from shared.database import driver_errors
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.logs import get_logger
-from shared.store.expiry import (
+from skipbus.shared.database import driver_errors
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.logs import get_logger
+from skipbus.shared.store.expiry import (
     delete_expired_held,
     delete_expired_withdrawn,
     delete_expired_wrapping_keys,
 )
-from shared.store.messages import (
+from skipbus.shared.store.messages import (
     INBOX_LIFETIME_MS,
     OUTBOX_LIFETIME_MS,
     delete_expired_inbox,
     delete_expired_outbox,
 )
-from shared.store.processes import delete_expired_processes
+from skipbus.shared.store.processes import delete_expired_processes
 
 _ROWS = 1000
 _PROCESS_LIFETIME_MS = 3_600_000

@@ -15,43 +15,43 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 
-from services.syncer import metrics
-from services.syncer.complaints import Complaints
-from services.syncer.effects import Effects
-from services.syncer.examination import Examiner
-from services.syncer.heartbeat import Heartbeats
-from services.syncer.inbox import Inbox
-from services.syncer.intake import Intake
-from services.syncer.key_effects import Aftermath
-from services.syncer.leader import Leader
-from services.syncer.new_rows import NewRows
-from services.syncer.numbers import Numbers, Reservation
-from services.syncer.outbox import Relay
-from services.syncer.outgoing import Outgoing
-from services.syncer.refusals import Refusals
-from services.syncer.refuser import Refuser
-from services.syncer.replies import Replies
-from services.syncer.stock import StockWatch
-from services.syncer.watch import PeerWatch
-from shared.bus import Bus
-from shared.clock import now_ms
-from shared.config import Settings, config_from_argv
-from shared.database import driver_errors, make_engine
-from shared.errors import StoreUnavailable
-from shared.hop import Hop
-from shared.keyring import Keyring
-from shared.lifecycle import every, run_service
-from shared.logs import configure_logging, get_logger
-from shared.metrics import serve_metrics
-from shared.nudges import NudgeKind, read_unread
-from shared.peer_directory import PeerDirectory
-from shared.sessions import SessionBook, SessionMaker
-from shared.store.peers import fetch_announcement
-from shared.store.processes import upsert_process
-from shared.system_ids import RemoteSystemIds
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.complaints import Complaints
+from skipbus.services.syncer.effects import Effects
+from skipbus.services.syncer.examination import Examiner
+from skipbus.services.syncer.heartbeat import Heartbeats
+from skipbus.services.syncer.inbox import Inbox
+from skipbus.services.syncer.intake import Intake
+from skipbus.services.syncer.key_effects import Aftermath
+from skipbus.services.syncer.leader import Leader
+from skipbus.services.syncer.new_rows import NewRows
+from skipbus.services.syncer.numbers import Numbers, Reservation
+from skipbus.services.syncer.outbox import Relay
+from skipbus.services.syncer.outgoing import Outgoing
+from skipbus.services.syncer.refusals import Refusals
+from skipbus.services.syncer.refuser import Refuser
+from skipbus.services.syncer.replies import Replies
+from skipbus.services.syncer.stock import StockWatch
+from skipbus.services.syncer.watch import PeerWatch
+from skipbus.shared.bus import Bus
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings, config_from_argv
+from skipbus.shared.database import driver_errors, make_engine
+from skipbus.shared.errors import StoreUnavailable
+from skipbus.shared.hop import Hop
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.lifecycle import every, run_service
+from skipbus.shared.logs import configure_logging, get_logger
+from skipbus.shared.metrics import serve_metrics
+from skipbus.shared.nudges import NudgeKind, read_unread
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.sessions import SessionBook, SessionMaker
+from skipbus.shared.store.peers import fetch_announcement
+from skipbus.shared.store.processes import upsert_process
+from skipbus.shared.system_ids import RemoteSystemIds
 
 if TYPE_CHECKING:
-    from services.syncer.https_link import HttpsLink
+    from skipbus.services.syncer.https_link import HttpsLink
 
 _TICK_SECONDS = 1.0
 # One each for watch, relay, inbox, stock, replies and signs of life, so that none waits for another's statement, and
@@ -162,7 +162,7 @@ def _https_links(settings: Settings, stopping: Callable[[], bool]) -> dict[str, 
     if not peers:
         return {}
     # With the HTTP client that comes along, this is an eighth of a syncer's start.
-    from services.syncer.https_link import HttpsLink  # noqa: PLC0415
+    from skipbus.services.syncer.https_link import HttpsLink  # noqa: PLC0415
 
     return {peer.system_id: HttpsLink(peer, stopping) for peer in peers}
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine
 
-from shared import wire
-from shared.clock import now_ms
-from shared.database import driver_errors
-from shared.envelopes import EnvelopeType
-from shared.store import messages
-from shared.store.placing import KEY_PLACED
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.database import driver_errors
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.store import messages
+from skipbus.shared.store.placing import KEY_PLACED
 
 
 def withdraw_abandoned(engine: Engine, local_id: str, peer_id: str, numbers: Sequence[int]) -> int:

@@ -1,6 +1,6 @@
 """What becomes of an envelope that is sent by HTTPS, in words that need nothing of HTTP.
 
-Apart from ``services.syncer.https_link``, so that a syncer without such a peer loads no HTTP client.
+Apart from ``skipbus.services.syncer.https_link``, so that a syncer without such a peer loads no HTTP client.
 """
 
 from __future__ import annotations

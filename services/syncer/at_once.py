@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from services.syncer.examination import Accepted
-from services.syncer.key_effects import Aftermath, KnownWrappingKeys
-from services.syncer.payloads import Acknowledgement
-from services.syncer.placed_keys import PlacedKeys
-from shared.config import MySqlSettings
-from shared.envelopes import Header
-from shared.errors import StoreRefused, StoreUnavailable
-from shared.logs import get_logger
-from shared.store import relaying
-from shared.store.keys import end_without_change
-from shared.store.loop_steps import LoopSteps
-from shared.store.messages import EnvelopeRow
-from shared.store.placing import KEY_PLACED, KEY_STOCKED
-from shared.store.steps import Steps
+from skipbus.services.syncer.examination import Accepted
+from skipbus.services.syncer.key_effects import Aftermath, KnownWrappingKeys
+from skipbus.services.syncer.payloads import Acknowledgement
+from skipbus.services.syncer.placed_keys import PlacedKeys
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.envelopes import Header
+from skipbus.shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.logs import get_logger
+from skipbus.shared.store import relaying
+from skipbus.shared.store.keys import end_without_change
+from skipbus.shared.store.loop_steps import LoopSteps
+from skipbus.shared.store.messages import EnvelopeRow
+from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store.steps import Steps
 
 # Keys of one envelope, and envelopes of one acknowledgement. More than that is bulk, which has bounds of its own.
 MAX_AT_ONCE = 32

@@ -11,10 +11,10 @@ import time
 
 from sqlalchemy import Engine
 
-from shared.database import driver_errors
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.logs import get_logger
-from shared.store.messages import PeerSigns, upsert_clock_skew
+from skipbus.shared.database import driver_errors
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.logs import get_logger
+from skipbus.shared.store.messages import PeerSigns, upsert_clock_skew
 
 REMINDER_SECONDS = 600.0
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 
-from services.syncer import metrics
-from services.syncer.answers import Answer
-from services.syncer.effects import Effects
-from services.syncer.key_effects import Aftermath
-from services.syncer.outbox import Relay
-from services.syncer.outgoing import Letter
-from services.syncer.payloads import Complaint
-from services.syncer.refusals import Refusals
-from shared.bus import Bus
-from shared.clock import now_ms
-from shared.errors import BackendError
-from shared.logs import get_logger
-from shared.nudges import NudgeKind, pack_unread
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.answers import Answer
+from skipbus.services.syncer.effects import Effects
+from skipbus.services.syncer.key_effects import Aftermath
+from skipbus.services.syncer.outbox import Relay
+from skipbus.services.syncer.outgoing import Letter
+from skipbus.services.syncer.payloads import Complaint
+from skipbus.services.syncer.refusals import Refusals
+from skipbus.shared.bus import Bus
+from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import BackendError
+from skipbus.shared.logs import get_logger
+from skipbus.shared.nudges import NudgeKind, pack_unread
 
 # The same envelope with a new date, or a signature of its own, may be accepted.
 _PASSING = frozenset({"too_old", "from_future", "unknown_session"})

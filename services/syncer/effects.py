@@ -20,20 +20,20 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
-from services.syncer.at_once import AtOnce, RowsOf
-from services.syncer.examination import Accepted
-from services.syncer.key_effects import Aftermath, KeyEffects, KnownWrappingKeys
-from services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
-from services.syncer.placed_keys import PlacedKeys
-from shared.announcements import Announcement, read_announcement
-from shared.config import MySqlSettings
-from shared.database import driver_errors
-from shared.envelopes import EnvelopeType, Header
-from shared.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
-from shared.errors import SealBroken
-from shared.liveness import OFFLINE_AFTER_INTERVALS
-from shared.store import messages
-from shared.store.peers import (
+from skipbus.services.syncer.at_once import AtOnce, RowsOf
+from skipbus.services.syncer.examination import Accepted
+from skipbus.services.syncer.key_effects import Aftermath, KeyEffects, KnownWrappingKeys
+from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
+from skipbus.services.syncer.placed_keys import PlacedKeys
+from skipbus.shared.announcements import Announcement, read_announcement
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import driver_errors
+from skipbus.shared.envelopes import EnvelopeType, Header
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
+from skipbus.shared.errors import SealBroken
+from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
+from skipbus.shared.store import messages
+from skipbus.shared.store.peers import (
     delete_bus_announcement,
     fetch_bus_announcement,
     upsert_announcement,

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from services.syncer.payloads import Acknowledgement, Capabilities, Payload, read_payload
-from services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
-from shared.announcements import Announcement, read_announcement
-from shared.bus_bodies import LeftOut
-from shared.clock import now_ms
-from shared.envelopes import (
+from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Payload, read_payload
+from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
+from skipbus.shared.announcements import Announcement, read_announcement
+from skipbus.shared.bus_bodies import LeftOut
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import (
     MAX_ENVELOPE_BYTES,
     SESSION_VERSION,
     Claim,
@@ -29,10 +29,10 @@ from shared.envelopes import (
     read_claim,
     read_envelope,
 )
-from shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused, TakesLong
-from shared.identity import fingerprint
-from shared.logs import get_logger
-from shared.peer_directory import PeerDirectory
+from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused, TakesLong
+from skipbus.shared.identity import fingerprint
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peer_directory import PeerDirectory
 
 # What is longer is bulk, and not read on the event loop.
 MAX_AT_ONCE_BYTES = 64 * 1024

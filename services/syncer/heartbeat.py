@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import random
 
-from services.syncer.leader import Leader
-from services.syncer.outgoing import Letter, Outgoing
-from services.syncer.payloads import pack_heartbeat
-from services.syncer.replies import Replies
-from shared.config import Settings, project_version
-from shared.envelopes import EnvelopeType
-from shared.lifecycle import pause
-from shared.peer_directory import PeerDirectory
+from skipbus.services.syncer.leader import Leader
+from skipbus.services.syncer.outgoing import Letter, Outgoing
+from skipbus.services.syncer.payloads import pack_heartbeat
+from skipbus.services.syncer.replies import Replies
+from skipbus.shared.config import Settings, project_version
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.lifecycle import pause
+from skipbus.shared.peer_directory import PeerDirectory
 
 JITTER = 0.1
 CHUNK = 64

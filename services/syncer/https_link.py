@@ -18,11 +18,11 @@ from collections.abc import Callable
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from services.syncer.answers import Answer, Posted
-from services.syncer.payloads import printable
-from shared.envelopes import MAX_ENVELOPE_BYTES
-from shared.logs import get_logger
-from shared.peers_config import PeerSettings
+from skipbus.services.syncer.answers import Answer, Posted
+from skipbus.services.syncer.payloads import printable
+from skipbus.shared.envelopes import MAX_ENVELOPE_BYTES
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peers_config import PeerSettings
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0

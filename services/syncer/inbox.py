@@ -13,24 +13,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from services.syncer import metrics
-from services.syncer.complaints import Complaints
-from services.syncer.effects import Applied, Effects, Verdict, keys_touched, portions
-from services.syncer.examination import Accepted, Examiner, Refusal
-from services.syncer.intake import Intake
-from services.syncer.letters import told_of
-from services.syncer.outbox import Relay
-from services.syncer.outgoing import Letter
-from services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
-from services.syncer.placed_keys import PlacedKeys
-from services.syncer.refuser import Refuser
-from services.syncer.replies import Replies
-from shared.bus import PREFETCH, Delivery
-from shared.clock import now_ms
-from shared.errors import StoreRefused, StoreUnavailable
-from shared.lifecycle import pause
-from shared.logs import get_logger
-from shared.peer_directory import PeerDirectory
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.complaints import Complaints
+from skipbus.services.syncer.effects import Applied, Effects, Verdict, keys_touched, portions
+from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
+from skipbus.services.syncer.intake import Intake
+from skipbus.services.syncer.letters import told_of
+from skipbus.services.syncer.outbox import Relay
+from skipbus.services.syncer.outgoing import Letter
+from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
+from skipbus.services.syncer.placed_keys import PlacedKeys
+from skipbus.services.syncer.refuser import Refuser
+from skipbus.services.syncer.replies import Replies
+from skipbus.shared.bus import PREFETCH, Delivery
+from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.lifecycle import pause
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peer_directory import PeerDirectory
 
 BATCH = 2 * PREFETCH
 _POLL_SECONDS = 0.5

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
-from services.syncer.payloads import Complaint, Events
-from services.syncer.placed_keys import MAX_LIFETIME_MS, PlacedKeys
-from services.syncer.stock import drop_refused_stock
-from shared.envelopes import Header
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.logs import get_logger
-from shared.sealing import SealedWrappingKey
-from shared.store import messages, received, stock_kept
-from shared.store.messages import EnvelopeRow
-from shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.services.syncer.payloads import Complaint, Events
+from skipbus.services.syncer.placed_keys import MAX_LIFETIME_MS, PlacedKeys
+from skipbus.services.syncer.stock import drop_refused_stock
+from skipbus.shared.envelopes import Header
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.logs import get_logger
+from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.store import messages, received, stock_kept
+from skipbus.shared.store.messages import EnvelopeRow
+from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 
 _log = get_logger("stock")
 _TRUSTED_SECONDS = 30.0

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 
-from services.syncer import metrics
-from services.syncer.numbers import Reservation
-from shared.config import MySqlSettings
-from shared.election import Election
-from shared.errors import BackendError
-from shared.hop import Hop
-from shared.logs import get_logger
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.numbers import Reservation
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.election import Election
+from skipbus.shared.errors import BackendError
+from skipbus.shared.hop import Hop
+from skipbus.shared.logs import get_logger
 
 _log = get_logger("leader")
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from services.syncer.outgoing import Letter
-from services.syncer.payloads import Events, Payload, pack_events, read_payload
-from services.syncer.placed_keys import MAX_RECORDS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
-from services.syncer.row_types import SEALED_TYPES, envelope_type, keys_expire_ms
-from shared import wire
-from shared.errors import EnvelopeRefused
-from shared.logs import get_logger
-from shared.sealing import SealedWrappingKey
-from shared.store.messages import OutboxEntry, OutboxEnvelope
-from shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.services.syncer.outgoing import Letter
+from skipbus.services.syncer.payloads import Events, Payload, pack_events, read_payload
+from skipbus.services.syncer.placed_keys import MAX_RECORDS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
+from skipbus.services.syncer.row_types import SEALED_TYPES, envelope_type, keys_expire_ms
+from skipbus.shared import wire
+from skipbus.shared.errors import EnvelopeRefused
+from skipbus.shared.logs import get_logger
+from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope
+from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 # A row's keys are sealed under two wrapping keys at most, where one ends within it.

@@ -14,15 +14,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-from services.syncer.outgoing import Letter, Outcome, Outgoing
-from services.syncer.row_types import urgency
-from services.syncer.schedule import is_due
-from shared.clock import now_ms
-from shared.errors import BackendError
-from shared.liveness import PeerStatus
-from shared.logs import get_logger
-from shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
-from shared.store.placing import KEY_PLACED
+from skipbus.services.syncer.outgoing import Letter, Outcome, Outgoing
+from skipbus.services.syncer.row_types import urgency
+from skipbus.services.syncer.schedule import is_due
+from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import BackendError
+from skipbus.shared.liveness import PeerStatus
+from skipbus.shared.logs import get_logger
+from skipbus.shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
+from skipbus.shared.store.placing import KEY_PLACED
 
 CHUNK = 32
 # Chunks of one peer that are being sent at the same time.

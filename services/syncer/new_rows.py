@@ -1,4 +1,4 @@
-"""What wakes the relay: there are new rows in the outbox. And what was said of one of them (``shared.hints``)."""
+"""What wakes the relay: there are new rows in the outbox. And what was said of one of them (``shared/hints.py``)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from shared.hints import Hint, read_hint
-from shared.logs import get_logger
+from skipbus.shared.hints import Hint, read_hint
+from skipbus.shared.logs import get_logger
 
 # Now and then a nudge is faster than its row. Where one hint in five leads to nothing, they are forged, or the store
 # takes longer than nudges do: then they are not believed for a while.

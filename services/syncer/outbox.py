@@ -21,32 +21,32 @@ from itertools import groupby
 
 from sqlalchemy import Engine
 
-from services.syncer import metrics
-from services.syncer.abandoned import withdraw_abandoned
-from services.syncer.leader import Leader
-from services.syncer.letters import LetterMaker, gather
-from services.syncer.lines import Line, Sending, Waiting
-from services.syncer.new_rows import NewRows
-from services.syncer.outgoing import Letter, Outgoing
-from services.syncer.row_types import counter_when_numbered
-from services.syncer.watch import PeerWatch
-from shared.clock import now_ms
-from shared.config import Settings
-from shared.database import driver_errors
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.errors import BackendError, StoreRefused, StoreUnavailable
-from shared.hints import AHEAD_SECONDS, Hint
-from shared.hop import Hop
-from shared.lifecycle import next_beat
-from shared.logs import get_logger
-from shared.sealing import SealedWrappingKey
-from shared.store import messages, relaying
-from shared.store.loop_steps import LoopSteps
-from shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
-from shared.store.placing import KEY_PLACED
-from shared.store.relaying import Numbered
-from shared.store.steps import Steps, StepsRunner
-from shared.store.wrapping_keys import fetch_sealed_wrapping_keys
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.abandoned import withdraw_abandoned
+from skipbus.services.syncer.leader import Leader
+from skipbus.services.syncer.letters import LetterMaker, gather
+from skipbus.services.syncer.lines import Line, Sending, Waiting
+from skipbus.services.syncer.new_rows import NewRows
+from skipbus.services.syncer.outgoing import Letter, Outgoing
+from skipbus.services.syncer.row_types import counter_when_numbered
+from skipbus.services.syncer.watch import PeerWatch
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings
+from skipbus.shared.database import driver_errors
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
+from skipbus.shared.hints import AHEAD_SECONDS, Hint
+from skipbus.shared.hop import Hop
+from skipbus.shared.lifecycle import next_beat
+from skipbus.shared.logs import get_logger
+from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.store import messages, relaying
+from skipbus.shared.store.loop_steps import LoopSteps
+from skipbus.shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
+from skipbus.shared.store.placing import KEY_PLACED
+from skipbus.shared.store.relaying import Numbered
+from skipbus.shared.store.steps import Steps, StepsRunner
+from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 
 MAX_ROWS = 500
 TICK_SECONDS = 1.0

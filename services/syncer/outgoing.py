@@ -1,7 +1,7 @@
 """Signs envelopes and hands them to the broker, or to the peer itself where that has an endpoint.
 
 Signing (one to two milliseconds each) is done in a thread, many at a time. What somebody waits for goes under a session
-key, where its receiver reads that (``shared.sessions``): then to sign it is to make an authenticator, which is done
+key, where its receiver reads that (``shared/sessions.py``): then to sign it is to make an authenticator, which is done
 anywhere. Where one envelope alone is to go as soon as a transaction is committed, it is signed while the store commits
 (``signed`` in a thread that waits for that, ``quickly_signed`` on the event loop). Being signed is not being sent: an
 envelope whose transaction fails is dropped and nobody ever sees it.
@@ -16,20 +16,20 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from services.syncer import metrics
-from services.syncer.answers import Answer, Posted
-from services.syncer.numbers import Numbers
-from shared.bus import Bus
-from shared.bus_sending import Unconfirmed
-from shared.clock import now_ms
-from shared.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
-from shared.errors import BusUnavailable
-from shared.identity import Identity
-from shared.logs import get_logger
-from shared.sessions import SessionMaker
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.answers import Answer, Posted
+from skipbus.services.syncer.numbers import Numbers
+from skipbus.shared.bus import Bus
+from skipbus.shared.bus_sending import Unconfirmed
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
+from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.identity import Identity
+from skipbus.shared.logs import get_logger
+from skipbus.shared.sessions import SessionMaker
 
 if TYPE_CHECKING:
-    from services.syncer.https_link import HttpsLink
+    from skipbus.services.syncer.https_link import HttpsLink
 
 # What means something only to a KP that listens now is not kept for one that does not.
 _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED})

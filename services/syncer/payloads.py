@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.syncer.placed_keys import PlacedKeys, read_placed_keys
-from shared import wire
-from shared.announcements import MAX_ANNOUNCEMENT_BYTES
-from shared.envelopes import VERSIONS, EnvelopeType
-from shared.errors import EnvelopeRefused
+from skipbus.services.syncer.placed_keys import PlacedKeys, read_placed_keys
+from skipbus.shared import wire
+from skipbus.shared.announcements import MAX_ANNOUNCEMENT_BYTES
+from skipbus.shared.envelopes import VERSIONS, EnvelopeType
+from skipbus.shared.errors import EnvelopeRefused
 
 MAX_EVENTS = 50_000
 MAX_ACKNOWLEDGED = 1_000

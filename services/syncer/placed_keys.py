@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from shared import wire
-from shared.envelopes import Header
-from shared.epochs import EPOCH_ID_BYTES, MAX_CLOCK_SKEW_MS
-from shared.errors import EnvelopeRefused, SealBroken, TakesLong
-from shared.identity import CONTEXT_WRAPPING_KEY, verify
-from shared.keys import KEY_ID_BYTES, MAX_KEY_BITS, MIN_KEY_BITS
-from shared.sealing import WRAPPING_KEY_ID_BYTES, KeyRecord, SealedWrappingKey
+from skipbus.shared import wire
+from skipbus.shared.envelopes import Header
+from skipbus.shared.epochs import EPOCH_ID_BYTES, MAX_CLOCK_SKEW_MS
+from skipbus.shared.errors import EnvelopeRefused, SealBroken, TakesLong
+from skipbus.shared.identity import CONTEXT_WRAPPING_KEY, verify
+from skipbus.shared.keys import KEY_ID_BYTES, MAX_KEY_BITS, MIN_KEY_BITS
+from skipbus.shared.sealing import WRAPPING_KEY_ID_BYTES, KeyRecord, SealedWrappingKey
 
 MAX_RECORDS = 2_000
 MAX_WRAPPING_KEYS = 64

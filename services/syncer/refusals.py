@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from services.syncer import metrics
-from services.syncer.examination import Refusal
-from services.syncer.payloads import Complaint
-from shared.logs import get_logger
-from shared.peer_directory import PeerDirectory
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.examination import Refusal
+from skipbus.services.syncer.payloads import Complaint
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peer_directory import PeerDirectory
 
 LINES_PER_SECOND = 10
 

@@ -6,13 +6,13 @@ is told only where that is a peer, and once a second at most.
 
 from __future__ import annotations
 
-from services.syncer.clocks import Clocks
-from services.syncer.examination import Refusal
-from services.syncer.refusals import Refusals
-from services.syncer.replies import Replies
-from shared.bus import Delivery
-from shared.envelopes import EnvelopeType
-from shared.peer_directory import PeerDirectory
+from skipbus.services.syncer.clocks import Clocks
+from skipbus.services.syncer.examination import Refusal
+from skipbus.services.syncer.refusals import Refusals
+from skipbus.services.syncer.replies import Replies
+from skipbus.shared.bus import Delivery
+from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.peer_directory import PeerDirectory
 
 
 class Refuser:

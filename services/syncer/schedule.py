@@ -7,8 +7,8 @@ renewed when the last one has run out; when it is back, what it has not acknowle
 
 from __future__ import annotations
 
-from shared.envelopes import MAX_AGE_MS
-from shared.liveness import PeerStatus
+from skipbus.shared.envelopes import MAX_AGE_MS
+from skipbus.shared.liveness import PeerStatus
 
 FIRST_RETRY_MS = 10_000
 LAST_RETRY_MS = 300_000

@@ -14,19 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sqlalchemy import Connection, Engine
 
-from services.syncer.leader import Leader
-from services.syncer.row_types import STOCK_DROPPED
-from shared import wire
-from shared.clock import now_ms
-from shared.config import Settings
-from shared.database import driver_errors
-from shared.glance import Glance
-from shared.hop import Hop
-from shared.keys import counted_before_ms
-from shared.logs import get_logger
-from shared.store import messages, stock_kept
-from shared.store.glances import look_at_oldest_stock
-from shared.store.stock_kept import StockRow
+from skipbus.services.syncer.leader import Leader
+from skipbus.services.syncer.row_types import STOCK_DROPPED
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings
+from skipbus.shared.database import driver_errors
+from skipbus.shared.glance import Glance
+from skipbus.shared.hop import Hop
+from skipbus.shared.keys import counted_before_ms
+from skipbus.shared.logs import get_logger
+from skipbus.shared.store import messages, stock_kept
+from skipbus.shared.store.glances import look_at_oldest_stock
+from skipbus.shared.store.stock_kept import StockRow
 
 BATCH = 1_000
 

@@ -11,19 +11,19 @@ from collections import Counter
 
 from sqlalchemy import Engine
 
-from services.syncer import metrics
-from services.syncer.clocks import Clocks
-from shared.clock import now_ms
-from shared.config import Settings
-from shared.glance import Glance
-from shared.hop import Hop
-from shared.keyring import Keyring, check_pinned_identity
-from shared.liveness import PeerStatus, peer_status
-from shared.logs import get_logger
-from shared.peer_directory import PeerDirectory
-from shared.store.glances import look_at_signs
-from shared.store.messages import PeerSigns
-from shared.store_start import bring_up_to_date
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.clocks import Clocks
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings
+from skipbus.shared.glance import Glance
+from skipbus.shared.hop import Hop
+from skipbus.shared.keyring import Keyring, check_pinned_identity
+from skipbus.shared.liveness import PeerStatus, peer_status
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.store.glances import look_at_signs
+from skipbus.shared.store.messages import PeerSigns
+from skipbus.shared.store_start import bring_up_to_date
 
 _log = get_logger("watch")
 

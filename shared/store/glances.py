@@ -1,4 +1,4 @@
-"""What each process looks up once a second, in one packet for each look (``shared.glance``).
+"""What each process looks up once a second, in one packet for each look (``skipbus.shared.glance``).
 
 Every look is by primary key, and counts or reads rows of one KP only. As in ``packets``, values stand in the statements
 as integers and hexadecimal literals alone. What has to be read before something is changed is locked and read by the
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from pymysql.connections import Connection
 
-from shared.store.literals import name
-from shared.store.messages import NOBODY, PeerRow, PeerSigns
-from shared.store.processes import ProcessSeen
-from shared.store.results import Rows
-from shared.store.stock import StockLevel
+from skipbus.shared.store.literals import name
+from skipbus.shared.store.messages import NOBODY, PeerRow, PeerSigns
+from skipbus.shared.store.processes import ProcessSeen
+from skipbus.shared.store.results import Rows
+from skipbus.shared.store.stock import StockLevel
 
 _PEER_ROW = ", ".join(PeerRow.__dataclass_fields__)
 _PEER_SIGNS = ", ".join(PeerSigns.__dataclass_fields__)

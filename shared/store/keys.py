@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.literals import hex_list, hexes
-from shared.store.packets import (
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.store.literals import hex_list, hexes
+from skipbus.shared.store.packets import (
     INSERT_EVENT,
     INSERT_RECORD_AFTER,
     OutboxRow,
@@ -29,7 +29,7 @@ from shared.store.packets import (
     insert_records,
     insert_wrapping_keys,
 )
-from shared.store.steps import Command, Statement, Steps, octets, text
+from skipbus.shared.store.steps import Command, Statement, Steps, octets, text
 
 PREPARED = (INSERT_EVENT, INSERT_RECORD_AFTER)
 _RECORD = (octets, text, text, int, int, octets, octets, octets, text)

@@ -18,11 +18,11 @@ import pymysql.err
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND, CR
 
-from shared.database import STATEMENT_TIMEOUT_SECONDS, translated
-from shared.errors import StoreRefused
-from shared.store.commands import packets
-from shared.store.results import Answer, Rows
-from shared.store.steps import Command, Statement
+from skipbus.shared.database import STATEMENT_TIMEOUT_SECONDS, translated
+from skipbus.shared.errors import StoreRefused
+from skipbus.shared.store.commands import packets
+from skipbus.shared.store.results import Answer, Rows
+from skipbus.shared.store.steps import Command, Statement
 
 # What came of a step: its rows, or the error.
 Told = Callable[[Rows, BaseException | None], None]

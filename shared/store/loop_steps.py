@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 from typing import TypeVar
 
-from shared.config import MySqlSettings
-from shared.database import STATEMENT_TIMEOUT_SECONDS, connect
-from shared.errors import BackendError, StoreRefused
-from shared.store.line import StoreLine
-from shared.store.results import Rows
-from shared.store.steps import Statement, Step, Steps
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import STATEMENT_TIMEOUT_SECONDS, connect
+from skipbus.shared.errors import BackendError, StoreRefused
+from skipbus.shared.store.line import StoreLine
+from skipbus.shared.store.results import Rows
+from skipbus.shared.store.steps import Statement, Step, Steps
 
 Outcome = TypeVar("Outcome")
 _ROLLBACK = Statement("ROLLBACK")

@@ -21,13 +21,13 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects.mysql import Insert, insert
 
-from shared.envelopes import MAX_AGE_MS
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.schema import INBOX as I
-from shared.schema import OUTBOX as O
-from shared.schema import PEERS as P
-from shared.store.literals import name
-from shared.store.packets import delete_listed
+from skipbus.shared.envelopes import MAX_AGE_MS
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.schema import INBOX as I
+from skipbus.shared.schema import OUTBOX as O
+from skipbus.shared.schema import PEERS as P
+from skipbus.shared.store.literals import name
+from skipbus.shared.store.packets import delete_listed
 
 # A peer that is away for longer than this misses what was to be told; its keys have expired long since.
 OUTBOX_LIFETIME_MS = 24 * 3_600_000

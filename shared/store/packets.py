@@ -1,6 +1,6 @@
 """Statements that are put together here and not by the driver: literals, and a whole transaction in one packet.
 
-For connections that allow several statements and are used for nothing else (``shared.store.steps``), and for
+For connections that allow several statements and are used for nothing else (``skipbus.shared.store.steps``), and for
 statements on many keys. What makes it safe: every value goes in as an integer or as a hexadecimal literal, so no text
 of anybody's ever stands in a statement. Knows how rows of the tables are written that more than one of these modules
 writes to.
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from shared.errors import CommitUnknown, StoreUnavailable
-from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.literals import name, text
-from shared.store.results import Reader, Rows
-from shared.store.steps import Bound, Command, Statement, Steps
+from skipbus.shared.errors import CommitUnknown, StoreUnavailable
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.store.literals import name, text
+from skipbus.shared.store.results import Reader, Rows
+from skipbus.shared.store.steps import Bound, Command, Statement, Steps
 
 _INSERT_RECORDS = (
     "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, sealed, "

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, bindparam, delete, func, literal_column, select, union_all, update
 from sqlalchemy.dialects.mysql import insert
 
-from shared.announcements import Announcement, digest
-from shared.schema import ANNOUNCEMENTS as A
-from shared.schema import BUS_ANNOUNCEMENTS as B
-from shared.schema import PINNED_IDENTITIES as P
+from skipbus.shared.announcements import Announcement, digest
+from skipbus.shared.schema import ANNOUNCEMENTS as A
+from skipbus.shared.schema import BUS_ANNOUNCEMENTS as B
+from skipbus.shared.schema import PINNED_IDENTITIES as P
 
 
 @dataclass(frozen=True)

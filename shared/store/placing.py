@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from shared.sealing import SealedWrappingKey
-from shared.store.literals import hex_list, hexes, name
-from shared.store.packets import (
+from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.store.literals import hex_list, hexes, name
+from skipbus.shared.store.packets import (
     OutboxRow,
     commit,
     delete_listed,
     insert_outbox_rows,
     insert_wrapping_keys,
 )
-from shared.store.steps import Statement, Steps, octets
+from skipbus.shared.store.steps import Statement, Steps, octets
 
 # Types of outbox rows that are no envelope types: the syncer makes key.issued envelopes of them (docs/wire.md).
 KEY_PLACED = "key.placed"

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.literals import hex_list, text
-from shared.store.packets import insert_records, insert_wrapping_keys
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.store.literals import hex_list, text
+from skipbus.shared.store.packets import insert_records, insert_wrapping_keys
 
 # Keys in one statement: of the order of 100 kB.
 _CHUNK = 2_000

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from shared.hints import Hint
-from shared.sealing import KeyRecord
-from shared.store.literals import hex_list, name
-from shared.store.messages import SHORT_PAYLOAD_BYTES, EnvelopeRow, OutboxEntry
-from shared.store.packets import commit, commit_and_read, delete_listed, insert_records
-from shared.store.placing import KEY_PLACED
-from shared.store.steps import Statement, Steps, octets, text
+from skipbus.shared.hints import Hint
+from skipbus.shared.sealing import KeyRecord
+from skipbus.shared.store.literals import hex_list, name
+from skipbus.shared.store.messages import SHORT_PAYLOAD_BYTES, EnvelopeRow, OutboxEntry
+from skipbus.shared.store.packets import commit, commit_and_read, delete_listed, insert_records
+from skipbus.shared.store.placing import KEY_PLACED
+from skipbus.shared.store.steps import Statement, Steps, octets, text
 
 _ENTRY = (int, text, text, int, int, octets, octets)
 _ENVELOPE_ROW = (int, text, int, octets)

@@ -2,7 +2,7 @@
 
 A step is a statement, whose rows come back to where it was yielded, or a function that takes long enough to be
 called in a thread. Steps do no I/O themselves: the api's lanes drive them without ever blocking the event loop
-(``services.api.batching``), tools and tests with a blocking connection (``run_steps``). Either way an error of the
+(``services/api/batching.py``), tools and tests with a blocking connection (``run_steps``). Either way an error of the
 store is raised where the statement was yielded, as StoreUnavailable or StoreRefused.
 """
 
@@ -15,11 +15,11 @@ import pymysql.err
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND, CR
 
-from shared.config import MySqlSettings
-from shared.database import OwnConnection, driver_errors
-from shared.errors import StoreRefused
-from shared.store import literals
-from shared.store.results import LONGEST_PACKET_BYTES, Answer, Reader, Rows
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import OwnConnection, driver_errors
+from skipbus.shared.errors import StoreRefused
+from skipbus.shared.store import literals
+from skipbus.shared.store.results import LONGEST_PACKET_BYTES, Answer, Reader, Rows
 
 Value = int | str | bytes
 _CHUNK_BYTES = 2**16

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
 
-from shared.schema import STOCK as S
-from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store.literals import hexes, name
-from shared.store.packets import (
+from skipbus.shared.schema import STOCK as S
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.store.literals import hexes, name
+from skipbus.shared.store.packets import (
     OutboxRow,
     commit,
     delete_listed,
     insert_outbox_rows,
     insert_wrapping_keys,
 )
-from shared.store.steps import Statement, Steps, octets
+from skipbus.shared.store.steps import Statement, Steps, octets
 
 _COPY = (octets, int, int, octets, octets, octets)
 

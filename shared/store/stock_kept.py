@@ -1,7 +1,7 @@
 """The syncer's side of stock: what the peer has acknowledged is placed, and what is too old to be useful is dropped.
 
 By primary key, and by ``stock_token`` and ``stock_key_id``, forced, or a small table would be scanned. Making and
-claiming stock is the api's (``shared.store.stock``).
+claiming stock is the api's (``skipbus.shared.store.stock``).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, select, update
 
-from shared.schema import STOCK as S
-from shared.store.literals import hexes, name
-from shared.store.packets import delete_listed
+from skipbus.shared.schema import STOCK as S
+from skipbus.shared.store.literals import hexes, name
+from skipbus.shared.store.packets import delete_listed
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from services.front.passing import HOLD_SECONDS
-from shared.migrate import head_revision
+from skipbus.services.front.passing import HOLD_SECONDS
+from skipbus.shared.migrate import head_revision
 from skipbus_testkit.client import Client, client_context
 from tests.containers.engine import docker
 from tests.containers.stack import Stack
@@ -32,7 +32,7 @@ def upgrade() -> None:
     op.execute("CREATE TABLE IF NOT EXISTS of_{revision} (id INT PRIMARY KEY)")
     op.execute("ALTER TABLE processes ADD COLUMN of_{revision} INT NULL")
 """
-_VERSIONS = "/opt/skipbus/lib/python3.13/site-packages/shared/migrations/versions/"
+_VERSIONS = "/opt/skipbus/lib/python3.13/site-packages/skipbus/shared/migrations/versions/"
 
 
 @dataclass(frozen=True)

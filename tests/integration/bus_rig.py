@@ -16,20 +16,20 @@ from sqlalchemy import func, select
 
 from sandbox.key_provider import BusPeer
 from sandbox.servers import Database
-from services.syncer.row_types import SEALED_TYPES
-from shared import wire
-from shared.announcements import Announcement, sign_announcement
-from shared.clock import now_ms
-from shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.peers_config import identity_line
-from shared.schema import BUS_ANNOUNCEMENTS, KEY_RECORDS, STOCK, STOCK_HELD, WITHDRAWN_KEYS
-from shared.sealing import KeyRecord, SealedWrappingKey, make_wrapping_key, open_wrapping_key
-from shared.store.packets import OutboxRow, insert_outbox_rows, insert_wrapping_keys
-from shared.store.peers import upsert_announcement
-from shared.store.placing import KEY_PLACED, KEY_STOCKED
-from shared.store.wrapping_keys import fetch_sealed_wrapping_keys
+from skipbus.services.syncer.row_types import SEALED_TYPES
+from skipbus.shared import wire
+from skipbus.shared.announcements import Announcement, sign_announcement
+from skipbus.shared.clock import now_ms
+from skipbus.shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.peers_config import identity_line
+from skipbus.shared.schema import BUS_ANNOUNCEMENTS, KEY_RECORDS, STOCK, STOCK_HELD, WITHDRAWN_KEYS
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, make_wrapping_key, open_wrapping_key
+from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows, insert_wrapping_keys
+from skipbus.shared.store.peers import upsert_announcement
+from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig
 from tests.waiting import wait_for
 

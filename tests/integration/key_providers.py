@@ -16,20 +16,20 @@ from pymysql.connections import Connection
 from sqlalchemy import Engine
 
 from sandbox.servers import Database
-from services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
-from services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
-from services.janitor.epochs import EpochKeeper
-from shared.clock import now_ms
-from shared.config import Settings, load_settings
-from shared.database import connect, make_engine
-from shared.errors import SkipbusError
-from shared.glance import Glance
-from shared.keyring import Keyring
-from shared.migrate import upgrade_store
-from shared.peer_directory import PeerDirectory
-from shared.store.glances import look_at_due
-from shared.store.steps import run_steps
-from shared.system_ids import RemoteSystemIds
+from skipbus.services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
+from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from skipbus.services.janitor.epochs import EpochKeeper
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import Settings, load_settings
+from skipbus.shared.database import connect, make_engine
+from skipbus.shared.errors import SkipbusError
+from skipbus.shared.glance import Glance
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.migrate import upgrade_store
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.store.glances import look_at_due
+from skipbus.shared.store.steps import run_steps
+from skipbus.shared.system_ids import RemoteSystemIds
 
 
 def settings_for(database: Database, system_id: str, keyring_dir: Path, **environ: str) -> Settings:

@@ -21,9 +21,9 @@ from sqlalchemy import Engine, func, select
 
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import Database
-from shared import wire
-from shared.announcements import Announcement, sign_announcement
-from shared.bus_names import (
+from skipbus.shared import wire
+from skipbus.shared.announcements import Announcement, sign_announcement
+from skipbus.shared.bus_names import (
     ENVELOPES,
     dead_queue_name,
     live_queue_name,
@@ -31,18 +31,18 @@ from shared.bus_names import (
     queue_name,
     routing_key,
 )
-from shared.clock import now_ms
-from shared.config import MySqlSettings
-from shared.database import make_engine
-from shared.envelopes import EnvelopeType, Header, sign_envelope
-from shared.identity import Identity
-from shared.keyring import Keyring
-from shared.liveness import peer_status
-from shared.schema import INBOX, OUTBOX, PROCESSES
-from shared.secret import Secret
-from shared.store.messages import PeerRow, fetch_peer_rows, insert_outbox
-from shared.store.peers import fetch_announcement, upsert_announcement
-from shared.store_start import bring_up_to_date
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import make_engine
+from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.identity import Identity
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.liveness import peer_status
+from skipbus.shared.schema import INBOX, OUTBOX, PROCESSES
+from skipbus.shared.secret import Secret
+from skipbus.shared.store.messages import PeerRow, fetch_peer_rows, insert_outbox
+from skipbus.shared.store.peers import fetch_announcement, upsert_announcement
+from skipbus.shared.store_start import bring_up_to_date
 from tests.waiting import wait_for
 
 HEARTBEAT_SECONDS = 0.5

@@ -11,20 +11,20 @@ from typing import cast
 
 import pytest
 
-from services.syncer.at_once import MAX_AT_ONCE
-from services.syncer.effects import Applied, Effects, Verdict
-from services.syncer.examination import Accepted
-from services.syncer.payloads import Acknowledgement, Payload
-from services.syncer.placed_keys import PlacedKeys
-from shared.clock import now_ms
-from shared.database import connect
-from shared.envelopes import EnvelopeType, Header
-from shared.errors import StoreRefused
-from shared.hints import Hint
-from shared.store import relaying
-from shared.store.messages import EnvelopeRow
-from shared.store.packets import OutboxRow, commit, insert_outbox_rows
-from shared.store.steps import Statement, Steps, StepsRunner, run_steps
+from skipbus.services.syncer.at_once import MAX_AT_ONCE
+from skipbus.services.syncer.effects import Applied, Effects, Verdict
+from skipbus.services.syncer.examination import Accepted
+from skipbus.services.syncer.payloads import Acknowledgement, Payload
+from skipbus.services.syncer.placed_keys import PlacedKeys
+from skipbus.shared.clock import now_ms
+from skipbus.shared.database import connect
+from skipbus.shared.envelopes import EnvelopeType, Header
+from skipbus.shared.errors import StoreRefused
+from skipbus.shared.hints import Hint
+from skipbus.shared.store import relaying
+from skipbus.shared.store.messages import EnvelopeRow
+from skipbus.shared.store.packets import OutboxRow, commit, insert_outbox_rows
+from skipbus.shared.store.steps import Statement, Steps, StepsRunner, run_steps
 from tests.integration.key_providers import Store
 
 KP, PEER, STRANGER = "KP_Bob", "KP_Carol", "KP_Dora"

@@ -17,21 +17,21 @@ import pytest
 from sqlalchemy import Engine, bindparam, event, func, select, update
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from services.syncer.effects import MAX_KEYS, Effects
-from services.syncer.examination import Accepted
-from services.syncer.numbers import RESERVED_US, Numbers, Reservation
-from services.syncer.payloads import Acknowledgement, Events, Payload
-from services.syncer.placed_keys import MAX_RECORDS
-from shared import wire
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, Header
-from shared.epochs import new_epoch_id
-from shared.hybrid import HybridPrivateKey
-from shared.schema import INBOX, OUTBOX, PEERS
-from shared.store.messages import fetch_last_number, fetch_peer_rows, insert_outbox, upsert_last_number
-from shared.store.packets import OutboxRow, insert_outbox_rows
-from shared.store.peers import fetch_bus_announcement
-from shared.store.placing import KEY_STOCKED
+from skipbus.services.syncer.effects import MAX_KEYS, Effects
+from skipbus.services.syncer.examination import Accepted
+from skipbus.services.syncer.numbers import RESERVED_US, Numbers, Reservation
+from skipbus.services.syncer.payloads import Acknowledgement, Events, Payload
+from skipbus.services.syncer.placed_keys import MAX_RECORDS
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType, Header
+from skipbus.shared.epochs import new_epoch_id
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.schema import INBOX, OUTBOX, PEERS
+from skipbus.shared.store.messages import fetch_last_number, fetch_peer_rows, insert_outbox, upsert_last_number
+from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
+from skipbus.shared.store.peers import fetch_bus_announcement
+from skipbus.shared.store.placing import KEY_STOCKED
 from tests.integration.bus_rig import Placed, Site, Sites, seal
 from tests.integration.key_providers import Store
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, TestBus, bus_of, signed

@@ -19,9 +19,9 @@ import pytest
 from pymysql.connections import Connection
 
 from sandbox.servers import Database
-from services.api.batching import Batch, Lane
-from services.api.issuing import IssuedKey, IssueRequest, Sealer
-from services.api.placing import (
+from skipbus.services.api.batching import Batch, Lane
+from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer
+from skipbus.services.api.placing import (
     Check,
     Outcome,
     PlaceBatch,
@@ -31,14 +31,14 @@ from services.api.placing import (
     Settlement,
     Withdraw,
 )
-from services.api.settling import Settler
-from services.api.stock_claiming import StockClaimBatch, StockOpener, StockRequest
-from services.api.stocking import StockMaker
-from shared import wire
-from shared.clock import now_ms
-from shared.errors import NotPlaced, Overloaded, PeerNotReady, SkipbusError, StoreUnavailable
-from shared.hints import AHEAD_SECONDS, Hint, pack_hint
-from shared.store.steps import run_steps
+from skipbus.services.api.settling import Settler
+from skipbus.services.api.stock_claiming import StockClaimBatch, StockOpener, StockRequest
+from skipbus.services.api.stocking import StockMaker
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import NotPlaced, Overloaded, PeerNotReady, SkipbusError, StoreUnavailable
+from skipbus.shared.hints import AHEAD_SECONDS, Hint, pack_hint
+from skipbus.shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
 from tests.integration.key_providers import KeyProvider, Store, announced, through_port
 

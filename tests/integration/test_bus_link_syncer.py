@@ -17,15 +17,21 @@ import pytest
 
 from sandbox.ports import free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from services.syncer.payloads import Complaint, pack_acknowledgement, pack_capabilities, pack_complaint, read_payload
-from shared import wire
-from shared.clock import now_ms
-from shared.envelopes import VERSIONS, EnvelopeType, check_envelope, read_envelope
-from shared.hints import Hint, pack_hint
-from shared.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
-from shared.nudges import NudgeKind, ProcessBus
-from shared.secret import Secret
-from shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.services.syncer.payloads import (
+    Complaint,
+    pack_acknowledgement,
+    pack_capabilities,
+    pack_complaint,
+    read_payload,
+)
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import VERSIONS, EnvelopeType, check_envelope, read_envelope
+from skipbus.shared.hints import Hint, pack_hint
+from skipbus.shared.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
+from skipbus.shared.nudges import NudgeKind, ProcessBus
+from skipbus.shared.secret import Secret
+from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 from tests.integration.bus_rig import KEY_TTL_MS, Placed, Site, Sites, seal
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, TestBus, bus_of, fresh_number, signed
 from tests.waiting import wait_for

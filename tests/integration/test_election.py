@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from sandbox.servers import Database, MariaDbServer
-from shared.config import MySqlSettings
-from shared.election import Election
-from shared.errors import StoreUnavailable
-from shared.secret import Secret
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.election import Election
+from skipbus.shared.errors import StoreUnavailable
+from skipbus.shared.secret import Secret
 from tests.waiting import wait_for
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from services.janitor.epochs import EpochKeeper
-from shared.announcements import Announcement, read_announcement, sign_announcement
-from shared.epochs import current_epoch
-from shared.errors import KeyringError, StoreRefused, StoreUnavailable
-from shared.identity import Identity, fingerprint
-from shared.keyring import Keyring
-from shared.store import peers as peer_store
+from skipbus.services.janitor.epochs import EpochKeeper
+from skipbus.shared.announcements import Announcement, read_announcement, sign_announcement
+from skipbus.shared.epochs import current_epoch
+from skipbus.shared.errors import KeyringError, StoreRefused, StoreUnavailable
+from skipbus.shared.identity import Identity, fingerprint
+from skipbus.shared.keyring import Keyring
+from skipbus.shared.store import peers as peer_store
 from tests.integration.key_providers import Store, settings_for, tend
 
 KP = "KP_Alice"

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from services.janitor import expiry
-from services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, PACE_PER_SECOND, Zeroizer
-from shared import wire
-from shared.database import connect, driver_errors
-from shared.errors import StoreUnavailable
-from shared.store.expiry import fetch_expired, fetch_stretch
+from skipbus.services.janitor import expiry
+from skipbus.services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, PACE_PER_SECOND, Zeroizer
+from skipbus.shared import wire
+from skipbus.shared.database import connect, driver_errors
+from skipbus.shared.errors import StoreUnavailable
+from skipbus.shared.store.expiry import fetch_expired, fetch_stretch
 from tests.integration.key_providers import Store
 
 NOW_MS = 1_800_000_000_000

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from sandbox.ports import LOOPBACK, free_port
-from services.front.passing import Backends, Passage
+from skipbus.services.front.passing import Backends, Passage
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

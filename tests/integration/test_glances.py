@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 
 from sandbox.servers import MariaDbServer
-from shared.errors import StoreRefused, StoreUnavailable
-from shared.glance import Glance
-from shared.store.glances import (
+from skipbus.shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.glance import Glance
+from skipbus.shared.store.glances import (
     Digests,
     Due,
     look_at_due,
@@ -20,9 +20,9 @@ from shared.store.glances import (
     look_at_stock,
     look_at_view,
 )
-from shared.store.messages import NOBODY, PeerRow, PeerSigns, fetch_peer_rows
-from shared.store.processes import ProcessSeen
-from shared.store.stock import StockLevel
+from skipbus.shared.store.messages import NOBODY, PeerRow, PeerSigns, fetch_peer_rows
+from skipbus.shared.store.processes import ProcessSeen
+from skipbus.shared.store.stock import StockLevel
 from tests.integration.key_providers import Store
 
 KP, OTHER = "KP_Alice", "KP_Ällice"

@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from shared.envelopes import EnvelopeType, SignedEnvelope, read_envelope
-from shared.store.placing import KEY_STOCKED
+from skipbus.shared.envelopes import EnvelopeType, SignedEnvelope, read_envelope
+from skipbus.shared.store.placing import KEY_STOCKED
 from tests.integration.bus_rig import Site, Sites
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, bus_of
 from tests.waiting import wait_for
@@ -233,5 +233,5 @@ def test_an_endpoint_with_a_foreign_certificate_is_sent_nothing(scene: Scene, tm
 
 
 def test_a_syncer_without_such_a_peer_loads_no_http_client() -> None:
-    command = "import sys, services.syncer.__main__; sys.exit('aiohttp' in sys.modules)"
+    command = "import sys, skipbus.services.syncer.__main__; sys.exit('aiohttp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], timeout=60, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Facts about cost: on a filled store no statement of ``shared.store`` reads a table, or an index, from end to end.
+"""Facts about cost: on a filled store no statement of ``shared/store`` reads a table, or an index, from end to end.
 
 Every public function of the store is called here, and a new one fails the test until it is; what each sends is
 caught on its way to the driver and explained by the server.
@@ -18,11 +18,11 @@ from pymysql.connections import Connection as RawConnection
 from sqlalchemy import Connection, event
 
 from sandbox.servers import Database, MariaDbServer
-from shared.announcements import Announcement
-from shared.database import connect
-from shared.hints import Hint
-from shared.sealing import KeyRecord, SealedWrappingKey
-from shared.store import (
+from skipbus.shared.announcements import Announcement
+from skipbus.shared.database import connect
+from skipbus.shared.hints import Hint
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.store import (
     expiry,
     glances,
     keys,
@@ -37,7 +37,7 @@ from shared.store import (
     stock_kept,
     wrapping_keys,
 )
-from shared.store.steps import Statement, run_steps
+from skipbus.shared.store.steps import Statement, run_steps
 from tests.integration.key_providers import Store
 
 Parameters = dict[str, object] | tuple[object, ...] | None

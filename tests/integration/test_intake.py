@@ -9,17 +9,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from sandbox.servers import Database, RabbitMqServer
-from services.syncer.effects import Effects, Verdict
-from services.syncer.examination import Accepted
-from services.syncer.intake import MAX_GATHER_SECONDS, MAX_GATHERED, Intake
-from services.syncer.payloads import Heartbeat, pack_acknowledgement, pack_heartbeat
-from shared.bus import Bus, Delivery
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, Header, sign_envelope
-from shared.identity import Identity
-from shared.nudges import ProcessBus
-from shared.secret import Secret
-from shared.store.messages import fetch_peer_rows
+from skipbus.services.syncer.effects import Effects, Verdict
+from skipbus.services.syncer.examination import Accepted
+from skipbus.services.syncer.intake import MAX_GATHER_SECONDS, MAX_GATHERED, Intake
+from skipbus.services.syncer.payloads import Heartbeat, pack_acknowledgement, pack_heartbeat
+from skipbus.shared.bus import Bus, Delivery
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.identity import Identity
+from skipbus.shared.nudges import ProcessBus
+from skipbus.shared.secret import Secret
+from skipbus.shared.store.messages import fetch_peer_rows
 from tests.integration.key_providers import Store
 
 ALICE, BOB = "KP_Alice", "KP_Bob"

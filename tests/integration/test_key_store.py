@@ -18,13 +18,13 @@ import pytest
 from pymysql.connections import Connection
 
 from sandbox.servers import Database
-from services.api.batching import Lane
-from services.api.claiming import ClaimedKey, ClaimRequest
-from services.api.issuing import IssuedKey, IssueRequest
-from services.api.lanes import make_lane
-from shared import wire
-from shared.clock import now_ms
-from shared.errors import (
+from skipbus.services.api.batching import Lane
+from skipbus.services.api.claiming import ClaimedKey, ClaimRequest
+from skipbus.services.api.issuing import IssuedKey, IssueRequest
+from skipbus.services.api.lanes import make_lane
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import (
     CommitUnknown,
     KeyNotAvailable,
     NoEntropy,
@@ -34,9 +34,9 @@ from shared.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from shared.store.keys import PREPARED, commit_issued
-from shared.store.packets import OutboxRow
-from shared.store.steps import run_steps
+from skipbus.shared.store.keys import PREPARED, commit_issued
+from skipbus.shared.store.packets import OutboxRow
+from skipbus.shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
 from tests.integration.key_providers import KeyProvider, Store, announced, tend, through_port
 from tests.waiting import wait_for
@@ -749,7 +749,7 @@ async def test_a_key_alone_that_cannot_be_inserted_is_refused_and_the_one_with_i
     key_id = place(alice, bob, now_ms() + 60_000)
     store.rows("DELETE FROM outbox")
     before, connections = store.rows("SELECT * FROM key_records"), connected(store)
-    monkeypatch.setattr("services.api.issuing.new_key_id", lambda: key_id)
+    monkeypatch.setattr("skipbus.services.api.issuing.new_key_id", lambda: key_id)
     answers = await issued_over(prepared_lane(alice, database.port), "KP_Bob")
     assert [type(answer) for answer in answers] == [StoreRefused]
     wait_for(lambda: connected(store) <= connections, timeout_seconds=5)
@@ -806,7 +806,7 @@ async def test_where_no_key_can_be_made_nothing_is_committed_and_the_next_reques
         raise OSError("no entropy")
 
     async def work() -> list[object]:
-        monkeypatch.setattr("services.api.issuing.os.urandom", fail)
+        monkeypatch.setattr("skipbus.services.api.issuing.os.urandom", fail)
         with pytest.raises(NoEntropy):
             await lane.submit(IssueRequest("KP_Bob", 256, ""))
         monkeypatch.undo()

@@ -50,7 +50,9 @@ def test_no_line_is_counted_as_dropped_while_somebody_reads(kp: KeyProvider, rol
 @pytest.mark.parametrize("role", ROLES)
 def test_lines_that_are_lost_with_their_reader_are_counted(kp: KeyProvider, role: str) -> None:
     reader, writer = os.pipe()
-    process = subprocess.Popen([sys.executable, "-m", f"services.{role}"], env=kp.environ, cwd=kp.root, stdout=writer)
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"skipbus.services.{role}"], env=kp.environ, cwd=kp.root, stdout=writer
+    )
     os.close(writer)
     os.close(reader)
     try:

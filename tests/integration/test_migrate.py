@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 
 from sandbox.servers import Database, MariaDbServer
-from shared.config import MySqlSettings
-from shared.database import connect, make_engine
-from shared.errors import StoreRefused
-from shared.migrate import StoreNewer, head_revision, is_known, store_revision, upgrade_store
-from shared.schema import METADATA
-from shared.secret import Secret
-from shared.store_start import HEAD_REVISION, bring_up_to_date
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import connect, make_engine
+from skipbus.shared.errors import StoreRefused
+from skipbus.shared.migrate import StoreNewer, head_revision, is_known, store_revision, upgrade_store
+from skipbus.shared.schema import METADATA
+from skipbus.shared.secret import Secret
+from skipbus.shared.store_start import HEAD_REVISION, bring_up_to_date
 
 ROOT = Path(__file__).parents[2]
 UPGRADE = """
 import sys
-from shared.config import MySqlSettings
-from shared.migrate import upgrade_store
-from shared.secret import Secret
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.migrate import upgrade_store
+from skipbus.shared.secret import Secret
 host, port, user, password, database = sys.stdin.read().split()
 print(upgrade_store(MySqlSettings(host, int(port), user, Secret(password), database)))
 """
@@ -207,5 +207,5 @@ def test_an_empty_store_is_migrated_by_whoever_starts(mysql: MySqlSettings, caps
 
 @pytest.mark.parametrize("process", ["api", "syncer", "janitor"])
 def test_a_process_starts_without_what_only_migrations_need(process: str) -> None:
-    command = f"import sys, services.{process}.__main__; sys.exit('alembic' in sys.modules)"
+    command = f"import sys, skipbus.services.{process}.__main__; sys.exit('alembic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], timeout=60, check=False).returncode == 0

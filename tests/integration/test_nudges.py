@@ -11,13 +11,13 @@ import aio_pika
 import pytest
 
 from sandbox.servers import RabbitMqServer
-from shared import wire
-from shared.bus import Bus, Delivery
-from shared.bus_names import NUDGES, nudge_routing_key
-from shared.errors import BusUnavailable
-from shared.hints import MAX_HINT_BYTES
-from shared.nudges import FOR_SYNCER, MAX_NUDGE_BYTES, NudgeKind, ProcessBus
-from shared.secret import Secret
+from skipbus.shared import wire
+from skipbus.shared.bus import Bus, Delivery
+from skipbus.shared.bus_names import NUDGES, nudge_routing_key
+from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.hints import MAX_HINT_BYTES
+from skipbus.shared.nudges import FOR_SYNCER, MAX_NUDGE_BYTES, NudgeKind, ProcessBus
+from skipbus.shared.secret import Secret
 
 
 class Ear:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from shared.clock import now_ms
-from shared.errors import SkipbusError
-from shared.identity import Identity
-from shared.peer_directory import PIN_REREAD_MS
+from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import SkipbusError
+from skipbus.shared.identity import Identity
+from skipbus.shared.peer_directory import PIN_REREAD_MS
 from tests.integration.key_providers import KeyProvider, Store, announced
 
 

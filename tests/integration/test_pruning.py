@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from services.janitor import pruning
-from services.janitor.pruning import WITHDRAWN_KEPT_MS, prune
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, insert_inbox, insert_outbox
-from shared.store.processes import ProcessSeen, fetch_processes, upsert_process
+from skipbus.services.janitor import pruning
+from skipbus.services.janitor.pruning import WITHDRAWN_KEPT_MS, prune
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, insert_inbox, insert_outbox
+from skipbus.shared.store.processes import ProcessSeen, fetch_processes, upsert_process
 from tests.integration.key_providers import Store
 
 NOW_MS = 1_800_000_000_000

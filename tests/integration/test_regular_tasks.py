@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from services.janitor.__main__ import Janitor
-from services.syncer.leader import Leader
-from services.syncer.numbers import Numbers, Reservation
-from services.syncer.stock import StockWatch
-from shared.clock import now_ms
-from shared.epochs import EpochSpan, new_epoch_id
-from shared.hop import Hop
-from shared.hybrid import HybridPrivateKey
-from shared.keyring import Keyring, PrivateEpoch
-from shared.peers_config import identity_line
+from skipbus.services.janitor.__main__ import Janitor
+from skipbus.services.syncer.leader import Leader
+from skipbus.services.syncer.numbers import Numbers, Reservation
+from skipbus.services.syncer.stock import StockWatch
+from skipbus.shared.clock import now_ms
+from skipbus.shared.epochs import EpochSpan, new_epoch_id
+from skipbus.shared.hop import Hop
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.keyring import Keyring, PrivateEpoch
+from skipbus.shared.peers_config import identity_line
 from tests.integration.key_providers import Store, settings_for
 
 KP, PEER = "KP_Alice", "KP_Bob"

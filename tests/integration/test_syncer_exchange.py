@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
-from services.syncer.payloads import (
+from skipbus.services.syncer.payloads import (
     Capabilities,
     pack_acknowledgement,
     pack_capabilities,
     pack_heartbeat,
     read_payload,
 )
-from services.syncer.replies import ANSWER_EVERY_SECONDS
-from shared.announcements import Announcement, digest, sign_announcement
-from shared.clock import now_ms
-from shared.database import driver_errors
-from shared.envelopes import EnvelopeType, check_envelope, read_envelope
-from shared.store import messages
+from skipbus.services.syncer.replies import ANSWER_EVERY_SECONDS
+from skipbus.shared.announcements import Announcement, digest, sign_announcement
+from skipbus.shared.clock import now_ms
+from skipbus.shared.database import driver_errors
+from skipbus.shared.envelopes import EnvelopeType, check_envelope, read_envelope
+from skipbus.shared.store import messages
 from tests.integration.syncer_rig import (
     HEARTBEAT_SECONDS,
     TIMEOUT_SECONDS,

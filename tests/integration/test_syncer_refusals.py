@@ -13,12 +13,12 @@ import pytest
 
 from sandbox.ports import free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from services.syncer.payloads import pack_capabilities, pack_heartbeat
-from shared import wire
-from shared.clock import now_ms
-from shared.envelopes import MAX_AGE_MS, MAX_ENVELOPE_BYTES, EnvelopeType
-from shared.epochs import MAX_CLOCK_SKEW_MS
-from shared.identity import CONTEXT_ENVELOPE, Identity, fingerprint
+from skipbus.services.syncer.payloads import pack_capabilities, pack_heartbeat
+from skipbus.shared import wire
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import MAX_AGE_MS, MAX_ENVELOPE_BYTES, EnvelopeType
+from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity, fingerprint
 from tests.integration.syncer_rig import (
     TIMEOUT_SECONDS,
     Kp,

@@ -31,18 +31,18 @@ from sandbox.client import Answer, get
 from sandbox.key_provider import BusPeer, KeyProvider
 from sandbox.ports import LOOPBACK, free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_heartbeat
-from shared import wire
-from shared.announcements import Announcement, read_announcement, sign_announcement
-from shared.bus_names import (
+from skipbus.services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_heartbeat
+from skipbus.shared import wire
+from skipbus.shared.announcements import Announcement, read_announcement, sign_announcement
+from skipbus.shared.bus_names import (
     ENVELOPES,
     dead_queue_name,
     live_routing_key,
     queue_name,
     routing_key,
 )
-from shared.clock import now_ms
-from shared.envelopes import (
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import (
     VERSION,
     EnvelopeType,
     Header,
@@ -51,12 +51,12 @@ from shared.envelopes import (
     session_envelope,
     sign_envelope,
 )
-from shared.epochs import EpochSpan, PublicEpoch, current_epoch, new_epoch_id
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.peers_config import identity_line
-from shared.sealing import make_wrapping_key
-from shared.sessions import SessionKey
+from skipbus.shared.epochs import EpochSpan, PublicEpoch, current_epoch, new_epoch_id
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.peers_config import identity_line
+from skipbus.shared.sealing import make_wrapping_key
+from skipbus.shared.sessions import SessionKey
 from tests.system.harness import ALICE, BOB, Key, Lab, Place, rows
 from tests.waiting import wait_for
 

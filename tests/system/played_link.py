@@ -17,15 +17,15 @@ from typing import Any
 from sandbox.client import Answer, get
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import write_private
-from shared import wire
-from shared.announcements import read_announcement
-from shared.bus_names import NUDGES, nudge_routing_key
-from shared.clock import now_ms
-from shared.config import MySqlSettings, Secret
-from shared.database import make_engine
-from shared.nudges import NudgeKind
-from shared.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
-from shared.store.peers import upsert_bus_announcement
+from skipbus.shared import wire
+from skipbus.shared.announcements import read_announcement
+from skipbus.shared.bus_names import NUDGES, nudge_routing_key
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import MySqlSettings, Secret
+from skipbus.shared.database import make_engine
+from skipbus.shared.nudges import NudgeKind
+from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
+from skipbus.shared.store.peers import upsert_bus_announcement
 from tests.system.bus_harness import BrokerAdmin, Load, Voice
 from tests.system.harness import ALICE, Lab, connect, query
 from tests.waiting import wait_for

@@ -15,11 +15,11 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from shared import wire
-from shared.bus_names import NUDGES, nudge_routing_key
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, read_envelope
-from shared.identity import Identity
+from skipbus.shared import wire
+from skipbus.shared.bus_names import NUDGES, nudge_routing_key
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType, read_envelope
+from skipbus.shared.identity import Identity
 from tests.system.bus_harness import (
     Scene,
     asking,

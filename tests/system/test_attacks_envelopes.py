@@ -20,12 +20,12 @@ import pytest
 from sandbox.client import get
 from sandbox.ports import LOOPBACK
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from shared import wire
-from shared.bus_names import NUDGES, dead_queue_name, nudge_routing_key, queue_name
-from shared.clock import now_ms
-from shared.envelopes import MAX_ENVELOPE_BYTES, VERSIONS, EnvelopeType, SignedEnvelope
-from shared.identity import CONTEXT_ENVELOPE, Identity
-from shared.nudges import NudgeKind
+from skipbus.shared import wire
+from skipbus.shared.bus_names import NUDGES, dead_queue_name, nudge_routing_key, queue_name
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import MAX_ENVELOPE_BYTES, VERSIONS, EnvelopeType, SignedEnvelope
+from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity
+from skipbus.shared.nudges import NudgeKind
 from tests.system.bus_harness import (
     Load,
     Scene,

@@ -15,10 +15,10 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from shared import wire
-from shared.bus_names import queue_name
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, read_envelope
+from skipbus.shared import wire
+from skipbus.shared.bus_names import queue_name
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType, read_envelope
 from tests.system.bus_harness import (
     Load,
     Scene,

@@ -14,15 +14,15 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_complaint, pack_heartbeat
-from shared import wire
-from shared.bus_names import queue_name
-from shared.clock import now_ms
-from shared.envelopes import SESSION_VERSION, VERSION, VERSIONS, EnvelopeType, SignedEnvelope, read_envelope
-from shared.epochs import PublicEpoch
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.sessions import make_session_key
+from skipbus.services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_complaint, pack_heartbeat
+from skipbus.shared import wire
+from skipbus.shared.bus_names import queue_name
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import SESSION_VERSION, VERSION, VERSIONS, EnvelopeType, SignedEnvelope, read_envelope
+from skipbus.shared.epochs import PublicEpoch
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.sessions import make_session_key
 from tests.system.bus_harness import (
     Load,
     Scene,

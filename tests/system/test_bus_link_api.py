@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from shared.nudges import NudgeKind
+from skipbus.shared.nudges import NudgeKind
 from tests.system.bus_harness import sealed_keys
 from tests.system.conftest import new_lab
 from tests.system.harness import Lab, ask

@@ -11,16 +11,16 @@ from sqlalchemy import Engine
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import Database
-from shared.announcements import Announcement, sign_announcement
-from shared.clock import now_ms
-from shared.config import MySqlSettings
-from shared.database import make_engine
-from shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.peer_directory import PIN_REREAD_MS
-from shared.secret import Secret
-from shared.store.peers import update_pin, upsert_announcement
+from skipbus.shared.announcements import Announcement, sign_announcement
+from skipbus.shared.clock import now_ms
+from skipbus.shared.config import MySqlSettings
+from skipbus.shared.database import make_engine
+from skipbus.shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.peer_directory import PIN_REREAD_MS
+from skipbus.shared.secret import Secret
+from skipbus.shared.store.peers import update_pin, upsert_announcement
 from tests.system.harness import ALICE, BOB, Lab, in_background, rows
 from tests.waiting import wait_for
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from shared import wire
-from shared.bus_names import live_routing_key, queue_name, routing_key
-from shared.clock import now_ms
-from shared.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType
-from shared.identity import CONTEXT_ENVELOPE, Identity
+from skipbus.shared import wire
+from skipbus.shared.bus_names import live_routing_key, queue_name, routing_key
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType
+from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity
 from tests.system.bus_harness import Voice
 from tests.system.conftest import new_lab
 from tests.system.harness import ALICE, RawAnswer, RawConnection, ask, log_lines

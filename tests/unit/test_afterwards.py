@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from services.api.afterwards import LATEST_SECONDS, Afterwards
+from skipbus.services.api.afterwards import LATEST_SECONDS, Afterwards
 
 
 def run(use: Callable[[Afterwards], object], wait_seconds: float = 0.0) -> None:

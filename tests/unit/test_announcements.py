@@ -10,18 +10,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared import wire
-from shared.announcements import (
+from skipbus.shared import wire
+from skipbus.shared.announcements import (
     MAX_ANNOUNCEMENT_BYTES,
     Announcement,
     digest,
     read_announcement,
     sign_announcement,
 )
-from shared.epochs import EpochSpan, PublicEpoch
-from shared.errors import SealBroken
-from shared.hybrid import PUBLIC_KEY_BYTES
-from shared.identity import CONTEXT_ANNOUNCEMENT, CONTEXT_ENVELOPE, Identity
+from skipbus.shared.epochs import EpochSpan, PublicEpoch
+from skipbus.shared.errors import SealBroken
+from skipbus.shared.hybrid import PUBLIC_KEY_BYTES
+from skipbus.shared.identity import CONTEXT_ANNOUNCEMENT, CONTEXT_ENVELOPE, Identity
 
 IDENTITY = Identity.generate()
 EPOCHS = tuple(

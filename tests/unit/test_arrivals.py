@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from services.api.arrivals import Arrivals
-from shared.errors import KeyNotAvailable, StoreUnavailable
+from skipbus.services.api.arrivals import Arrivals
+from skipbus.shared.errors import KeyNotAvailable, StoreUnavailable
 
 KEY_ID = b"k" * 16
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from services.api import awake
-from services.api.awake import MAX_SECONDS, Awake
+from skipbus.services.api import awake
+from skipbus.services.api.awake import MAX_SECONDS, Awake
 
 
 class Rounds:

@@ -17,11 +17,18 @@ from typing import Any, cast
 import pytest
 from pymysql.connections import Connection
 
-from services.api.awake import Awake
-from services.api.batching import Lane
-from shared.errors import CommitUnknown, KeyNotAvailable, Overloaded, SkipbusError, StoreRefused, StoreUnavailable
-from shared.store.line import Told
-from shared.store.steps import Statement, Steps
+from skipbus.services.api.awake import Awake
+from skipbus.services.api.batching import Lane
+from skipbus.shared.errors import (
+    CommitUnknown,
+    KeyNotAvailable,
+    Overloaded,
+    SkipbusError,
+    StoreRefused,
+    StoreUnavailable,
+)
+from skipbus.shared.store.line import Told
+from skipbus.shared.store.steps import Statement, Steps
 
 # A batch of this alone needs no statement.
 FREE = 1_000_000

@@ -8,7 +8,7 @@ import time
 import pytest
 import uvloop
 
-from shared.lifecycle import BEAT_SECONDS, every, next_beat, pause_to_beat
+from skipbus.shared.lifecycle import BEAT_SECONDS, every, next_beat, pause_to_beat
 
 
 @pytest.mark.parametrize("seconds", [1.0, 2.5, 5.0, 15.0])

@@ -8,9 +8,9 @@ from typing import Any, cast
 import pymysql.err
 import pytest
 
-from shared.errors import StoreUnavailable
-from shared.store.commands import MAX_PAYLOAD_BYTES, packets, prepare
-from shared.store.steps import Bound
+from skipbus.shared.errors import StoreUnavailable
+from skipbus.shared.store.commands import MAX_PAYLOAD_BYTES, packets, prepare
+from skipbus.shared.store.steps import Bound
 
 INSERT = Bound("INSERT INTO t VALUES (?,?,?)", (-2, "é'", b"\0?"))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from shared.config import (
+from skipbus.shared.config import (
     ConfigurationError,
     Settings,
     config_from_argv,
@@ -23,8 +23,8 @@ from shared.config import (
     load_settings,
     load_settings_or_exit,
 )
-from shared.options import OPTIONS, Option, known_names
-from shared.secret import Secret
+from skipbus.shared.options import OPTIONS, Option, known_names
+from skipbus.shared.secret import Secret
 
 PASSWORD = "correct-horse-battery"
 REQUIRED = {
@@ -752,7 +752,7 @@ def test_an_unknown_argument_is_refused_with_exit_code_2(capsys: pytest.CaptureF
 def skipctl(*arguments: str, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     return subprocess.run(
-        [sys.executable, "-m", "skipctl", *arguments],
+        [sys.executable, "-m", "skipbus.ctl", *arguments],
         cwd=root,
         env=environ | {"PATH": os.environ["PATH"]},
         capture_output=True,

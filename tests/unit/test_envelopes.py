@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.syncer.payloads import read_payload
-from services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
-from shared import wire
-from shared.envelopes import (
+from skipbus.services.syncer.payloads import read_payload
+from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
+from skipbus.shared import wire
+from skipbus.shared.envelopes import (
     MAX_ENVELOPE_BYTES,
     SESSION_VERSION,
     Claim,
@@ -32,12 +32,12 @@ from shared.envelopes import (
     session_envelope,
     sign_envelope,
 )
-from shared.epochs import EpochSpan
-from shared.errors import EnvelopeRefused
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.keyring import Keyring, PrivateEpoch
-from shared.sessions import SessionBook
+from skipbus.shared.epochs import EpochSpan
+from skipbus.shared.errors import EnvelopeRefused
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.keyring import Keyring, PrivateEpoch
+from skipbus.shared.sessions import SessionBook
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "envelopes").glob("*.json"))
 IDENTITY = Identity.generate()

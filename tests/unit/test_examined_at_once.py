@@ -11,22 +11,22 @@ from typing import Any, cast
 
 import pytest
 
-from services.syncer import examination
-from services.syncer.examination import MAX_AT_ONCE_BYTES, Accepted, Examiner, Refusal
-from services.syncer.metrics import REASONS
-from services.syncer.payloads import pack_acknowledgement
-from services.syncer.placed_keys import pack_placed_keys
-from shared import envelopes, sessions, wire
-from shared.bus_bodies import LeftOut
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, Header, session_envelope, sign_envelope
-from shared.epochs import EpochSpan
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.keyring import Keyring, PrivateEpoch
-from shared.peer_directory import PeerDirectory
-from shared.sealing import make_wrapping_key
-from shared.sessions import SessionBook, make_session_key
+from skipbus.services.syncer import examination
+from skipbus.services.syncer.examination import MAX_AT_ONCE_BYTES, Accepted, Examiner, Refusal
+from skipbus.services.syncer.metrics import REASONS
+from skipbus.services.syncer.payloads import pack_acknowledgement
+from skipbus.services.syncer.placed_keys import pack_placed_keys
+from skipbus.shared import envelopes, sessions, wire
+from skipbus.shared.bus_bodies import LeftOut
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType, Header, session_envelope, sign_envelope
+from skipbus.shared.epochs import EpochSpan
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.keyring import Keyring, PrivateEpoch
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.sealing import make_wrapping_key
+from skipbus.shared.sessions import SessionBook, make_session_key
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 IDENTITY = Identity.generate()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from shared.errors import OperatorError
-from shared.identity import Identity
-from skipctl.cert import make_broker_certificate
-from skipctl.handover import Handover, parse_broker, read_handover
+from skipbus.ctl.cert import make_broker_certificate
+from skipbus.ctl.handover import Handover, parse_broker, read_handover
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.identity import Identity
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from services.syncer import new_rows
-from services.syncer.new_rows import MAX_CREDIT, MISS_COSTS, NewRows, News
-from shared import wire
-from shared.hints import MAX_HINT_BYTES, Hint, pack_hint, read_hint
+from skipbus.services.syncer import new_rows
+from skipbus.services.syncer.new_rows import MAX_CREDIT, MISS_COSTS, NewRows, News
+from skipbus.shared import wire
+from skipbus.shared.hints import MAX_HINT_BYTES, Hint, pack_hint, read_hint
 
 HINT = Hint("KP_Bob", b"t" * 16, b"payload")
 OTHER = Hint("KP_Bob", b"u" * 16, b"payload")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from shared.hop import PATIENCE_SECONDS, Hop
+from skipbus.shared.hop import PATIENCE_SECONDS, Hop
 
 
 async def test_what_is_asked_for_in_one_turn_is_done_in_one_thread_in_its_order() -> None:

@@ -7,8 +7,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from shared.errors import SealBroken
-from shared.identity import (
+from skipbus.shared.errors import SealBroken
+from skipbus.shared.identity import (
     CONTEXT_ANNOUNCEMENT,
     CONTEXT_ENVELOPE,
     CONTEXT_WRAPPING_KEY,

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from services.api import lanes, workers
+from skipbus.services.api import lanes, workers
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,6 @@ def test_a_lane_stays_awake_only_where_a_processor_is_left_for_the_store(
     started: list[dict[str, str]] = []
     monkeypatch.setattr(subprocess, "Popen", lambda _command, *, env, **_: started.append(env))
     workers._Worker(0, together, 0)
-    monkeypatch.setattr("services.api.workers.os.environ", started[0])
+    monkeypatch.setattr("skipbus.services.api.workers.os.environ", started[0])
     monkeypatch.setattr(lanes, "_processors", lambda: processors)
     assert lanes.spares_a_processor() is awake

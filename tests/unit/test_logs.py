@@ -22,19 +22,19 @@ from urllib.parse import quote, quote_plus
 import orjson
 import pytest
 
-from shared.line_writer import LineWriter
-from shared.log_rendering import cause_chain, json_renderer, plain, redactor, utc_timestamp
-from shared.logs import new_correlation_id
-from shared.secret import Secret
+from skipbus.shared.line_writer import LineWriter
+from skipbus.shared.log_rendering import cause_chain, json_renderer, plain, redactor, utc_timestamp
+from skipbus.shared.logs import new_correlation_id
+from skipbus.shared.secret import Secret
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = 'pa"ss\\wörd/ %'
 BUS_PASSWORD = "bus password"
 PREPARE = f"""
 import asyncio, logging, os, sys, threading, warnings
-from shared.config import load_settings
-from shared.logs import *
-from shared.secret import Secret
+from skipbus.shared.config import load_settings
+from skipbus.shared.logs import *
+from skipbus.shared.secret import Secret
 settings = load_settings({{
     "SKIP_LOCAL_SYSTEM_ID": "KP_Alice", "SKIP_REMOTE_SYSTEM_ID_1": "KP_Bob", "MYSQL_USER": "u",
     "MYSQL_DATABASE": "d", "MYSQL_PASSWORD": {PASSWORD!r},

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from shared.errors import StoreRefused, StoreUnavailable
-from shared.store import line, loop_steps
-from shared.store.loop_steps import LoopSteps
-from shared.store.steps import Statement, Steps, octets
+from skipbus.shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.store import line, loop_steps
+from skipbus.shared.store.loop_steps import LoopSteps
+from skipbus.shared.store.steps import Statement, Steps, octets
 from tests.unit.test_results import MORE, end, error, ok, packets, row
 
 QUERY = 3

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.api import parameters
-from shared.errors import CallerError
-from shared.system_ids import RemoteSystemIds
+from skipbus.services.api import parameters
+from skipbus.shared.errors import CallerError
+from skipbus.shared.system_ids import RemoteSystemIds
 
 ALLOWED = RemoteSystemIds(["KP_Bob", "KP_*_Test", "a b+c&d=e;%"])
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from shared.announcements import Announcement
-from shared.epochs import EpochSpan, PublicEpoch
-from shared.identity import fingerprint
-from shared.peers_config import PeerSettings
-from shared.store.messages import PeerRow
-from skipctl.peer_words import PeerView, ago, complaints
+from skipbus.ctl.peer_words import PeerView, ago, complaints
+from skipbus.shared.announcements import Announcement
+from skipbus.shared.epochs import EpochSpan, PublicEpoch
+from skipbus.shared.identity import fingerprint
+from skipbus.shared.peers_config import PeerSettings
+from skipbus.shared.store.messages import PeerRow
 
 NOW_MS = 1_800_000_000_000
 BOB, THIEF = b"bob's public key", b"another public key"

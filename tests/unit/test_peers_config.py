@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import ConfigurationError, Settings, describe, load_settings
-from shared.identity import Identity, fingerprint
-from shared.peers_config import PeerSettings, identity_line, parse_identity_line, peer_block
-from shared.secret import Secret
-from skipctl.__main__ import main
+from skipbus.ctl.__main__ import main
+from skipbus.shared.config import ConfigurationError, Settings, describe, load_settings
+from skipbus.shared.identity import Identity, fingerprint
+from skipbus.shared.peers_config import PeerSettings, identity_line, parse_identity_line, peer_block
+from skipbus.shared.secret import Secret
 
 REQUIRED = {
     "SKIP_LOCAL_SYSTEM_ID": "KP_Alice",

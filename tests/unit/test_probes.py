@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from services.probes import alive_fault, ready_fault
+from skipbus.services.probes import alive_fault, ready_fault
 
 
 def tasks(tried: float = 0.1, done: float = 0.1, interval: float = 1) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiohttp import web
 
-from services.api.claiming import not_available
-from services.api.issuing import not_usable
-from services.api.responses import (
+from skipbus.services.api.claiming import not_available
+from skipbus.services.api.issuing import not_usable
+from skipbus.services.api.responses import (
     KeyResponse,
     RouteError,
     error_response,
@@ -21,7 +21,7 @@ from services.api.responses import (
     reason_of,
     secret_response,
 )
-from shared.errors import (
+from skipbus.shared.errors import (
     BackendError,
     BusUnavailable,
     CallerError,
@@ -50,7 +50,7 @@ def all_errors(kind: type[SkipbusError] = SkipbusError) -> set[type[SkipbusError
     found = {kind}
     for below in kind.__subclasses__():
         found |= all_errors(below)
-    return {error for error in found if error.__module__ == "shared.errors"}
+    return {error for error in found if error.__module__ == "skipbus.shared.errors"}
 
 
 # The draft's Tables 3, 7 and 9. The flag says whether the caller may read the error's own sentence.

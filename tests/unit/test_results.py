@@ -5,8 +5,8 @@ from __future__ import annotations
 import pymysql.err
 import pytest
 
-from shared.store.results import MAX_PACKET_BYTES, Answer, Rows
-from shared.store.steps import octets, text
+from skipbus.shared.store.results import MAX_PACKET_BYTES, Answer, Rows
+from skipbus.shared.store.steps import octets, text
 
 MORE = 0x0008
 COLUMNS = (octets, text, int)

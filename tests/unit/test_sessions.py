@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from services.api.placing import pack_records
-from services.syncer.letters import LetterMaker
-from services.syncer.numbers import Numbers
-from services.syncer.outgoing import Letter, Outgoing
-from services.syncer.replies import Replies
-from shared import sessions, wire
-from shared.announcements import Announcement
-from shared.bus import Bus
-from shared.bus_names import nudge_routing_key
-from shared.clock import now_ms
-from shared.envelopes import (
+from skipbus.services.api.placing import pack_records
+from skipbus.services.syncer.letters import LetterMaker
+from skipbus.services.syncer.numbers import Numbers
+from skipbus.services.syncer.outgoing import Letter, Outgoing
+from skipbus.services.syncer.replies import Replies
+from skipbus.shared import sessions, wire
+from skipbus.shared.announcements import Announcement
+from skipbus.shared.bus import Bus
+from skipbus.shared.bus_names import nudge_routing_key
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import (
     SESSION_VERSION,
     VERSION,
     VERSIONS,
@@ -32,20 +32,20 @@ from shared.envelopes import (
     check_envelope,
     read_envelope,
 )
-from shared.epochs import EpochSpan
-from shared.errors import EnvelopeRefused, TakesLong
-from shared.hybrid import HybridPrivateKey
-from shared.identity import Identity
-from shared.keyring import Keyring, PrivateEpoch
-from shared.nudges import NudgeKind, pack_unread, read_nudge, read_unread
-from shared.sealing import make_wrapping_key
-from shared.secret import Secret
-from shared.sessions import SessionBook, SessionMaker
-from shared.store.messages import OutboxEnvelope
-from shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.epochs import EpochSpan
+from skipbus.shared.errors import EnvelopeRefused, TakesLong
+from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.identity import Identity
+from skipbus.shared.keyring import Keyring, PrivateEpoch
+from skipbus.shared.nudges import NudgeKind, pack_unread, read_nudge, read_unread
+from skipbus.shared.sealing import make_wrapping_key
+from skipbus.shared.secret import Secret
+from skipbus.shared.sessions import SessionBook, SessionMaker
+from skipbus.shared.store.messages import OutboxEnvelope
+from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 
 if TYPE_CHECKING:
-    from services.syncer.https_link import HttpsLink
+    from skipbus.services.syncer.https_link import HttpsLink
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 IDENTITY, BOBS = Identity.generate(), Identity.generate()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from services.syncer.numbers import Numbers
-from services.syncer.outgoing import Letter, Outgoing
-from services.syncer.payloads import Acknowledgement, read_payload
-from services.syncer.replies import Replies
-from shared.bus import Bus
-from shared.clock import now_ms
-from shared.envelopes import EnvelopeType, check_envelope, read_envelope
-from shared.identity import Identity
-from shared.secret import Secret
+from skipbus.services.syncer.numbers import Numbers
+from skipbus.services.syncer.outgoing import Letter, Outgoing
+from skipbus.services.syncer.payloads import Acknowledgement, read_payload
+from skipbus.services.syncer.replies import Replies
+from skipbus.shared.bus import Bus
+from skipbus.shared.clock import now_ms
+from skipbus.shared.envelopes import EnvelopeType, check_envelope, read_envelope
+from skipbus.shared.identity import Identity
+from skipbus.shared.secret import Secret
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 IDENTITY = Identity.generate()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from shared.bus_names import dead_queue_name, live_queue_name, queue_name
-from shared.errors import OperatorError
-from skipctl.__main__ import main
-from skipctl.broker_definitions import SiteDefinitions, definitions, own_names, password_hash, upstream_uri
-from skipctl.provision import ROLES, statements
-from skipctl.shipped import read_shipped
+from skipbus.ctl.__main__ import main
+from skipbus.ctl.broker_definitions import SiteDefinitions, definitions, own_names, password_hash, upstream_uri
+from skipbus.ctl.provision import ROLES, statements
+from skipbus.ctl.shipped import read_shipped
+from skipbus.shared.bus_names import dead_queue_name, live_queue_name, queue_name
+from skipbus.shared.errors import OperatorError
 
 
 def test_the_password_hash_is_the_one_of_rabbitmqs_documentation() -> None:

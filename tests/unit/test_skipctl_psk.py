@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from shared.psk_file import read_psk_file
-from skipctl.__main__ import main
+from skipbus.ctl.__main__ import main
+from skipbus.shared.psk_file import read_psk_file
 
 
 def psk(path: Path, *arguments: str) -> int:

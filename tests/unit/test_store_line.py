@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import pytest
 
-from shared.database import STATEMENT_TIMEOUT_SECONDS
-from shared.errors import StoreRefused, StoreUnavailable
-from shared.store.line import StoreLine
-from shared.store.results import Rows
-from shared.store.steps import Command, Statement, octets
+from skipbus.shared.database import STATEMENT_TIMEOUT_SECONDS
+from skipbus.shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.store.line import StoreLine
+from skipbus.shared.store.results import Rows
+from skipbus.shared.store.steps import Command, Statement, octets
 from tests.unit.test_results import MORE, end, error, ok, packets, row
 
 COMMIT = Statement("INSERT;INSERT;COMMIT")

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.syncer.effects import MAX_KEYS, portions
-from services.syncer.letters import MAX_PAYLOAD_BYTES, MAX_SEALED_ROWS, gather
-from services.syncer.numbers import Numbers
-from services.syncer.payloads import Events, pack_events, read_payload
-from services.syncer.placed_keys import OwnEpochs
-from services.syncer.row_types import counter_when_numbered, envelope_type, keys_expire_ms, urgency
-from services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
-from shared import wire
-from shared.bus_names import encode_id, live_routing_key, queue_name, routing_key
-from shared.envelopes import MAX_AGE_MS, EnvelopeType
-from shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, OutboxEntry
+from skipbus.services.syncer.effects import MAX_KEYS, portions
+from skipbus.services.syncer.letters import MAX_PAYLOAD_BYTES, MAX_SEALED_ROWS, gather
+from skipbus.services.syncer.numbers import Numbers
+from skipbus.services.syncer.payloads import Events, pack_events, read_payload
+from skipbus.services.syncer.placed_keys import OwnEpochs
+from skipbus.services.syncer.row_types import counter_when_numbered, envelope_type, keys_expire_ms, urgency
+from skipbus.services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
+from skipbus.shared import wire
+from skipbus.shared.bus_names import encode_id, live_routing_key, queue_name, routing_key
+from skipbus.shared.envelopes import MAX_AGE_MS, EnvelopeType
+from skipbus.shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, OutboxEntry
 
 NOW_MS = 1_800_000_000_000
 printable_ids = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)

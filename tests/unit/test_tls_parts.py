@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.api.tls import context as tls_context
-from services.api.tls import openssl
-from services.api.tls.callers import CallerBook
-from services.api.tls.certificates import Certificate
-from services.api.tls.psk import OfferedPsk, parse_offered
+from skipbus.services.api.tls import context as tls_context
+from skipbus.services.api.tls import openssl
+from skipbus.services.api.tls.callers import CallerBook
+from skipbus.services.api.tls.certificates import Certificate
+from skipbus.services.api.tls.psk import OfferedPsk, parse_offered
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 

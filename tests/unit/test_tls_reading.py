@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.api.tls.reading import Reader, TooMuchBesideData
-from skipctl.cert import make_certificates
+from skipbus.ctl.cert import make_certificates
+from skipbus.services.api.tls.reading import Reader, TooMuchBesideData
 
 # As uvloop does.
 READS_BYTES = 262_144

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from shared.errors import OperatorError
-from shared.logs import get_logger
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.logs import get_logger
 
 _log = get_logger("tls")
 # Days ahead of the end; each is warned of once in the log, and stands in /health from then on.

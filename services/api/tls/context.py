@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.api.tls import openssl, psk
-from services.api.tls.callers import CallerBook
-from services.api.tls.handshakes import TlsContext
-from services.api.tls.self_check import PskModes
-from shared.config import TlsSettings
-from shared.errors import OperatorError
-from shared.psk_file import PskKeys
+from skipbus.services.api.tls import openssl, psk
+from skipbus.services.api.tls.callers import CallerBook
+from skipbus.services.api.tls.handshakes import TlsContext
+from skipbus.services.api.tls.self_check import PskModes
+from skipbus.shared.config import TlsSettings
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.psk_file import PskKeys
 
 CERTIFICATE_SUITES = (
     "ECDHE-ECDSA-AES256-GCM-SHA384",

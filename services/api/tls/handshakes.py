@@ -17,9 +17,9 @@ from functools import cached_property
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL, socket
 from typing import Any
 
-from services.api.tls.callers import Caller, CallerBook
-from services.api.tls.reading import Reader
-from shared.psk_file import PskKeys
+from skipbus.services.api.tls.callers import Caller, CallerBook
+from skipbus.services.api.tls.reading import Reader
+from skipbus.shared.psk_file import PskKeys
 
 
 class _Running(threading.local):

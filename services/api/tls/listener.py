@@ -19,12 +19,12 @@ import ssl
 from collections import Counter
 from typing import Any
 
-from services.api.server import BoundedServer, Connection
-from services.api.tls import port_taken, refusals
-from services.api.tls.handshakes import ACCEPTED, Accepted
-from services.api.tls.material import Material
-from shared.errors import OperatorError
-from shared.logs import get_logger
+from skipbus.services.api.server import BoundedServer, Connection
+from skipbus.services.api.tls import port_taken, refusals
+from skipbus.services.api.tls.handshakes import ACCEPTED, Accepted
+from skipbus.services.api.tls.material import Material
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.logs import get_logger
 
 _BACKLOG = 4096
 _ACCEPTS_AT_A_TIME = 64

@@ -3,7 +3,7 @@
 Rules: connections that exist go on with what they began with. New files take effect together, once they lie still for
 a second, or at once on SIGHUP; what cannot be used is reported once, stands in /health, and the old material stays.
 Keys that were taken out of the file end no connection: nothing but a restart does.
-Leaves to others: what a context is made of (``services.api.tls.context``).
+Leaves to others: what a context is made of (``skipbus.services.api.tls.context``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.api.tls.certificates import Certificate, read_authorities, read_certificates, utc_now
-from services.api.tls.context import Recipe, make_context
-from services.api.tls.handshakes import TlsContext
-from shared.config import TlsSettings
-from shared.errors import OperatorError
-from shared.lifecycle import pause_to_beat
-from shared.logs import get_logger
-from shared.psk_file import PskKeys, read_psk_file
+from skipbus.services.api.tls.certificates import Certificate, read_authorities, read_certificates, utc_now
+from skipbus.services.api.tls.context import Recipe, make_context
+from skipbus.services.api.tls.handshakes import TlsContext
+from skipbus.shared.config import TlsSettings
+from skipbus.shared.errors import OperatorError
+from skipbus.shared.lifecycle import pause_to_beat
+from skipbus.shared.logs import get_logger
+from skipbus.shared.psk_file import PskKeys, read_psk_file
 
 _LOOK_SECONDS = 1.0
 _log = get_logger("tls")

@@ -3,7 +3,7 @@
 Owns the prototypes, the way from an ``SSLContext`` to its ``SSL_CTX``, and the proof that this way is right. The
 pointer is the first field of CPython's context object. Whoever calls here has asked ``self_check`` before: it tries
 everything in a child process, so that an interpreter that is built differently costs a mode and not the service.
-Leaves to others: what the callbacks decide (``services.api.tls.psk``).
+Leaves to others: what the callbacks decide (``skipbus.services.api.tls.psk``).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 
-from shared.config import Settings
-from shared.logs import get_logger
+from skipbus.shared.config import Settings
+from skipbus.shared.logs import get_logger
 
 _log = get_logger("api")
 

@@ -1,8 +1,8 @@
 """Whose a TLS port is that is taken already: all api processes of one key provider share it, and nobody else may.
 
 The kernel would let a second key provider of the same user join the port and answer some of the first one's
-encryptors (``services.api.listening`` says the same of the plain port). Whoever speaks HTTP without TLS to a TLS port
-is told so in HTTP, and that answer carries a mark of the key provider, by which its own processes know each other.
+encryptors (``services/api/listening.py`` says the same of the plain port). Whoever speaks HTTP without TLS to a TLS
+port is told so in HTTP, and that answer carries a mark of the key provider, by which its own processes know each other.
 The mark is a hash: a stranger learns nothing by it that he did not know.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 import http.client
 import socket
 
-from shared.errors import OperatorError
+from skipbus.shared.errors import OperatorError
 
 _ASK_SECONDS = 2.0
 _MARK_HEADER = "X-KP"

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from services.api.tls.handshakes import TlsContext, TlsObject, current
-from services.api.tls.openssl import (
+from skipbus.services.api.tls.handshakes import TlsContext, TlsObject, current
+from skipbus.services.api.tls.openssl import (
     TLS_1_3,
     ClientHelloCallback,
     FindSessionCallback,
@@ -27,7 +27,7 @@ from services.api.tls.openssl import (
     context_pointer,
     library,
 )
-from shared.psk_file import shown_identity
+from skipbus.shared.psk_file import shown_identity
 
 _PRE_SHARED_KEY = 41
 _ILLEGAL_PARAMETER, _UNKNOWN_PSK_IDENTITY = 47, 115

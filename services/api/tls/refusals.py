@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ssl
 
-from services.api.tls import openssl
-from services.api.tls.handshakes import TlsObject
-from shared.logs import get_logger
-from shared.psk_file import shown_identity
+from skipbus.services.api.tls import openssl
+from skipbus.services.api.tls.handshakes import TlsObject
+from skipbus.shared.logs import get_logger
+from skipbus.shared.psk_file import shown_identity
 
 _log = get_logger("tls")
 _MAX_OFFERED = 32

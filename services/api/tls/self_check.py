@@ -4,7 +4,7 @@ The child proves the way to OpenSSL's context and then does whole handshakes in 
 ``TLS_AES_256_GCM_SHA384``, with the code that serves clients. If it does not end well, TLS 1.3 with pre-shared keys is
 off; TLS 1.2 goes on by the standard library where that can do it (Python 3.13), and certificates in any case.
 
-``python -m services.api.tls.self_check`` is the child; it prints what is wrong and exits with 1.
+``python -m skipbus.services.api.tls.self_check`` is the child; it prints what is wrong and exits with 1.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import skipbus
+
 _NAME = b"self-check"
 _TIMEOUT_SECONDS = 30.0
-_REPOSITORY = Path(__file__).resolve().parents[3]
+# Where `-m skipbus` finds the code that runs here, installed or not.
+_HOME = Path(skipbus.__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ def find_psk_modes() -> PskModes:
 
 
 def _ask_child() -> str | None:
-    command = [sys.executable, "-m", "services.api.tls.self_check"]
+    command = [sys.executable, "-m", "skipbus.services.api.tls.self_check"]
     try:
         result = subprocess.run(  # noqa: S603 -- our own interpreter
-            command, cwd=_REPOSITORY, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+            command, cwd=_HOME, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"the self-check could not be run ({type(error).__name__})"
@@ -64,7 +67,7 @@ def _ask_child() -> str | None:
 
 def main() -> int:
     """The child: exit code 0 when everything works here, else 1 and a sentence."""
-    from services.api.tls.openssl import Unsupported, prove_pointer  # noqa: PLC0415 -- only the child may load it
+    from skipbus.services.api.tls.openssl import Unsupported, prove_pointer  # noqa: PLC0415 -- only the child may load it
 
     try:
         prove_pointer()
@@ -77,10 +80,10 @@ def main() -> int:
 
 
 def _try_handshake(version: ssl.TLSVersion) -> None:
-    from services.api.tls import openssl, psk  # noqa: PLC0415 -- only the child may load it
-    from services.api.tls.callers import CallerBook  # noqa: PLC0415
-    from services.api.tls.handshakes import TlsContext  # noqa: PLC0415
-    from shared.psk_file import PskKeys  # noqa: PLC0415
+    from skipbus.services.api.tls import openssl, psk  # noqa: PLC0415 -- only the child may load it
+    from skipbus.services.api.tls.callers import CallerBook  # noqa: PLC0415
+    from skipbus.services.api.tls.handshakes import TlsContext  # noqa: PLC0415
+    from skipbus.shared.psk_file import PskKeys  # noqa: PLC0415
 
     identity, key = _NAME, secrets.token_bytes(48)
     context = TlsContext(ssl.PROTOCOL_TLS_SERVER)

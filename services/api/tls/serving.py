@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 
-from services.api.server import BoundedServer
-from services.api.tls.callers import CallerBook
-from services.api.tls.context import Recipe
-from services.api.tls.listener import TlsListener
-from services.api.tls.material import Material
-from services.api.tls.self_check import find_psk_modes
-from shared.config import Settings
-from shared.logs import get_logger
+from skipbus.services.api.server import BoundedServer
+from skipbus.services.api.tls.callers import CallerBook
+from skipbus.services.api.tls.context import Recipe
+from skipbus.services.api.tls.listener import TlsListener
+from skipbus.services.api.tls.material import Material
+from skipbus.services.api.tls.self_check import find_psk_modes
+from skipbus.shared.config import Settings
+from skipbus.shared.logs import get_logger
 
 _log = get_logger("tls")
 
