@@ -14,10 +14,10 @@ from sandbox.servers import Database
 from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.database import connect, make_engine
 from skipbus.shared.keyring import Keyring
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.secret import Secret
+from skipbus.shared.store.engine import connect, make_engine
 from skipbus.shared.store.steps import run_steps
 from skipbus.shared.system_ids import RemoteSystemIds
 

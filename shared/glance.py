@@ -13,7 +13,7 @@ from typing import TypeVar
 from pymysql.connections import Connection
 
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.database import OwnConnection, driver_errors
+from skipbus.shared.store.engine import OwnConnection, driver_errors
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from skipbus.ctl.provision import add_provision
 from skipbus.shared.config import load_settings
-from skipbus.shared.migrate import head_revision, is_known, store_revision, upgrade_store
+from skipbus.shared.store.migrate import HEAD_REVISION, is_known, store_revision, upgrade_store
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,13 +27,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _upgrade(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
     changed = upgrade_store(settings.mysql)
-    print(f"the store is at revision {head_revision()}" + ("" if changed else " already"))
+    print(f"the store is at revision {HEAD_REVISION}" + ("" if changed else " already"))
     return 0
 
 
 def _status(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
-    found, wanted = store_revision(settings.mysql), head_revision()
+    found, wanted = store_revision(settings.mysql), HEAD_REVISION
     print(f"store    {found or 'empty'}")
     print(f"release  {wanted}")
     if found == wanted:

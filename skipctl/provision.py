@@ -19,10 +19,10 @@ from pymysql.connections import Connection
 from skipbus.ctl.shipped import read_shipped
 from skipbus.shared.config import load_settings
 from skipbus.shared.config_sources import read_regular_file
-from skipbus.shared.database import connect, driver_errors
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.migrate import StoreNewer, head_revision, upgrade_store
 from skipbus.shared.secret import Secret
+from skipbus.shared.store.engine import connect, driver_errors
+from skipbus.shared.store.migrate import HEAD_REVISION, StoreNewer, upgrade_store
 
 # Those with "bus-" in front may all that the others may, and what links between sites take besides.
 ROLES = ("api", "syncer", "janitor", "bus-api", "bus-syncer")
@@ -51,7 +51,7 @@ def _provision(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int
     accounts = [_read_account(text) for text in arguments.accounts]
     try:
         changed = upgrade_store(mysql)
-        print(f"the store is at revision {head_revision()}" + ("" if changed else " already"))
+        print(f"the store is at revision {HEAD_REVISION}" + ("" if changed else " already"))
     except StoreNewer as error:
         print(f"{error}; it is used as it is")
     connection = connect(mysql)

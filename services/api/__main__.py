@@ -31,7 +31,6 @@ from skipbus.services.api.sync import SyncEndpoint
 from skipbus.services.api.tls.plaintext import plain_host
 from skipbus.services.api.tls.serving import Tls
 from skipbus.shared.config import Settings, config_from_argv
-from skipbus.shared.database import make_engine
 from skipbus.shared.errors import BackendError
 from skipbus.shared.hop import Hop
 from skipbus.shared.keyring import Keyring
@@ -39,6 +38,7 @@ from skipbus.shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service,
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.keys import PREPARED
 from skipbus.shared.system_ids import RemoteSystemIds
 

@@ -21,8 +21,8 @@ from skipbus.shared.keyring import Keyring, check_pinned_identity
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.store.glances import look_at_view
 from skipbus.shared.store.messages import PeerRow
+from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.processes import ProcessSeen
-from skipbus.shared.store_start import bring_up_to_date
 
 # A reading every second: three missed ones, or one that hangs, and the store counts as away.
 STORE_AWAY_AFTER_MS = 3000

@@ -20,16 +20,16 @@ from skipbus.services.janitor.expiry import Zeroizer
 from skipbus.services.janitor.pruning import prune
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, config_from_argv
-from skipbus.shared.database import driver_errors, make_engine
-from skipbus.shared.election import Election
 from skipbus.shared.glance import Glance
 from skipbus.shared.keyring import Keyring
 from skipbus.shared.lifecycle import Stopped, every, run_service, stop_group
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
+from skipbus.shared.store.election import Election
+from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.glances import look_at_due
+from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.processes import upsert_process
-from skipbus.shared.store_start import bring_up_to_date
 
 _TICK_SECONDS = 1.0
 _SWEEP_EVERY_TICKS = 15

@@ -12,13 +12,13 @@ from sqlalchemy import Engine
 
 from skipbus.shared.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.config import Settings
-from skipbus.shared.database import driver_errors
 from skipbus.shared.envelopes import VERSIONS
 from skipbus.shared.epochs import PublicEpoch, longest_life_ms, missing_spans, new_epoch_id
 from skipbus.shared.errors import KeyringError
 from skipbus.shared.hybrid import HybridPrivateKey
 from skipbus.shared.keyring import Keyring, PrivateEpoch, check_pinned_identity
 from skipbus.shared.logs import get_logger
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.peers import (
     fetch_announcement_issued_ms,
     insert_pin,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection, Engine
 
-from skipbus.shared.database import driver_errors
 from skipbus.shared.envelopes import EnvelopeType
 from skipbus.shared.logs import get_logger
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.expiry import Expired, delete_expired, fetch_expired, fetch_stretch, fetch_targets
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
 

@@ -12,9 +12,9 @@ from sqlalchemy import Engine
 
 from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.database import driver_errors
 from skipbus.shared.envelopes import EnvelopeType
 from skipbus.shared.store import messages
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.placing import KEY_PLACED
 
 

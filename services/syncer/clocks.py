@@ -11,9 +11,9 @@ import time
 
 from sqlalchemy import Engine
 
-from skipbus.shared.database import driver_errors
 from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.logs import get_logger
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.messages import PeerSigns, upsert_clock_skew
 
 REMINDER_SECONDS = 600.0

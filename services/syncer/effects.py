@@ -27,12 +27,12 @@ from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Comp
 from skipbus.services.syncer.placed_keys import PlacedKeys
 from skipbus.shared.announcements import Announcement, read_announcement
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.database import driver_errors
 from skipbus.shared.envelopes import EnvelopeType, Header
 from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
 from skipbus.shared.errors import SealBroken
 from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
 from skipbus.shared.store import messages
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.peers import (
     delete_bus_announcement,
     fetch_bus_announcement,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from sqlalchemy import Engine
 
-from skipbus.shared.database import driver_errors
 from skipbus.shared.store import messages
+from skipbus.shared.store.engine import driver_errors
 
 # How far ahead numbers are noted: half of it may pass without the store. A syncer that was killed wastes the unused.
 RESERVED_US = 30_000_000

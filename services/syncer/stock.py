@@ -19,12 +19,12 @@ from skipbus.services.syncer.row_types import STOCK_DROPPED
 from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings
-from skipbus.shared.database import driver_errors
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
 from skipbus.shared.keys import counted_before_ms
 from skipbus.shared.logs import get_logger
 from skipbus.shared.store import messages, stock_kept
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import look_at_oldest_stock
 from skipbus.shared.store.stock_kept import StockRow
 

@@ -23,7 +23,7 @@ from skipbus.shared.logs import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.store.glances import look_at_signs
 from skipbus.shared.store.messages import PeerSigns
-from skipbus.shared.store_start import bring_up_to_date
+from skipbus.shared.store.migrate import bring_up_to_date
 
 _log = get_logger("watch")
 

@@ -15,9 +15,9 @@ import pymysql.err
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND, FIELD_TYPE
 
-from skipbus.shared.database import translated
 from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.logs import get_logger
+from skipbus.shared.store.engine import translated
 from skipbus.shared.store.steps import Bound, Command, text_of
 
 MAX_PAYLOAD_BYTES = 2**24 - 1

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, select, text
 
-from skipbus.shared.schema import KEY_RECORDS as K
+from skipbus.shared.store.schema import KEY_RECORDS as K
 
 # SQLAlchemy has no ORDER BY for DELETE.
 _DELETE_HELD = text(

@@ -18,9 +18,9 @@ import pymysql.err
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND, CR
 
-from skipbus.shared.database import STATEMENT_TIMEOUT_SECONDS, translated
 from skipbus.shared.errors import StoreRefused
 from skipbus.shared.store.commands import packets
+from skipbus.shared.store.engine import STATEMENT_TIMEOUT_SECONDS, translated
 from skipbus.shared.store.results import Answer, Rows
 from skipbus.shared.store.steps import Command, Statement
 

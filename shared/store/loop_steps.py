@@ -11,8 +11,8 @@ import asyncio
 from typing import TypeVar
 
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.database import STATEMENT_TIMEOUT_SECONDS, connect
 from skipbus.shared.errors import BackendError, StoreRefused
+from skipbus.shared.store.engine import STATEMENT_TIMEOUT_SECONDS, connect
 from skipbus.shared.store.line import StoreLine
 from skipbus.shared.store.results import Rows
 from skipbus.shared.store.steps import Statement, Step, Steps

@@ -23,11 +23,11 @@ from sqlalchemy.dialects.mysql import Insert, insert
 
 from skipbus.shared.envelopes import MAX_AGE_MS
 from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
-from skipbus.shared.schema import INBOX as I
-from skipbus.shared.schema import OUTBOX as O
-from skipbus.shared.schema import PEERS as P
 from skipbus.shared.store.literals import name
 from skipbus.shared.store.packets import delete_listed
+from skipbus.shared.store.schema import INBOX as I
+from skipbus.shared.store.schema import OUTBOX as O
+from skipbus.shared.store.schema import PEERS as P
 
 # A peer that is away for longer than this misses what was to be told; its keys have expired long since.
 OUTBOX_LIFETIME_MS = 24 * 3_600_000

@@ -13,9 +13,9 @@ from sqlalchemy import Connection, bindparam, delete, func, literal_column, sele
 from sqlalchemy.dialects.mysql import insert
 
 from skipbus.shared.announcements import Announcement, digest
-from skipbus.shared.schema import ANNOUNCEMENTS as A
-from skipbus.shared.schema import BUS_ANNOUNCEMENTS as B
-from skipbus.shared.schema import PINNED_IDENTITIES as P
+from skipbus.shared.store.schema import ANNOUNCEMENTS as A
+from skipbus.shared.store.schema import BUS_ANNOUNCEMENTS as B
+from skipbus.shared.store.schema import PINNED_IDENTITIES as P
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, bindparam, delete, select
 from sqlalchemy.dialects.mysql import insert
 
-from skipbus.shared.schema import PROCESSES as T
+from skipbus.shared.store.schema import PROCESSES as T
 
 
 @dataclass(frozen=True)

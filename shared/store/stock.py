@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
 
-from skipbus.shared.schema import STOCK as S
 from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.store.literals import hexes, name
 from skipbus.shared.store.packets import (
@@ -22,6 +21,7 @@ from skipbus.shared.store.packets import (
     insert_outbox_rows,
     insert_wrapping_keys,
 )
+from skipbus.shared.store.schema import STOCK as S
 from skipbus.shared.store.steps import Statement, Steps, octets
 
 _COPY = (octets, int, int, octets, octets, octets)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, select, update
 
-from skipbus.shared.schema import STOCK as S
 from skipbus.shared.store.literals import hexes, name
 from skipbus.shared.store.packets import delete_listed
+from skipbus.shared.store.schema import STOCK as S
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 from sqlalchemy import Connection, select
 
-from skipbus.shared.schema import WRAPPING_KEYS as W
 from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.store.schema import WRAPPING_KEYS as W
 
 
 def fetch_sealed_wrapping_keys(connection: Connection, wrapping_key_ids: Collection[bytes]) -> list[SealedWrappingKey]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from skipbus.services.front.passing import HOLD_SECONDS
-from skipbus.shared.migrate import head_revision
+from skipbus.shared.store.migrate import HEAD_REVISION
 from skipbus_testkit.client import Client, client_context
 from tests.containers.engine import docker
 from tests.containers.stack import Stack
@@ -32,7 +32,7 @@ def upgrade() -> None:
     op.execute("CREATE TABLE IF NOT EXISTS of_{revision} (id INT PRIMARY KEY)")
     op.execute("ALTER TABLE processes ADD COLUMN of_{revision} INT NULL")
 """
-_VERSIONS = "/opt/skipbus/lib/python3.13/site-packages/skipbus/shared/migrations/versions/"
+_VERSIONS = "/opt/skipbus/lib/python3.13/site-packages/skipbus/shared/store/migrations/versions/"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Release:
 def next_releases(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Release]]:
     """For each way of upgrading the release that it brings, the second one after the first."""
     releases: dict[str, Release] = {}
-    before = Release(image, head_revision())
+    before = Release(image, HEAD_REVISION)
     for number, way in enumerate(STEPS, 1):
         before = releases[way] = _release_after(before, number, f"{image}-next-{number}", tmp_path_factory)
     yield releases

@@ -24,11 +24,11 @@ from skipbus.shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.hybrid import HybridPrivateKey
 from skipbus.shared.identity import Identity
 from skipbus.shared.peers_config import identity_line
-from skipbus.shared.schema import BUS_ANNOUNCEMENTS, KEY_RECORDS, STOCK, STOCK_HELD, WITHDRAWN_KEYS
 from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, make_wrapping_key, open_wrapping_key
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows, insert_wrapping_keys
 from skipbus.shared.store.peers import upsert_announcement
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store.schema import BUS_ANNOUNCEMENTS, KEY_RECORDS, STOCK, STOCK_HELD, WITHDRAWN_KEYS
 from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig
 from tests.waiting import wait_for

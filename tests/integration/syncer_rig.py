@@ -33,16 +33,16 @@ from skipbus.shared.bus_names import (
 )
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.database import make_engine
 from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.identity import Identity
 from skipbus.shared.keyring import Keyring
 from skipbus.shared.liveness import peer_status
-from skipbus.shared.schema import INBOX, OUTBOX, PROCESSES
 from skipbus.shared.secret import Secret
+from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.messages import PeerRow, fetch_peer_rows, insert_outbox
+from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import fetch_announcement, upsert_announcement
-from skipbus.shared.store_start import bring_up_to_date
+from skipbus.shared.store.schema import INBOX, OUTBOX, PROCESSES
 from tests.waiting import wait_for
 
 HEARTBEAT_SECONDS = 0.5

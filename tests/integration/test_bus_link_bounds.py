@@ -27,11 +27,11 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.envelopes import EnvelopeType, Header
 from skipbus.shared.epochs import new_epoch_id
 from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.schema import INBOX, OUTBOX, PEERS
 from skipbus.shared.store.messages import fetch_last_number, fetch_peer_rows, insert_outbox, upsert_last_number
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
 from skipbus.shared.store.peers import fetch_bus_announcement
 from skipbus.shared.store.placing import KEY_STOCKED
+from skipbus.shared.store.schema import INBOX, OUTBOX, PEERS
 from tests.integration.bus_rig import Placed, Site, Sites, seal
 from tests.integration.key_providers import Store
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, TestBus, bus_of, signed

@@ -98,7 +98,7 @@ def test_it_and_the_distributions_beside_it_all_work(installed: Path) -> None:
 
 
 def test_what_the_installed_code_reads_from_files_came_with_it(installed: Path) -> None:
-    revision = "from skipbus.shared.migrate import head_revision; print(head_revision())"
+    revision = "from skipbus.shared.store.migrate import head_revision; print(head_revision())"
     assert run(installed / "python", "-c", revision) == run(
         Path(sys.executable), "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {revision}"
     )

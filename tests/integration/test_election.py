@@ -9,9 +9,9 @@ import pytest
 
 from sandbox.servers import Database, MariaDbServer
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.election import Election
 from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.secret import Secret
+from skipbus.shared.store.election import Election
 from tests.waiting import wait_for
 
 

@@ -10,8 +10,8 @@ import pytest
 from skipbus.services.janitor import expiry
 from skipbus.services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, PACE_PER_SECOND, Zeroizer
 from skipbus.shared import wire
-from skipbus.shared.database import connect, driver_errors
 from skipbus.shared.errors import StoreUnavailable
+from skipbus.shared.store.engine import connect, driver_errors
 from skipbus.shared.store.expiry import fetch_expired, fetch_stretch
 from tests.integration.key_providers import Store
 

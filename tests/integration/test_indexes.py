@@ -19,7 +19,6 @@ from sqlalchemy import Connection, event
 
 from sandbox.servers import Database, MariaDbServer
 from skipbus.shared.announcements import Announcement
-from skipbus.shared.database import connect
 from skipbus.shared.hints import Hint
 from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.store import (
@@ -37,6 +36,7 @@ from skipbus.shared.store import (
     stock_kept,
     wrapping_keys,
 )
+from skipbus.shared.store.engine import connect
 from skipbus.shared.store.steps import Statement, run_steps
 from tests.integration.key_providers import Store
 

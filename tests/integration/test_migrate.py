@@ -10,20 +10,27 @@ from typing import Any
 
 import pytest
 
+import skipbus.shared.store.migrate
 from sandbox.servers import Database, MariaDbServer
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.database import connect, make_engine
 from skipbus.shared.errors import StoreRefused
-from skipbus.shared.migrate import StoreNewer, head_revision, is_known, store_revision, upgrade_store
-from skipbus.shared.schema import METADATA
 from skipbus.shared.secret import Secret
-from skipbus.shared.store_start import HEAD_REVISION, bring_up_to_date
+from skipbus.shared.store.engine import connect, make_engine
+from skipbus.shared.store.migrate import (
+    HEAD_REVISION,
+    StoreNewer,
+    bring_up_to_date,
+    is_known,
+    store_revision,
+    upgrade_store,
+)
+from skipbus.shared.store.schema import METADATA
 
 ROOT = Path(__file__).parents[2]
 UPGRADE = """
 import sys
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.migrate import upgrade_store
+from skipbus.shared.store.migrate import upgrade_store
 from skipbus.shared.secret import Secret
 host, port, user, password, database = sys.stdin.read().split()
 print(upgrade_store(MySqlSettings(host, int(port), user, Secret(password), database)))
@@ -84,14 +91,14 @@ def test_eight_processes_that_start_at_once_on_an_empty_store_migrate_it_once(my
     ends = [process.communicate(timeout=90) for process in processes]
     assert [process.returncode for process in processes] == [0] * 8, ends
     assert sorted(out.strip() for out, _ in ends) == ["False"] * 7 + ["True"], ends
-    assert store_revision(mysql) == head_revision()
+    assert store_revision(mysql) == HEAD_REVISION
     assert set(METADATA.tables) | {"alembic_version"} == tables(mysql)
 
 
 def test_an_empty_store_has_no_revision_and_a_migrated_one_the_head(mysql: MySqlSettings) -> None:
     assert store_revision(mysql) is None
     assert upgrade_store(mysql)
-    assert store_revision(mysql) == head_revision()
+    assert store_revision(mysql) == HEAD_REVISION
     assert not upgrade_store(mysql)
 
 
@@ -103,7 +110,7 @@ def test_a_migration_that_died_half_way_is_finished_by_the_next(mysql: MySqlSett
     query(mysql, "DELETE FROM alembic_version")
     assert store_revision(mysql) is None
     assert upgrade_store(mysql)
-    assert store_revision(mysql) == head_revision()
+    assert store_revision(mysql) == HEAD_REVISION
     assert set(METADATA.tables) <= tables(mysql)
     assert query(mysql, "SELECT envelope_no FROM inbox") == [(7,)]
 
@@ -190,12 +197,13 @@ def test_an_account_that_may_not_change_tables_is_told_so_on_an_empty_store(
 
 def test_every_revision_of_this_release_is_known() -> None:
     assert is_known(None)
-    assert is_known(head_revision())
+    assert is_known(HEAD_REVISION)
     assert not is_known("0000")
 
 
 def test_the_revision_that_processes_look_for_is_the_last_migration() -> None:
-    assert head_revision() == HEAD_REVISION
+    migrations = Path(skipbus.shared.store.migrate.__file__).parent / "migrations" / "versions"
+    assert max(path.name.split("_")[0] for path in migrations.glob("[0-9]*.py")) == HEAD_REVISION
 
 
 def test_an_empty_store_is_migrated_by_whoever_starts(mysql: MySqlSettings, capsys: pytest.CaptureFixture[str]) -> None:

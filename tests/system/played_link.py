@@ -22,9 +22,9 @@ from skipbus.shared.announcements import read_announcement
 from skipbus.shared.bus_names import NUDGES, nudge_routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings, Secret
-from skipbus.shared.database import make_engine
 from skipbus.shared.nudges import NudgeKind
 from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
+from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.peers import upsert_bus_announcement
 from tests.system.bus_harness import BrokerAdmin, Load, Voice
 from tests.system.harness import ALICE, Lab, connect, query

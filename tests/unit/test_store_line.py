@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import pytest
 
-from skipbus.shared.database import STATEMENT_TIMEOUT_SECONDS
 from skipbus.shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.store.engine import STATEMENT_TIMEOUT_SECONDS
 from skipbus.shared.store.line import StoreLine
 from skipbus.shared.store.results import Rows
 from skipbus.shared.store.steps import Command, Statement, octets

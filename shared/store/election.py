@@ -13,8 +13,8 @@ import hashlib
 from pymysql.connections import Connection
 
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.database import connect, driver_errors
 from skipbus.shared.errors import BackendError
+from skipbus.shared.store.engine import connect, driver_errors
 
 
 class Election:

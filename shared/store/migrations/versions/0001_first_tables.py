@@ -1,6 +1,6 @@
 """The first tables.
 
-Written out in SQL, not taken from ``skipbus.shared.schema``: a migration says what was, the schema what is, and a test
+Written out in SQL, not taken from ``schema.py``: a migration says what was, the schema what is, and a test
 compares the two. Tables are made only where they are missing, because statements that change tables commit one
 by one and a process that died half-way must be able to go on.
 """
