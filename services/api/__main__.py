@@ -20,7 +20,7 @@ from skipbus.services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, 
 from skipbus.services.api.draining import drain
 from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
 from skipbus.services.api.lanes import make_lane
-from skipbus.services.api.links import BusLinks
+from skipbus.services.api.links.bus import BusLinks
 from skipbus.services.api.listening import listen
 from skipbus.services.api.metrics import REGISTRY
 from skipbus.services.api.server import BoundedServer

@@ -14,7 +14,7 @@ from skipbus.services.api.afterwards import Afterwards
 from skipbus.services.api.batching import Lane
 from skipbus.services.api.claiming import ClaimedKey, ClaimRequest
 from skipbus.services.api.issuing import IssuedKey, IssueRequest, no_entropy, not_usable
-from skipbus.services.api.links import BusLinks
+from skipbus.services.api.links.bus import BusLinks
 from skipbus.services.api.responses import KeyResponse, prepared_response, secret_response
 from skipbus.shared.config import Settings
 from skipbus.shared.errors import CallerError

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from skipbus.services.api.access_log import Entry
-from skipbus.services.api.links import BusLinks
+from skipbus.services.api.links.bus import BusLinks
 from skipbus.services.api.responses import json_response
 from skipbus.services.api.store_view import Reading, StoreView
 from skipbus.shared.clock import now_ms

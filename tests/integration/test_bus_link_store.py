@@ -21,7 +21,8 @@ from pymysql.connections import Connection
 from sandbox.servers import Database
 from skipbus.services.api.batching import Batch, Lane
 from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer
-from skipbus.services.api.placing import (
+from skipbus.services.api.links.confirmation import Settler
+from skipbus.services.api.links.placing import (
     Check,
     Outcome,
     PlaceBatch,
@@ -31,9 +32,8 @@ from skipbus.services.api.placing import (
     Settlement,
     Withdraw,
 )
-from skipbus.services.api.settling import Settler
-from skipbus.services.api.stock_claiming import StockClaimBatch, StockOpener, StockRequest
-from skipbus.services.api.stocking import StockMaker
+from skipbus.services.api.links.refill import StockMaker
+from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, StockRequest
 from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import NotPlaced, Overloaded, PeerNotReady, SkipbusError, StoreUnavailable

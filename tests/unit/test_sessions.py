@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from skipbus.services.api.placing import pack_records
+from skipbus.services.api.links.placing import pack_records
 from skipbus.services.syncer.letters import LetterMaker
 from skipbus.services.syncer.numbers import Numbers
 from skipbus.services.syncer.outgoing import Letter, Outgoing

@@ -14,15 +14,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from skipbus.services.api import metrics
-from skipbus.services.api.arrivals import Arrivals
 from skipbus.services.api.batching import Lane
 from skipbus.services.api.claiming import ClaimedKey
 from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer
 from skipbus.services.api.lanes import make_lane
-from skipbus.services.api.placing import MAX_BATCH, Outcome, PlaceBatch, PlacedKey, SettleBatch, Settlement
-from skipbus.services.api.settling import Settler
-from skipbus.services.api.stock_claiming import StockClaimBatch, StockOpener, StockRequest
-from skipbus.services.api.stocking import StockKeeper, StockMaker, low_mark
+from skipbus.services.api.links.arrivals import Arrivals
+from skipbus.services.api.links.confirmation import Settler
+from skipbus.services.api.links.placing import MAX_BATCH, Outcome, PlaceBatch, PlacedKey, SettleBatch, Settlement
+from skipbus.services.api.links.refill import StockKeeper, StockMaker, low_mark
+from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, StockRequest
 from skipbus.shared.config import Settings
 from skipbus.shared.errors import Overloaded, PeerNotReady
 from skipbus.shared.hints import Hint, pack_hint

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from skipbus.services.api import metrics
 from skipbus.services.api.batching import Lane
-from skipbus.services.api.placing import Check, Outcome, Placement, Release, Settlement, Withdraw
+from skipbus.services.api.links.placing import Check, Outcome, Placement, Release, Settlement, Withdraw
 from skipbus.shared.errors import NotPlaced, Overloaded, SkipbusError, StoreUnavailable
 from skipbus.shared.logs import get_logger
 

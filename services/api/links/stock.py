@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from skipbus.services.api.claiming import Opener
 from skipbus.services.api.commit_tokens import CommitTokens
 from skipbus.services.api.issuing import IssuedKey
-from skipbus.services.api.placing import withdrawn_row
+from skipbus.services.api.links.placing import withdrawn_row
 from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
 from skipbus.shared.envelopes import EnvelopeType

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from skipbus.services.api import metrics
 from skipbus.services.api.issuing import Sealer, no_entropy
-from skipbus.services.api.placing import pack_records
-from skipbus.services.api.stock_claiming import usable_until_ms
+from skipbus.services.api.links.placing import pack_records
+from skipbus.services.api.links.stock import usable_until_ms
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings, PeerSettings, Settings
 from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError
