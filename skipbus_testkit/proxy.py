@@ -168,7 +168,6 @@ async def serve(settings: Settings, token: str, stop: asyncio.Event) -> None:
         proxy = Proxy(settings, session)
         server = BoundedServer(
             proxy.handle,
-            access_log=None,
             keepalive_timeout=settings.keepalive_seconds,
             max_connections=settings.max_connections,
             header_timeout_seconds=settings.header_timeout_seconds,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
 import sys
 from contextlib import nullcontext, suppress
@@ -12,8 +11,6 @@ from contextlib import nullcontext, suppress
 from aiohttp import web
 
 from skipbus.services.api import workers
-from skipbus.services.api.access_log import AccessLine, AccessLogger
-from skipbus.services.api.afterwards import Afterwards
 from skipbus.services.api.app import Application
 from skipbus.services.api.batching import Lane
 from skipbus.services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
@@ -78,8 +75,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     )
     claim: Lane[ClaimRequest, ClaimedKey] = make_lane(settings, "claim", functools.partial(ClaimBatch, opener))
     links = BusLinks(settings, keyring, directory, hop) if settings.bus_peers else None
-    afterwards = AccessLogger.afterwards = Afterwards(asyncio.get_running_loop())
-    skip = SkipMethods(settings, directory, issue, claim, afterwards, links)
+    skip = SkipMethods(settings, directory, issue, claim, links)
     tls = Tls(settings)
     sync = _make_sync(settings, directory, links) if links is not None else None
     application = Application(skip, StatusPages(settings, directory, view, tls.warnings, links), sync)
@@ -109,7 +105,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         finally:
             tls.close()
             await runner.cleanup()
-            afterwards.do()
             await issue.close()
             await claim.close()
             view.close()
@@ -133,14 +128,8 @@ def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLinks) ->
 
 
 def _make_server(settings: Settings, application: Application) -> BoundedServer:
-    AccessLogger.line = AccessLine(
-        {"service": "api", "system_id": settings.local_system_id, "pid": os.getpid()},
-        readable=settings.environment == "development",
-    )
     return BoundedServer(
         application.handle,
-        access_log=logging.getLogger("skipbus.access"),
-        access_log_class=AccessLogger,
         keepalive_timeout=settings.keepalive_seconds,
         max_connections=settings.max_connections,
         header_timeout_seconds=settings.header_timeout_seconds,

@@ -1,32 +1,38 @@
-"""The access log: one line a request, with the reason of a refusal, since routers tell their operators nothing.
+"""The access log: one line for each request, with the reason of a refusal, since routers tell their operators nothing.
 
-Paths stand there as routes; of a keyId only the first 12 digits, enough to find a key again and too few to fetch
-it. A path that is no route is cut, and long runs of hex in it are masked. Query strings are not logged, only the
-remoteSystemID once it has been checked.
+Rules: the line enters the log's queue before the answer is written, at every ``SKIP_LOG_LEVEL``. A path is shown as
+its route. Of a keyId the log shows the first 12 digits, enough to find a key again and too few to fetch it. A path that
+is no route is cut, and long runs of hex in it are masked. Query strings are not logged, only the remoteSystemID once it
+has been checked.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
+import logging
 import re
-from logging import Logger
 from time import perf_counter
-from time import time as clock
+from typing import cast
 
-import orjson
-from aiohttp.abc import AbstractAccessLogger
-from aiohttp.web import BaseRequest, StreamResponse
+import structlog
+from aiohttp.web import BaseRequest
+from structlog.typing import FilteringBoundLogger
 
-from skipbus.services.api.afterwards import Afterwards
 from skipbus.services.api.metrics import observe_request
 from skipbus.services.api.tls.callers import Caller
-from skipbus.shared.log_rendering import utc_timestamp
-from skipbus.shared.logs import line_writer
 
 _SHOWN_KEY_ID_DIGITS = 12
 _LONG_HEX = re.compile(r"[0-9a-fA-F]{16,}")
 ENTRY = "skipbus.entry"
+
+_log = cast(
+    FilteringBoundLogger,
+    structlog.wrap_logger(
+        None,
+        # The reason of a refusal is logged whatever the level is: no router reports it.
+        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+        logger_factory_args=("access",),
+    ),
+)
 
 
 class Entry:
@@ -45,79 +51,36 @@ class Entry:
         self.issued_as: str | None = None
 
 
-class AccessLine:
-    """Renders access lines: JSON with ``constant`` in every one, or words for whoever develops."""
-
-    def __init__(self, constant: dict[str, object], *, readable: bool = False) -> None:
-        self._constant = constant
-        self._readable = readable
-
-    def render(self, request: BaseRequest, response: StreamResponse, seconds: float, at: float) -> bytes:
-        """One line, without its end; ``at`` is Unix time in seconds."""
-        fields = self._fields(request, response, seconds, at)
-        return _readable(fields) if self._readable else orjson.dumps(fields)
-
-    def _fields(self, request: BaseRequest, response: StreamResponse, seconds: float, at: float) -> dict[str, object]:
-        entry = request.get(ENTRY)
-        fields: dict[str, object] = {
-            "timestamp": utc_timestamp(at),
-            "level": "info" if response.status < 400 else "warning",
-            "event": "request",
-            **self._constant,
-            "method": request.method[:16],
-            "path": shown_path(request, entry),
-            "status": response.status,
-            "duration_ms": round(seconds * 1000, 3),
-            "client": request.remote,
-        }
-        if entry is not None:
-            fields["correlation_id"] = entry.correlation_id
-            for name in ("remote_system_id", "reason", "issued_as"):
-                value = getattr(entry, name)
-                if value is not None:
-                    fields[name] = value
-            if entry.caller is not None:
-                fields["identity"] = entry.caller.shown
-                fields["proof"] = entry.caller.proof
-        return fields
+def log_request(request: BaseRequest, entry: Entry, status: int) -> None:
+    """Logs and counts one request. Call it when the answer is known and before it is written."""
+    seconds = perf_counter() - entry.started
+    observe_request(entry.route, status, seconds)
+    log = _log.info if status < 400 else _log.warning
+    log(
+        "request",
+        method=request.method[:16],
+        path=shown_path(request, entry),
+        status=status,
+        duration_ms=round(seconds * 1000, 3),
+        client=request.remote,
+        correlation_id=entry.correlation_id,
+        **_known(entry),
+    )
 
 
-def _readable(fields: dict[str, object]) -> bytes:
-    first = ("timestamp", "level", "method", "path", "status", "duration_ms")
-    rest = (f"{name}={value}" for name, value in fields.items() if name not in (*first, "event"))
-    return " ".join([*(str(fields[name]) for name in first), *rest]).encode()
+def _known(entry: Entry) -> dict[str, str]:
+    """The fields that only some requests have."""
+    fields = {name: getattr(entry, name) for name in ("remote_system_id", "reason", "issued_as")}
+    if entry.caller is not None:
+        fields |= {"identity": entry.caller.shown, "proof": entry.caller.proof}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def shown_path(request: BaseRequest, entry: Entry | None) -> str:
+def shown_path(request: BaseRequest, entry: Entry) -> str:
     """The path as the log may show it."""
-    if entry is None:
-        return "-"
     if entry.key_id is not None and entry.route is not None:
         return f"{entry.route}/{entry.key_id[:_SHOWN_KEY_ID_DIGITS]}…"
     if entry.route is not None:
         return entry.route
     path = request.raw_path.partition("?")[0][:64]
     return _LONG_HEX.sub("…", path.encode("ascii", "backslashreplace").decode())
-
-
-class AccessLogger(AbstractAccessLogger):
-    """aiohttp's hook. Lines are made and written when there is time for them (``Afterwards``)."""
-
-    line = AccessLine({})
-    afterwards: Afterwards
-
-    def __init__(self, logger: Logger, log_format: str) -> None:
-        super().__init__(logger, log_format)
-        # One logger a connection: the loop is asked for once, not for every line.
-        self._write = functools.partial(line_writer().write_soon, loop=asyncio.get_running_loop())
-
-    def log(self, request: BaseRequest, response: StreamResponse, time: float) -> None:
-        """One line for one answered request; ``time`` is its duration in seconds, in whole milliseconds."""
-        entry = request.get(ENTRY)
-        seconds = time if entry is None else perf_counter() - entry.started
-        self.afterwards.put(functools.partial(self._tell, request, response, seconds, clock()))
-
-    def _tell(self, request: BaseRequest, response: StreamResponse, seconds: float, at: float) -> None:
-        entry = request.get(ENTRY)
-        observe_request(entry.route if entry is not None else None, response.status, seconds)
-        self._write(self.line.render(request, response, seconds, at))

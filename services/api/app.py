@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from aiohttp import HttpVersion10, web
 
-from skipbus.services.api.access_log import ENTRY, Entry
+from skipbus.services.api.access_log import ENTRY, Entry, log_request
 from skipbus.services.api.responses import RouteError, error_response, reason_of
 from skipbus.services.api.skip import SkipMethods
 from skipbus.services.api.status import StatusPages
@@ -57,6 +57,7 @@ class Application:
             response = error_response(SkipbusError(), correlation_id)
         if self.ends_connections or _may_hold_another_request(request, entry):
             response.force_close()
+        log_request(request, entry, response.status)
         return response
 
     def _dispatch(self, request: web.BaseRequest, entry: Entry) -> Awaitable[web.Response]:

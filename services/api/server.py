@@ -16,7 +16,7 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from skipbus.services.api.access_log import ENTRY, Entry
+from skipbus.services.api.access_log import ENTRY, Entry, log_request
 from skipbus.services.api.responses import RouteError, error_response
 from skipbus.services.api.tls.callers import Caller
 from skipbus.services.api.tls.reading import TooMuchBesideData
@@ -110,6 +110,7 @@ class Connection(RequestHandler):
         entry.reason = f"{error} ({type(exc).__name__})"
         response = error_response(error, entry.correlation_id)
         response.force_close()
+        log_request(request, entry, response.status)
         return response
 
     @property
@@ -153,6 +154,8 @@ class BoundedServer(web.Server):
     ) -> None:
         super().__init__(
             *args,
+            # aiohttp would log a request after its answer has left; access_log does it before.
+            access_log=None,
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_FIELD_BYTES,
             max_headers=MAX_HEADERS,

@@ -10,7 +10,6 @@ from aiohttp import web
 
 from skipbus.services.api import parameters
 from skipbus.services.api.access_log import Entry
-from skipbus.services.api.afterwards import Afterwards
 from skipbus.services.api.batching import Lane
 from skipbus.services.api.claiming import ClaimedKey, ClaimRequest
 from skipbus.services.api.issuing import IssuedKey, IssueRequest, no_entropy, not_usable
@@ -40,10 +39,8 @@ class SkipMethods:
         directory: PeerDirectory,
         issue: Lane[IssueRequest, IssuedKey],
         claim: Lane[ClaimRequest, ClaimedKey],
-        afterwards: Afterwards,
         links: BusLinks | None = None,
     ) -> None:
-        self._afterwards = afterwards
         self._peers = settings.peers
         self._links = links
         self._remote_ids = RemoteSystemIds(settings.remote_system_ids, settings.local_system_id)
@@ -71,14 +68,13 @@ class SkipMethods:
         size_bits = parameters.key_size_bits(query)
         body_octets = _KEY_BODY_OCTETS + 2 * KEY_ID_BYTES + size_bits // 4
         if self._links is not None and self._links.covers(target):
-            issued = await self._links.issue(target, size_bits, entry.correlation_id, self._afterwards.do)
+            issued = await self._links.issue(target, size_bits, entry.correlation_id)
             response = KeyResponse(body_octets)
         else:
             if self._directory.get(target) is None:
                 raise not_usable(target, identity_changed=target in self._directory.conflicts())
             on_its_way = self._issue.begin(IssueRequest(target, size_bits, entry.correlation_id))
             response = KeyResponse(body_octets)
-            self._afterwards.do()
             issued = await on_its_way
         entry.key_id = issued.key_id
         response.body = _KEY_BODY % (issued.key_id.encode(), issued.key.encode())
@@ -98,7 +94,6 @@ class SkipMethods:
             on_its_way = self._claim.begin(request)
             # The size of the key is not known yet; 256 bits is what nearly all have.
             response = KeyResponse(_KEY_BODY_OCTETS + len(key_id) + DEFAULT_KEY_BITS // 4)
-            self._afterwards.do()
             claimed = await on_its_way
         entry.issued_as = claimed.issued_as
         response.body = _KEY_BODY % (key_id.encode(), claimed.key.encode())

@@ -192,7 +192,7 @@ def test_one_correlation_id_goes_through_api_bus_and_peer(
 
 
 def lines_about(kp: KeyProvider, key: Key) -> list[dict[str, Any]]:
-    """The access lines that name a key; they are written just after the answer has gone."""
+    """The access lines that name a key."""
     return [line for line in log_lines(kp, "api") if key.key_id[:12] in line.get("path", "")]
 
 

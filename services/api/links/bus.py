@@ -72,12 +72,9 @@ class BusLinks:
         """Whether keys travel to and from this KP over a bus."""
         return system_id in self._peers
 
-    async def issue(
-        self, target_id: str, size_bits: int, correlation_id: str, meanwhile: Callable[[], None] = lambda: None
-    ) -> IssuedKey:
+    async def issue(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
         """A fresh key that the target can serve: out of stock, or placed there now.
 
-        ``meanwhile`` is done while one that is placed is on its way.
         Raises PeerNotReady, NotPlaced, Overloaded, StoreUnavailable, NoEntropy.
         """
         if self._directory.get(target_id) is None:
@@ -87,7 +84,7 @@ class BusLinks:
             from_stock = await self._take_from_stock(target_id, correlation_id)
             if from_stock is not None:
                 return from_stock
-        return await self._place(target_id, size_bits, correlation_id, meanwhile)
+        return await self._place(target_id, size_bits, correlation_id)
 
     async def claim(self, source_id: str, key_id: bytes, attempt: Callable[[], Awaitable[ClaimedKey]]) -> ClaimedKey:
         """What ``attempt`` claims, waited for where it is ahead of the key's arrival. Raises what it raises."""
@@ -148,14 +145,11 @@ class BusLinks:
             self.bus.nudge(NudgeKind.STOCK)
         return key
 
-    async def _place(
-        self, target_id: str, size_bits: int, correlation_id: str, meanwhile: Callable[[], None]
-    ) -> IssuedKey:
+    async def _place(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
         self._settler.check_room()
         placed = await self._lanes.place.submit(IssueRequest(target_id, size_bits, correlation_id))
         if not placed.placement.is_told():
             self._tell_outbox()
-        meanwhile()
         await self._settler.settle(placed.placement)
         metrics.count_issued(target_id, "on_demand")
         return placed.issued
