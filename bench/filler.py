@@ -14,12 +14,12 @@ from sandbox.servers import Database
 from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.keyring import Keyring
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.secret import Secret
 from skipbus.shared.store.engine import connect, make_engine
 from skipbus.shared.store.steps import run_steps
-from skipbus.shared.system_ids import RemoteSystemIds
 
 _BATCH = 1000
 _KEY_TTL_SECONDS = 3600

@@ -15,14 +15,14 @@ import aio_pika
 from sandbox.key_provider import BusPeer
 from sandbox.processes import SandboxError
 from skipbus.services.syncer.payloads import pack_capabilities, pack_heartbeat
-from skipbus.shared.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.bus_names import ENVELOPES, live_routing_key, routing_key
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
-from skipbus.shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.peers_config import identity_line
+from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 
 _QUEUE = "bench.voices"
 _START_SECONDS = 30.0

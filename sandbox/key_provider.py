@@ -19,7 +19,7 @@ from sandbox.ports import LOOPBACK, free_port
 from sandbox.processes import POLL_SECONDS, Child, SandboxError, minimal_environ, tail, write_private
 from sandbox.servers import Database
 from sandbox.tls_files import TlsFiles
-from skipbus.shared.keyring import Keyring
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.peers_config import identity_line
 
 ROLES = ("api", "syncer", "janitor")

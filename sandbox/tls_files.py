@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sandbox.ports import LOOPBACK
-from skipbus.shared.psk_file import read_psk_file
+from skipbus.shared.protocol.psk_file import read_psk_file
 
 
 class TlsFiles:

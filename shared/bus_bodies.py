@@ -15,7 +15,7 @@ from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 
-from skipbus.shared.envelopes import MAX_ENVELOPE_BYTES
+from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES
 
 
 class LeftOut(bytes):

@@ -23,8 +23,8 @@ from skipbus.shared.errors import OperatorError
 from skipbus.shared.option_kinds import NO_FILE
 from skipbus.shared.options import CONFIG_FILE, IDENTITIES_PLACE, OPTIONS, REMOTE_PREFIX, Option, remote_number
 from skipbus.shared.peers_config import Link, PeerSettings, describe_peer, read_peers
+from skipbus.shared.protocol.system_ids import RemoteSystemIds, validate_pattern
 from skipbus.shared.secret import Secret
-from skipbus.shared.system_ids import RemoteSystemIds, validate_pattern
 
 __all__ = [
     "EXIT_BAD_CONFIGURATION",

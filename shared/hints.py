@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from skipbus.shared import wire
+from skipbus.shared.protocol import encoding
 
 AHEAD_SECONDS = 0.002
 TOKEN_BYTES = 16
@@ -28,14 +28,14 @@ class Hint(NamedTuple):
 
 def pack_hint(hint: Hint) -> bytes | None:
     """The item of a nudge; None where it does not fit into one."""
-    item = wire.pack(list(hint))
+    item = encoding.pack(list(hint))
     return item if len(item) <= MAX_HINT_BYTES else None
 
 
 def read_hint(item: bytes) -> Hint | None:
     """The hint in an item; None where it is none. Anybody with an account at the broker may have sent it."""
     try:
-        peer_id, token, payload = wire.unpack(item, max_items=3)
+        peer_id, token, payload = encoding.unpack(item, max_items=3)
     except (ValueError, TypeError):
         return None
     if not (isinstance(peer_id, str) and isinstance(token, bytes) and isinstance(payload, bytes)):

@@ -20,7 +20,6 @@ from enum import StrEnum
 import aio_pika
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage
 
-from skipbus.shared import wire
 from skipbus.shared.broker import FAILURES, Broker, Session, cancelled_from_outside, message_of, publish_confirmed
 from skipbus.shared.bus_names import (
     ENVELOPES,
@@ -31,10 +30,11 @@ from skipbus.shared.bus_names import (
     nudge_routing_key,
     routing_key,
 )
-from skipbus.shared.envelopes import MAX_AGE_MS
 from skipbus.shared.errors import BusUnavailable
 from skipbus.shared.hints import MAX_HINT_BYTES
 from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import MAX_AGE_MS
 from skipbus.shared.secret import Secret
 
 MAX_ITEMS = 1_000
@@ -138,7 +138,7 @@ class Nudges:
             return
         try:
             key = nudge_routing_key(self._local_id, kind.value)
-            await exchange.publish(message_of(wire.pack(items), None), key, mandatory=False)
+            await exchange.publish(message_of(encoding.pack(items), None), key, mandatory=False)
         except FAILURES as error:
             _log.debug("nudge lost", kind=kind.value, reason=type(error).__name__)
         except asyncio.CancelledError:
@@ -160,7 +160,7 @@ def read_nudge(local_id: str, key: str, body: bytes) -> tuple[NudgeKind, list[by
     if len(body) > MAX_NUDGE_BYTES or not key.startswith(prefix):
         raise ValueError("nudge")
     kind = NudgeKind(key.removeprefix(prefix))
-    items = wire.unpack(body, max_items=MAX_ITEMS)
+    items = encoding.unpack(body, max_items=MAX_ITEMS)
     longest = MAX_HINT_BYTES if kind in FOR_SYNCER else MAX_ITEM_BYTES
     if not isinstance(items, list) or not all(isinstance(i, bytes) and 0 < len(i) <= longest for i in items):
         raise ValueError("nudge")
@@ -169,13 +169,13 @@ def read_nudge(local_id: str, key: str, body: bytes) -> tuple[NudgeKind, list[by
 
 def pack_unread(peer_id: str, number: int) -> bytes:
     """An item of an ``UNREAD`` nudge."""
-    return wire.pack([peer_id, number])
+    return encoding.pack([peer_id, number])
 
 
 def read_unread(item: bytes) -> tuple[str, int] | None:
     """Whose peer's envelope an item tells of, and its number; None where it tells of none."""
     try:
-        peer_id, number = wire.unpack(item, max_items=2)
+        peer_id, number = encoding.unpack(item, max_items=2)
     except (ValueError, TypeError):
         return None
     return (peer_id, number) if isinstance(peer_id, str) and type(number) is int else None

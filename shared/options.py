@@ -26,7 +26,7 @@ from skipbus.shared.option_kinds import (
     whole,
     yes_no,
 )
-from skipbus.shared.system_ids import validate_system_id
+from skipbus.shared.protocol.system_ids import validate_system_id
 
 
 @dataclass(frozen=True)

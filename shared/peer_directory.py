@@ -25,17 +25,17 @@ from threading import Lock
 
 from sqlalchemy import Connection, Engine
 
-from skipbus.shared.announcements import Announcement, digest, read_announcement
+from skipbus.shared.crypto.identity import fingerprint
+from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError, SealBroken
-from skipbus.shared.identity import fingerprint
 from skipbus.shared.logs import get_logger
 from skipbus.shared.peers_config import PeerSettings
-from skipbus.shared.pins import PinBook
+from skipbus.shared.protocol.announcements import Announcement, digest, read_announcement
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.store import peers as peer_store
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import Digests
 from skipbus.shared.store.peers import Pin
-from skipbus.shared.system_ids import RemoteSystemIds
 
 # Pins change only by an operator's hand; while one is awaited they are read at every refresh.
 PIN_REREAD_MS = 10_000

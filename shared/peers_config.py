@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA87PublicKey
 
 from skipbus.shared.config_sources import read_regular_file, shown
-from skipbus.shared.identity import fingerprint
-from skipbus.shared.system_ids import validate_system_id
+from skipbus.shared.crypto.identity import fingerprint
+from skipbus.shared.protocol.system_ids import validate_system_id
 
 Link = Literal["store", "bus"]
 

@@ -24,14 +24,15 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from skipbus.shared import hybrid, wire
-from skipbus.shared.announcements import Announcement
-from skipbus.shared.envelopes import SESSION_VERSION, Header, SignedEnvelope, session_envelope
-from skipbus.shared.epochs import EPOCH_ID_BYTES, PublicEpoch, current_epoch
+from skipbus.shared.crypto import hpke
+from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES, PublicEpoch, current_epoch
+from skipbus.shared.crypto.identity import CONTEXT_SESSION_KEY, Identity, verify
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import EnvelopeRefused, KeyringError, SealBroken, TakesLong
-from skipbus.shared.identity import CONTEXT_SESSION_KEY, Identity, verify
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import Announcement
+from skipbus.shared.protocol.envelopes import SESSION_VERSION, Header, SignedEnvelope, session_envelope
 
 KEY_BYTES = 48
 MAC_BYTES = 48
@@ -78,7 +79,7 @@ class SessionKey:
 
 def _binding(source_id: str, target_id: str, epoch_id: bytes, expires_ms: int) -> bytes:
     """What the HPKE seal is bound to, and the signature with it."""
-    return _LABEL + wire.pack([source_id, target_id, epoch_id, expires_ms])
+    return _LABEL + encoding.pack([source_id, target_id, epoch_id, expires_ms])
 
 
 def make_session_key(
@@ -90,9 +91,9 @@ def make_session_key(
     """
     secret, expires_ms = secrets.token_bytes(KEY_BYTES), epoch.span.destroy_ms
     binding = _binding(source_id, target_id, epoch.epoch_id, expires_ms)
-    sealed = hybrid.seal(secret, epoch.public_key, binding)
+    sealed = hpke.seal(secret, epoch.public_key, binding)
     signature = identity.sign(binding + sealed, CONTEXT_SESSION_KEY)
-    return SessionKey(secret, expires_ms), wire.pack([epoch.epoch_id, expires_ms, sealed, signature])
+    return SessionKey(secret, expires_ms), encoding.pack([epoch.epoch_id, expires_ms, sealed, signature])
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +244,7 @@ class SessionBook:
 
 def _place_in_book(header: Header, session: bytes, sender_public_key: bytes) -> bytes:
     # Each part is packed with its length: none can take an octet of its neighbour's.
-    return hashlib.sha384(wire.pack([header.sender, header.target, sender_public_key, session])).digest()
+    return hashlib.sha384(encoding.pack([header.sender, header.target, sender_public_key, session])).digest()
 
 
 def _unknown(header: Header, why: str) -> EnvelopeRefused:
@@ -252,7 +253,7 @@ def _unknown(header: Header, why: str) -> EnvelopeRefused:
 
 def _read_proof(envelope: SignedEnvelope) -> tuple[bytes, bytes]:
     try:
-        mac, session = wire.unpack(envelope.proof, max_items=2)
+        mac, session = encoding.unpack(envelope.proof, max_items=2)
         _require(isinstance(mac, bytes) and len(mac) == MAC_BYTES)
         _require(isinstance(session, bytes) and len(session) <= MAX_SESSION_BYTES)
     except (ValueError, TypeError) as error:
@@ -262,7 +263,7 @@ def _read_proof(envelope: SignedEnvelope) -> tuple[bytes, bytes]:
 
 def _read_session(session: bytes) -> tuple[bytes, int, bytes, bytes]:
     try:
-        fields: list[Any] = wire.unpack(session, max_items=4)
+        fields: list[Any] = encoding.unpack(session, max_items=4)
         epoch_id, expires_ms, sealed, signature = fields
         _require(isinstance(epoch_id, bytes) and len(epoch_id) == EPOCH_ID_BYTES)
         _require(type(expires_ms) is int and 0 < expires_ms < _MAX_TIME_MS)

@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from skipbus.shared.bus_names import encode_id
 from skipbus.shared.config_sources import read_regular_file
+from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.identity import fingerprint
 from skipbus.shared.peers_config import identity_line, parse_identity_line
-from skipbus.shared.system_ids import validate_system_id
+from skipbus.shared.protocol.system_ids import validate_system_id
 
 FORM = 1
 DEFAULT_BROKER_PORT = 5671

@@ -7,14 +7,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from skipbus.shared.announcements import read_announcement
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, load_settings
+from skipbus.shared.crypto.identity import fingerprint
+from skipbus.shared.crypto.keyring import Keyring
+from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError, OperatorError
-from skipbus.shared.identity import fingerprint
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.peers_config import peer_block
-from skipbus.shared.pins import PinBook
+from skipbus.shared.protocol.announcements import read_announcement
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.peers import Pin, fetch_announcement, fetch_pin, fetch_pins, update_pin
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import load_settings
-from skipbus.shared.identity import fingerprint
-from skipbus.shared.keyring import Keyring
+from skipbus.shared.crypto.identity import fingerprint
+from skipbus.shared.crypto.keyring import Keyring
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

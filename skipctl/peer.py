@@ -19,18 +19,18 @@ from sqlalchemy import Connection
 
 from skipbus.ctl.command import Commands, add_command, add_group
 from skipbus.ctl.peer_words import PeerView, complaints
-from skipbus.shared.announcements import Announcement, read_announcement
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, load_settings
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import SealBroken
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.liveness import peer_status
 from skipbus.shared.peers_config import PeerSettings
+from skipbus.shared.protocol.announcements import Announcement, read_announcement
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.store import messages, peers
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.processes import fetch_processes
 from skipbus.shared.store.stock import fetch_stock_levels
-from skipbus.shared.system_ids import RemoteSystemIds
 
 ENDPOINT_TIMEOUT_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 256 * 1024

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skipbus.shared.announcements import Announcement
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS, current_epoch
-from skipbus.shared.identity import fingerprint
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS, current_epoch
+from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.liveness import peer_status
 from skipbus.shared.peers_config import PeerSettings
+from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store.messages import PeerRow
 
 # A refusal is news for so long; what waits for longer than this is stuck.

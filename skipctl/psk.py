@@ -3,7 +3,7 @@
 Rules: keys have 256 bits from the operating system. The file is exchanged in one step, so that neither a running api
 nor stunnel ever reads half of it; comments stay. A key is shown once, when it is made, because the router needs it;
 ``list`` shows none.
-Leaves to others: what such a file may hold (``skipbus.shared.psk_file``); the api reads it again by itself.
+Leaves to others: what such a file may hold (``skipbus.shared.protocol.psk_file``); the api reads it again by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from skipbus.ctl.command import Commands, add_command, add_group
 from skipbus.shared.config import load_settings
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.psk_file import entries, parse_entry, read_psk_file, shown_identity, validate_identity
+from skipbus.shared.protocol.psk_file import entries, parse_entry, read_psk_file, shown_identity, validate_identity
 
 _KEY_BYTES = 32
 _DEFAULT_PORT = 8443

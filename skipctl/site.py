@@ -31,11 +31,11 @@ from skipbus.ctl.site_folder import (
     write_new,
 )
 from skipbus.ctl.site_link import SiteFolder
+from skipbus.shared.crypto.identity import fingerprint
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.identity import fingerprint
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.peers_config import identity_line
-from skipbus.shared.system_ids import validate_system_id
+from skipbus.shared.protocol.system_ids import validate_system_id
 
 _SERVICES = ("api", "syncer", "janitor")
 _HOSTS = ["localhost", "127.0.0.1", "::1"]

@@ -28,16 +28,16 @@ from skipbus.services.api.sync import SyncEndpoint
 from skipbus.services.api.tls.plaintext import plain_host
 from skipbus.services.api.tls.serving import Tls
 from skipbus.shared.config import Settings, config_from_argv
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import BackendError
 from skipbus.shared.hop import Hop
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.keys import PREPARED
-from skipbus.shared.system_ids import RemoteSystemIds
 
 _REFRESH_SECONDS = 1.0
 _FIRST_READING_SECONDS = 3.0

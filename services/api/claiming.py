@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from skipbus.services.api.commit_tokens import CommitTokens
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.crypto.keyring import Keyring
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, WrappingKey, open_wrapping_key
 from skipbus.shared.errors import KeyNotAvailable, KeyringError, SealBroken, SkipbusError, StoreUnavailable
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey, open_wrapping_key
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.keys import (
     commit_claimed,
     end_without_change,
@@ -184,6 +184,8 @@ class ClaimBatch:
         for record in claimed:
             by_source.setdefault(record.source_id, []).append([record.key_id, at_ms, record.correlation_id])
         return [
-            OutboxRow(self._opener.local_id, source, EnvelopeType.KEY_RETRIEVED, wire.pack(items), len(items), at_ms)
+            OutboxRow(
+                self._opener.local_id, source, EnvelopeType.KEY_RETRIEVED, encoding.pack(items), len(items), at_ms
+            )
             for source, items in by_source.items()
         ]

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from skipbus.shared import wire
-from skipbus.shared.announcements import Announcement
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType
-from skipbus.shared.epochs import EpochSpan, PublicEpoch, current_epoch
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, current_epoch
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
 from skipbus.shared.errors import NoEntropy, PeerNotReady, SkipbusError
-from skipbus.shared.identity import Identity
-from skipbus.shared.keys import new_key_id
 from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.sealing import MAX_SEALS, KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import Announcement
+from skipbus.shared.protocol.envelopes import EnvelopeType
+from skipbus.shared.protocol.keys import new_key_id
 from skipbus.shared.store.keys import commit_issued, fetch_is_placed
 from skipbus.shared.store.packets import OutboxRow
 from skipbus.shared.store.steps import Steps
@@ -215,7 +215,7 @@ class IssueBatch:
             item = [p.key_id, p.request.size_bits, p.expires_ms, p.request.correlation_id]
             by_target.setdefault(p.request.target_id, []).append(item)
         return [
-            OutboxRow(self._sealer.local_id, target, EnvelopeType.KEY_ISSUED, wire.pack(items), len(items), at_ms)
+            OutboxRow(self._sealer.local_id, target, EnvelopeType.KEY_ISSUED, encoding.pack(items), len(items), at_ms)
             for target, items in by_target.items()
         ]
 

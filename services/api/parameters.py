@@ -11,14 +11,14 @@ from functools import lru_cache
 from urllib.parse import parse_qsl
 
 from skipbus.shared.errors import CallerError
-from skipbus.shared.keys import (
+from skipbus.shared.protocol.keys import (
     DEFAULT_ENTROPY_BITS,
     DEFAULT_KEY_BITS,
     parse_entropy_size,
     parse_key_id,
     parse_key_size,
 )
-from skipbus.shared.system_ids import RemoteSystemIds, validate_system_id
+from skipbus.shared.protocol.system_ids import RemoteSystemIds, validate_system_id
 
 _MAX_FIELDS = 16
 _SPELLINGS = {"remoteSystemId": "remoteSystemID"}

@@ -17,9 +17,9 @@ from skipbus.services.api.links.bus import BusLinks
 from skipbus.services.api.responses import KeyResponse, prepared_response, secret_response
 from skipbus.shared.config import Settings
 from skipbus.shared.errors import CallerError
-from skipbus.shared.keys import DEFAULT_KEY_BITS, KEY_ID_BYTES
 from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.system_ids import RemoteSystemIds
+from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, KEY_ID_BYTES
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 
 # What the earlier server says; routers show it to their operators (16 bytes are safe everywhere, draft 4.1).
 ALGORITHM = "pqc"

@@ -14,10 +14,10 @@ from skipbus.services.api.claiming import Opener
 from skipbus.services.api.issuing import Sealer
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings
-from skipbus.shared.epochs import current_epoch
+from skipbus.shared.crypto.epochs import current_epoch
+from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
-from skipbus.shared.keyring import Keyring, check_pinned_identity
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.store.glances import look_at_view
 from skipbus.shared.store.messages import PeerRow

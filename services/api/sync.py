@@ -22,7 +22,9 @@ from skipbus.services.api import metrics
 from skipbus.services.api.access_log import Entry
 from skipbus.services.api.responses import RouteError, json_response
 from skipbus.services.api.server import Connection
-from skipbus.shared.envelopes import (
+from skipbus.shared.errors import BusUnavailable, EnvelopeRefused, Overloaded
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.envelopes import (
     MAX_ENVELOPE_BYTES,
     VERSION,
     EnvelopeType,
@@ -31,8 +33,6 @@ from skipbus.shared.envelopes import (
     read_claim,
     read_envelope,
 )
-from skipbus.shared.errors import BusUnavailable, EnvelopeRefused, Overloaded
-from skipbus.shared.peer_directory import PeerDirectory
 
 PATH = "/sync"
 MAX_HELD_BYTES = 64 * 1024 * 1024

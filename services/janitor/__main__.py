@@ -20,8 +20,8 @@ from skipbus.services.janitor.expiry import Zeroizer
 from skipbus.services.janitor.pruning import prune
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, config_from_argv
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.glance import Glance
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.lifecycle import Stopped, every, run_service, stop_group
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics

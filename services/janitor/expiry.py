@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection, Engine
 
-from skipbus.shared.envelopes import EnvelopeType
 from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.expiry import Expired, delete_expired, fetch_expired, fetch_stretch, fetch_targets
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, Engine
 
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.logs import get_logger
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.expiry import (

@@ -36,19 +36,19 @@ from skipbus.services.syncer.watch import PeerWatch
 from skipbus.shared.bus import Bus
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, config_from_argv
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.hop import Hop
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.lifecycle import every, run_service
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.nudges import NudgeKind, read_unread
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.sessions import SessionBook, SessionMaker
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.peers import fetch_announcement
 from skipbus.shared.store.processes import upsert_process
-from skipbus.shared.system_ids import RemoteSystemIds
 
 if TYPE_CHECKING:
     from skipbus.services.syncer.https_link import HttpsLink

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine
 
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store import messages
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.placing import KEY_PLACED
@@ -29,13 +29,13 @@ def withdraw_abandoned(engine: Engine, local_id: str, peer_id: str, numbers: Seq
         messages.delete_rows(connection, ids)
         if keys:
             kind = EnvelopeType.KEY_WITHDRAWN.value
-            messages.insert_outbox(connection, local_id, peer_id, kind, wire.pack(keys), len(keys), now_ms())
+            messages.insert_outbox(connection, local_id, peer_id, kind, encoding.pack(keys), len(keys), now_ms())
         return len(keys)
 
 
 def _keys(payload: bytes) -> list[list[object]]:
     """What a withdrawal says of the keys of a row: keyId, expiry, correlation id."""
     try:
-        return [[record[0], record[2], record[3]] for record in wire.unpack(payload)]
+        return [[record[0], record[2], record[3]] for record in encoding.unpack(payload)]
     except (ValueError, TypeError, IndexError):
         return []  # no release of ours wrote it, and the relay has told of it

@@ -13,9 +13,9 @@ from skipbus.services.syncer.key_effects import Aftermath, KnownWrappingKeys
 from skipbus.services.syncer.payloads import Acknowledgement
 from skipbus.services.syncer.placed_keys import PlacedKeys
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.envelopes import Header
 from skipbus.shared.errors import StoreRefused, StoreUnavailable
 from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol.envelopes import Header
 from skipbus.shared.store import relaying
 from skipbus.shared.store.keys import end_without_change
 from skipbus.shared.store.loop_steps import LoopSteps

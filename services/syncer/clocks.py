@@ -11,7 +11,7 @@ import time
 
 from sqlalchemy import Engine
 
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.logs import get_logger
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.messages import PeerSigns, upsert_clock_skew

@@ -25,12 +25,12 @@ from skipbus.services.syncer.examination import Accepted
 from skipbus.services.syncer.key_effects import Aftermath, KeyEffects, KnownWrappingKeys
 from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
 from skipbus.services.syncer.placed_keys import PlacedKeys
-from skipbus.shared.announcements import Announcement, read_announcement
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.envelopes import EnvelopeType, Header
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
 from skipbus.shared.errors import SealBroken
 from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
+from skipbus.shared.protocol.announcements import Announcement, read_announcement
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header
 from skipbus.shared.store import messages
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.peers import (

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 
 from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Payload, read_payload
 from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
-from skipbus.shared.announcements import Announcement, read_announcement
 from skipbus.shared.bus_bodies import LeftOut
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import (
+from skipbus.shared.crypto.identity import fingerprint
+from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused, TakesLong
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.announcements import Announcement, read_announcement
+from skipbus.shared.protocol.envelopes import (
     MAX_ENVELOPE_BYTES,
     SESSION_VERSION,
     Claim,
@@ -29,10 +33,6 @@ from skipbus.shared.envelopes import (
     read_claim,
     read_envelope,
 )
-from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused, TakesLong
-from skipbus.shared.identity import fingerprint
-from skipbus.shared.logs import get_logger
-from skipbus.shared.peer_directory import PeerDirectory
 
 # What is longer is bulk, and not read on the event loop.
 MAX_AT_ONCE_BYTES = 64 * 1024

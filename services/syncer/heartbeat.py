@@ -13,9 +13,9 @@ from skipbus.services.syncer.outgoing import Letter, Outgoing
 from skipbus.services.syncer.payloads import pack_heartbeat
 from skipbus.services.syncer.replies import Replies
 from skipbus.shared.config import Settings, project_version
-from skipbus.shared.envelopes import EnvelopeType
 from skipbus.shared.lifecycle import pause
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.envelopes import EnvelopeType
 
 JITTER = 0.1
 CHUNK = 64

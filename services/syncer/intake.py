@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 
 from skipbus.shared.bus import PREFETCH, Bus, Delivery
-from skipbus.shared.envelopes import EnvelopeType, read_envelope
+from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 
 # Half of what the broker hands out unacknowledged, so that other live envelopes still get through.
 MAX_GATHERED = PREFETCH // 2

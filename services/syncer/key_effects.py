@@ -15,10 +15,10 @@ from sqlalchemy import Connection
 from skipbus.services.syncer.payloads import Complaint, Events
 from skipbus.services.syncer.placed_keys import MAX_LIFETIME_MS, PlacedKeys
 from skipbus.services.syncer.stock import drop_refused_stock
-from skipbus.shared.envelopes import Header
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.logs import get_logger
-from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.protocol.envelopes import Header
 from skipbus.shared.store import messages, received, stock_kept
 from skipbus.shared.store.messages import EnvelopeRow
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED

@@ -13,10 +13,10 @@ from skipbus.services.syncer.outgoing import Letter
 from skipbus.services.syncer.payloads import Events, Payload, pack_events, read_payload
 from skipbus.services.syncer.placed_keys import MAX_RECORDS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
 from skipbus.services.syncer.row_types import SEALED_TYPES, envelope_type, keys_expire_ms
-from skipbus.shared import wire
+from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.logs import get_logger
-from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.protocol import encoding
 from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 
@@ -98,7 +98,7 @@ class LetterMaker:
     def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:
             return pack_events(payloads)
-        records = [record for payload in payloads for record in wire.unpack(payload, max_items=MAX_RECORDS)]
+        records = [record for payload in payloads for record in encoding.unpack(payload, max_items=MAX_RECORDS)]
         needed = self._wrapping_keys(fetch, records)
         return pack_placed_keys(records, needed, stock=row_type == KEY_STOCKED)
 

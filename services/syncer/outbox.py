@@ -32,13 +32,13 @@ from skipbus.services.syncer.row_types import counter_when_numbered
 from skipbus.services.syncer.watch import PeerWatch
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
 from skipbus.shared.hints import AHEAD_SECONDS, Hint
 from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import next_beat
 from skipbus.shared.logs import get_logger
-from skipbus.shared.sealing import SealedWrappingKey
 from skipbus.shared.store import messages, relaying
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.loop_steps import LoopSteps

@@ -22,10 +22,10 @@ from skipbus.services.syncer.numbers import Numbers
 from skipbus.shared.bus import Bus
 from skipbus.shared.bus_sending import Unconfirmed
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
+from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import BusUnavailable
-from skipbus.shared.identity import Identity
 from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
 from skipbus.shared.sessions import SessionMaker
 
 if TYPE_CHECKING:

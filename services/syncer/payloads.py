@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skipbus.services.syncer.placed_keys import PlacedKeys, read_placed_keys
-from skipbus.shared import wire
-from skipbus.shared.announcements import MAX_ANNOUNCEMENT_BYTES
-from skipbus.shared.envelopes import VERSIONS, EnvelopeType
 from skipbus.shared.errors import EnvelopeRefused
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import MAX_ANNOUNCEMENT_BYTES
+from skipbus.shared.protocol.envelopes import VERSIONS, EnvelopeType
 
 MAX_EVENTS = 50_000
 MAX_ACKNOWLEDGED = 1_000
@@ -86,7 +86,7 @@ Payload = Events | PlacedKeys | Acknowledgement | Heartbeat | Capabilities | Com
 def read_payload(kind: EnvelopeType, payload: bytes) -> Payload:
     """What the payload says. Raises EnvelopeRefused: malformed_payload."""
     try:
-        value = wire.unpack(payload, max_items=MAX_EVENTS)
+        value = encoding.unpack(payload, max_items=MAX_EVENTS)
         if kind is EnvelopeType.KEY_ISSUED and isinstance(value, dict):
             return read_placed_keys(value)
         if kind in _EVENT_TYPES:
@@ -97,7 +97,7 @@ def read_payload(kind: EnvelopeType, payload: bytes) -> Payload:
 
 
 def pack_events(payloads: Iterable[bytes]) -> bytes:
-    """One payload of the events of several outbox rows, in their order. Raises wire.MalformedError.
+    """One payload of the events of several outbox rows, in their order. Raises encoding.MalformedError.
 
     That of one row is what it is: nothing is looked at.
     """
@@ -106,30 +106,30 @@ def pack_events(payloads: Iterable[bytes]) -> bytes:
         return rows[0]
     events: list[object] = []
     for payload in rows:
-        entries = wire.unpack(payload, max_items=MAX_EVENTS)
+        entries = encoding.unpack(payload, max_items=MAX_EVENTS)
         if not isinstance(entries, list):
-            raise wire.MalformedError("the payload of an outbox row is not a list of events")
+            raise encoding.MalformedError("the payload of an outbox row is not a list of events")
         events += entries
-    return wire.pack(events)
+    return encoding.pack(events)
 
 
 def pack_acknowledgement(numbers: list[int]) -> bytes:
     """At most MAX_ACKNOWLEDGED numbers."""
-    return wire.pack({"numbers": numbers})
+    return encoding.pack({"numbers": numbers})
 
 
 def pack_heartbeat(interval_ms: int, announcement_digest: bytes | None, software: str) -> bytes:
-    return wire.pack({"interval_ms": interval_ms, "announcement": announcement_digest, "software": software})
+    return encoding.pack({"interval_ms": interval_ms, "announcement": announcement_digest, "software": software})
 
 
 def pack_capabilities(announcement: bytes | None, *, request: bool) -> bytes:
-    return wire.pack({"announcement": announcement, "request": request})
+    return encoding.pack({"announcement": announcement, "request": request})
 
 
 def pack_complaint(number: int, reason: str, explanation: str) -> bytes:
     """Tells a sender that its envelope is refused."""
     told = printable(explanation)[:MAX_EXPLANATION]
-    return wire.pack({"number": number, "reason": reason, "explanation": told, "versions": list(VERSIONS)})
+    return encoding.pack({"number": number, "reason": reason, "explanation": told, "versions": list(VERSIONS)})
 
 
 def printable(text: str) -> str:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from skipbus.shared import wire
-from skipbus.shared.envelopes import Header
-from skipbus.shared.epochs import EPOCH_ID_BYTES, MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES, MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.identity import CONTEXT_WRAPPING_KEY, verify
+from skipbus.shared.crypto.sealing import WRAPPING_KEY_ID_BYTES, KeyRecord, SealedWrappingKey
 from skipbus.shared.errors import EnvelopeRefused, SealBroken, TakesLong
-from skipbus.shared.identity import CONTEXT_WRAPPING_KEY, verify
-from skipbus.shared.keys import KEY_ID_BYTES, MAX_KEY_BITS, MIN_KEY_BITS
-from skipbus.shared.sealing import WRAPPING_KEY_ID_BYTES, KeyRecord, SealedWrappingKey
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import Header
+from skipbus.shared.protocol.keys import KEY_ID_BYTES, MAX_KEY_BITS, MIN_KEY_BITS
 
 MAX_RECORDS = 2_000
 MAX_WRAPPING_KEYS = 64
@@ -68,8 +68,8 @@ def pack_placed_keys(records: list[Any], wrapping_keys: Iterable[SealedWrappingK
     """The payload. Raises MalformedError where these are more than one envelope takes."""
     entries = [[w.wrapping_key_id, w.epoch_id, w.expires_ms, w.sealed, w.signature] for w in wrapping_keys]
     if not 0 < len(records) <= MAX_RECORDS or len(entries) > MAX_WRAPPING_KEYS:
-        raise wire.MalformedError("outbox rows hold more keys than one envelope takes")
-    return wire.pack({"records": records, "wrapping_keys": entries, "stock": stock})
+        raise encoding.MalformedError("outbox rows hold more keys than one envelope takes")
+    return encoding.pack({"records": records, "wrapping_keys": entries, "stock": stock})
 
 
 def read_placed_keys(value: dict[str, Any]) -> PlacedKeys:

@@ -11,8 +11,8 @@ from skipbus.services.syncer.examination import Refusal
 from skipbus.services.syncer.refusals import Refusals
 from skipbus.services.syncer.replies import Replies
 from skipbus.shared.bus import Delivery
-from skipbus.shared.envelopes import EnvelopeType
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.envelopes import EnvelopeType
 
 
 class Refuser:

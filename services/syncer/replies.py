@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 from skipbus.services.syncer.outgoing import Letter, Outgoing
 from skipbus.services.syncer.payloads import MAX_ACKNOWLEDGED, pack_acknowledgement, pack_capabilities, pack_complaint
-from skipbus.shared.envelopes import EnvelopeType
 from skipbus.shared.errors import BackendError
 from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol.envelopes import EnvelopeType
 
 GATHER_SECONDS = 0.05
 # An announcement is large, and whoever replays an envelope must not get one for each.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 
 # Stock that is taken back was never issued to anybody, so it does not count as withdrawn.

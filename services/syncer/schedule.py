@@ -7,8 +7,8 @@ renewed when the last one has run out; when it is back, what it has not acknowle
 
 from __future__ import annotations
 
-from skipbus.shared.envelopes import MAX_AGE_MS
 from skipbus.shared.liveness import PeerStatus
+from skipbus.shared.protocol.envelopes import MAX_AGE_MS
 
 FIRST_RETRY_MS = 10_000
 LAST_RETRY_MS = 300_000

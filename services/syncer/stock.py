@@ -16,13 +16,13 @@ from sqlalchemy import Connection, Engine
 
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.row_types import STOCK_DROPPED
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
-from skipbus.shared.keys import counted_before_ms
 from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.keys import counted_before_ms
 from skipbus.shared.store import messages, stock_kept
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import look_at_oldest_stock
@@ -111,5 +111,5 @@ def drop_refused_stock(
 
 
 def _tell_dropped(connection: Connection, local_id: str, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
-    payload = wire.pack([[row.key_id, row.expires_ms, ""] for row in rows])
+    payload = encoding.pack([[row.key_id, row.expires_ms, ""] for row in rows])
     messages.insert_outbox(connection, local_id, peer_id, STOCK_DROPPED, payload, len(rows), at_ms)

@@ -15,9 +15,9 @@ from skipbus.services.syncer import metrics
 from skipbus.services.syncer.clocks import Clocks
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings
+from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
-from skipbus.shared.keyring import Keyring, check_pinned_identity
 from skipbus.shared.liveness import PeerStatus, peer_status
 from skipbus.shared.logs import get_logger
 from skipbus.shared.peer_directory import PeerDirectory

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.store.literals import hex_list, hexes
 from skipbus.shared.store.packets import (
     INSERT_EVENT,

@@ -21,8 +21,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects.mysql import Insert, insert
 
-from skipbus.shared.envelopes import MAX_AGE_MS
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.protocol.envelopes import MAX_AGE_MS
 from skipbus.shared.store.literals import name
 from skipbus.shared.store.packets import delete_listed
 from skipbus.shared.store.schema import INBOX as I

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.errors import CommitUnknown, StoreUnavailable
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.store.literals import name, text
 from skipbus.shared.store.results import Reader, Rows
 from skipbus.shared.store.steps import Bound, Command, Statement, Steps

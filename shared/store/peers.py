@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, bindparam, delete, func, literal_column, select, union_all, update
 from sqlalchemy.dialects.mysql import insert
 
-from skipbus.shared.announcements import Announcement, digest
+from skipbus.shared.protocol.announcements import Announcement, digest
 from skipbus.shared.store.schema import ANNOUNCEMENTS as A
 from skipbus.shared.store.schema import BUS_ANNOUNCEMENTS as B
 from skipbus.shared.store.schema import PINNED_IDENTITIES as P

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.store.literals import hex_list, hexes, name
 from skipbus.shared.store.packets import (
     OutboxRow,

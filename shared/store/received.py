@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.store.literals import hex_list, text
 from skipbus.shared.store.packets import insert_records, insert_wrapping_keys
 

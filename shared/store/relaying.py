@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.hints import Hint
-from skipbus.shared.sealing import KeyRecord
 from skipbus.shared.store.literals import hex_list, name
 from skipbus.shared.store.messages import SHORT_PAYLOAD_BYTES, EnvelopeRow, OutboxEntry
 from skipbus.shared.store.packets import commit, commit_and_read, delete_listed, insert_records

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
 
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.store.literals import hexes, name
 from skipbus.shared.store.packets import (
     OutboxRow,

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from sqlalchemy import Connection, select
 
-from skipbus.shared.sealing import SealedWrappingKey
+from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.store.schema import WRAPPING_KEYS as W
 
 

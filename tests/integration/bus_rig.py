@@ -17,14 +17,14 @@ from sqlalchemy import func, select
 from sandbox.key_provider import BusPeer
 from sandbox.servers import Database
 from skipbus.services.syncer.row_types import SEALED_TYPES
-from skipbus.shared import wire
-from skipbus.shared.announcements import Announcement, sign_announcement
 from skipbus.shared.clock import now_ms
-from skipbus.shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, make_wrapping_key, open_wrapping_key
 from skipbus.shared.peers_config import identity_line
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, make_wrapping_key, open_wrapping_key
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows, insert_wrapping_keys
 from skipbus.shared.store.peers import upsert_announcement
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
@@ -81,7 +81,7 @@ class Site:
     def commit(self, placed: Placed, kind: str) -> None:
         assert kind in SEALED_TYPES
         row = OutboxRow(
-            self.kp.id, placed.target, kind, wire.pack(placed.rows), len(placed.rows), now_ms(), placed.token
+            self.kp.id, placed.target, kind, encoding.pack(placed.rows), len(placed.rows), now_ms(), placed.token
         )
         with self.rig.engine.begin() as connection:
             connection.exec_driver_sql(insert_wrapping_keys([placed.wrapping_key]))
@@ -104,7 +104,7 @@ class Site:
 
     def tell(self, target: Site, kind: str, events: Sequence[Sequence[object]]) -> None:
         """A row of events."""
-        payload = wire.pack([list(event) for event in events])
+        payload = encoding.pack([list(event) for event in events])
         with self.rig.engine.begin() as connection:
             row = OutboxRow(self.kp.id, target.kp.id, kind, payload, len(events), now_ms())
             connection.exec_driver_sql(insert_outbox_rows([row]))
@@ -194,7 +194,7 @@ class Placed:
         """What an envelope with these keys says."""
         w = self.wrapping_key
         wrapping_key = [w.wrapping_key_id, w.epoch_id, w.expires_ms, w.sealed, w.signature]
-        return wire.pack({"records": self.rows, "wrapping_keys": [wrapping_key], "stock": stock})
+        return encoding.pack({"records": self.rows, "wrapping_keys": [wrapping_key], "stock": stock})
 
 
 def seal(

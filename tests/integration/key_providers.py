@@ -21,15 +21,15 @@ from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Se
 from skipbus.services.janitor.epochs import EpochKeeper
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, load_settings
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import SkipbusError
 from skipbus.shared.glance import Glance
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.store.engine import connect, make_engine
 from skipbus.shared.store.glances import look_at_due
 from skipbus.shared.store.migrate import upgrade_store
 from skipbus.shared.store.steps import run_steps
-from skipbus.shared.system_ids import RemoteSystemIds
 
 
 def settings_for(database: Database, system_id: str, keyring_dir: Path, **environ: str) -> Settings:

@@ -21,8 +21,6 @@ from sqlalchemy import Engine, func, select
 
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import Database
-from skipbus.shared import wire
-from skipbus.shared.announcements import Announcement, sign_announcement
 from skipbus.shared.bus_names import (
     ENVELOPES,
     dead_queue_name,
@@ -33,10 +31,12 @@ from skipbus.shared.bus_names import (
 )
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
-from skipbus.shared.identity import Identity
-from skipbus.shared.keyring import Keyring
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.liveness import peer_status
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import Announcement, sign_announcement
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.secret import Secret
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.messages import PeerRow, fetch_peer_rows, insert_outbox
@@ -181,7 +181,7 @@ class Rig:
 def events(kind: EnvelopeType, count: int) -> bytes:
     """The payload of an outbox row with that many events."""
     middle = [256, now_ms()] if kind is EnvelopeType.KEY_ISSUED else [now_ms()]
-    return wire.pack([[secrets.token_bytes(16), *middle, f"c-{number}"] for number in range(count)])
+    return encoding.pack([[secrets.token_bytes(16), *middle, f"c-{number}"] for number in range(count)])
 
 
 def signed(

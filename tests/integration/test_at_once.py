@@ -17,9 +17,9 @@ from skipbus.services.syncer.examination import Accepted
 from skipbus.services.syncer.payloads import Acknowledgement, Payload
 from skipbus.services.syncer.placed_keys import PlacedKeys
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, Header
 from skipbus.shared.errors import StoreRefused
 from skipbus.shared.hints import Hint
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header
 from skipbus.shared.store import relaying
 from skipbus.shared.store.engine import connect
 from skipbus.shared.store.messages import EnvelopeRow

@@ -22,11 +22,11 @@ from skipbus.services.syncer.examination import Accepted
 from skipbus.services.syncer.numbers import RESERVED_US, Numbers, Reservation
 from skipbus.services.syncer.payloads import Acknowledgement, Events, Payload
 from skipbus.services.syncer.placed_keys import MAX_RECORDS
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, Header
-from skipbus.shared.epochs import new_epoch_id
-from skipbus.shared.hybrid import HybridPrivateKey
+from skipbus.shared.crypto.epochs import new_epoch_id
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header
 from skipbus.shared.store.messages import fetch_last_number, fetch_peer_rows, insert_outbox, upsert_last_number
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
 from skipbus.shared.store.peers import fetch_bus_announcement
@@ -107,7 +107,7 @@ def test_a_syncer_that_takes_over_gives_up_what_the_one_before_it_numbered(scene
     wait_for(lambda: all(row.attempts for row in alice.rig.outbox(alice.kp)), timeout_seconds=TIMEOUT_SECONDS)
     alice.kp.process.kill("syncer")
     with alice.rig.engine.begin() as connection:
-        expired = wire.pack([[secrets.token_bytes(16), now_ms() + LONG_EXPIRED_MS, ""]])
+        expired = encoding.pack([[secrets.token_bytes(16), now_ms() + LONG_EXPIRED_MS, ""]])
         insert_outbox(connection, alice.kp.id, scene.carol.kp.id, "key.withdrawn", expired, 1, now_ms())
         row = update(OUTBOX).where(OUTBOX.c.envelope_no.is_(None))
         # Sent a moment ago, so that it is not due again.

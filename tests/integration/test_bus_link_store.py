@@ -34,10 +34,10 @@ from skipbus.services.api.links.placing import (
 )
 from skipbus.services.api.links.refill import StockMaker
 from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, StockRequest
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import NotPlaced, Overloaded, PeerNotReady, SkipbusError, StoreUnavailable
 from skipbus.shared.hints import AHEAD_SECONDS, Hint, pack_hint
+from skipbus.shared.protocol import encoding
 from skipbus.shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
 from tests.integration.key_providers import KeyProvider, Store, announced, through_port
@@ -92,7 +92,7 @@ class Ends:
 
     def told(self, kind: str) -> list[bytes]:
         rows = self.store.rows("SELECT payload FROM outbox WHERE type = %s ORDER BY id", kind)
-        return [entry[0] for (payload,) in rows for entry in wire.unpack(payload)]
+        return [entry[0] for (payload,) in rows for entry in encoding.unpack(payload)]
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ from skipbus.services.syncer.payloads import (
     pack_complaint,
     read_payload,
 )
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import VERSIONS, EnvelopeType, check_envelope, read_envelope
+from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
 from skipbus.shared.hints import Hint, pack_hint
-from skipbus.shared.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
 from skipbus.shared.nudges import NudgeKind, ProcessBus
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import VERSIONS, EnvelopeType, check_envelope, read_envelope
 from skipbus.shared.secret import Secret
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 from tests.integration.bus_rig import KEY_TTL_MS, Placed, Site, Sites, seal
@@ -180,7 +180,7 @@ def hints(site: Site, outcome: str) -> float:
 
 
 def hint_of(placed: Placed) -> bytes:
-    item = pack_hint(Hint(placed.target, placed.token, wire.pack(placed.rows)))
+    item = pack_hint(Hint(placed.target, placed.token, encoding.pack(placed.rows)))
     assert item is not None
     return item
 
@@ -296,10 +296,10 @@ def test_a_key_that_arrives_after_its_withdrawal_is_never_stored(scene: Scene) -
     carol, bob, bus = scene.carol, scene.bob, scene.bus
     placed, kept = seal(carol.kp, bob, 2), seal(carol.kp, bob, 1)
     events = [[r.key_id, r.expires_ms, ""] for r in placed.records]
-    bus.publish(bob.kp, signed(carol.kp, bob.kp, WITHDRAWN, wire.pack(events)))
+    bus.publish(bob.kp, signed(carol.kp, bob.kp, WITHDRAWN, encoding.pack(events)))
     together = Placed(bob.kp.id, placed.records + kept.records, [], kept.wrapping_key)
     wks = [placed.wrapping_key, kept.wrapping_key]
-    payload = wire.pack(
+    payload = encoding.pack(
         {
             "records": together.rows,
             "wrapping_keys": [[w.wrapping_key_id, w.epoch_id, w.expires_ms, w.sealed, w.signature] for w in wks],
@@ -317,7 +317,7 @@ def test_nobody_can_take_back_another_key_providers_keys(scene: Scene) -> None:
     alice.wait_placed(placed)
     handled = bob.rig.inbox_size(bob.kp)
     events = [[r.key_id, r.expires_ms, ""] for r in placed.records]
-    scene.bus.publish(bob.kp, signed(carol.kp, bob.kp, WITHDRAWN, wire.pack(events)))
+    scene.bus.publish(bob.kp, signed(carol.kp, bob.kp, WITHDRAWN, encoding.pack(events)))
     wait_for(lambda: bob.rig.inbox_size(bob.kp) == handled + 1, timeout_seconds=TIMEOUT_SECONDS)
     assert placed.ids <= bob.records().keys()
 
@@ -443,8 +443,8 @@ def test_sealed_keys_from_a_peer_of_the_same_store_are_refused(scene: Scene) -> 
 
 def test_a_sender_of_an_unknown_version_is_told_once_a_second_which_versions_are_read(scene: Scene) -> None:
     bob, carol = scene.bob, scene.carol
-    protected = wire.pack([3, "key.blessed", carol.kp.id, bob.kp.id, 7, now_ms(), "new"])
-    later = wire.pack([protected, b"", carol.kp.identity.sign(protected, CONTEXT_ENVELOPE)])
+    protected = encoding.pack([3, "key.blessed", carol.kp.id, bob.kp.id, 7, now_ms(), "new"])
+    later = encoding.pack([protected, b"", carol.kp.identity.sign(protected, CONTEXT_ENVELOPE)])
     time.sleep(1.1)
     scene.bus.publish(bob.kp, *[later] * 20)
     told = scene.next_refusal(bob)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from skipbus.services.janitor.epochs import EpochKeeper
-from skipbus.shared.announcements import Announcement, read_announcement, sign_announcement
-from skipbus.shared.epochs import current_epoch
+from skipbus.shared.crypto.epochs import current_epoch
+from skipbus.shared.crypto.identity import Identity, fingerprint
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import KeyringError, StoreRefused, StoreUnavailable
-from skipbus.shared.identity import Identity, fingerprint
-from skipbus.shared.keyring import Keyring
+from skipbus.shared.protocol.announcements import Announcement, read_announcement, sign_announcement
 from skipbus.shared.store import peers as peer_store
 from tests.integration.key_providers import Store, settings_for, tend
 

@@ -9,8 +9,8 @@ import pytest
 
 from skipbus.services.janitor import expiry
 from skipbus.services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, PACE_PER_SECOND, Zeroizer
-from skipbus.shared import wire
 from skipbus.shared.errors import StoreUnavailable
+from skipbus.shared.protocol import encoding
 from skipbus.shared.store.engine import connect, driver_errors
 from skipbus.shared.store.expiry import fetch_expired, fetch_stretch
 from tests.integration.key_providers import Store
@@ -51,8 +51,8 @@ def told(store: Store) -> list[tuple[str, str, list[list[object]]]]:
     rows = store.rows("SELECT local_id, peer_id, type, payload, items, created_ms FROM outbox ORDER BY id")
     for row in rows:
         assert row[2] == "key.expired"
-        assert len(wire.unpack(row[3])) == row[4]
-    return [(row[0], row[1], sorted(wire.unpack(row[3]))) for row in rows]
+        assert len(encoding.unpack(row[3])) == row[4]
+    return [(row[0], row[1], sorted(encoding.unpack(row[3]))) for row in rows]
 
 
 def test_only_the_expired_are_zeroized(store: Store, zeroizer: Zeroizer) -> None:

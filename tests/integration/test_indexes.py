@@ -18,9 +18,9 @@ from pymysql.connections import Connection as RawConnection
 from sqlalchemy import Connection, event
 
 from sandbox.servers import Database, MariaDbServer
-from skipbus.shared.announcements import Announcement
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.hints import Hint
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey
+from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store import (
     expiry,
     glances,

@@ -15,9 +15,9 @@ from skipbus.services.syncer.intake import MAX_GATHER_SECONDS, MAX_GATHERED, Int
 from skipbus.services.syncer.payloads import Heartbeat, pack_acknowledgement, pack_heartbeat
 from skipbus.shared.bus import Bus, Delivery
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
-from skipbus.shared.identity import Identity
+from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.nudges import ProcessBus
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.secret import Secret
 from skipbus.shared.store.messages import fetch_peer_rows
 from tests.integration.key_providers import Store

@@ -22,7 +22,6 @@ from skipbus.services.api.batching import Lane
 from skipbus.services.api.claiming import ClaimedKey, ClaimRequest
 from skipbus.services.api.issuing import IssuedKey, IssueRequest
 from skipbus.services.api.lanes import make_lane
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import (
     CommitUnknown,
@@ -34,6 +33,7 @@ from skipbus.shared.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from skipbus.shared.protocol import encoding
 from skipbus.shared.store.keys import PREPARED, commit_issued
 from skipbus.shared.store.packets import OutboxRow
 from skipbus.shared.store.steps import run_steps
@@ -63,7 +63,7 @@ def place(source: KeyProvider, target: KeyProvider, expires_ms: int) -> bytes:
     current = source.sealer.wrapping_key_for(target.system_id, now_ms())
     key_id = bytes([7]) * 16
     record = current.key.seal(key_id, bytes(32), expires_ms, "placed")
-    told = wire.pack([[key_id, 256, expires_ms, "placed"]])
+    told = encoding.pack([[key_id, 256, expires_ms, "placed"]])
     event = OutboxRow(source.system_id, target.system_id, "key.issued", told, 1, now_ms())
     with source.store.connect() as connection:
         wrapping_keys = [current.unstored] if current.unstored else []
@@ -89,7 +89,7 @@ def test_an_answered_key_is_committed_and_its_event_with_it(store: Store, kps: l
     assert store.count("wrapping_keys") == 1
     (row,) = store.rows("SELECT local_id, peer_id, type, items, payload FROM outbox")
     assert row[:4] == ("KP_Alice", "KP_Bob", "key.issued", 5)
-    told = wire.unpack(row[4])
+    told = encoding.unpack(row[4])
     assert [item[0].hex() for item in told] == [key.key_id for key in issued]
     assert {item[1] for item in told} == {256}
     assert [item[3] for item in told] == [f"issue-{n}" for n in range(5)]
@@ -102,7 +102,7 @@ def test_a_claimed_key_is_gone_from_the_store_and_its_source_is_told(store: Stor
     assert store.count("key_records") == 0
     rows = store.rows("SELECT peer_id, items, payload FROM outbox WHERE type = 'key.retrieved'")
     assert [row[:2] for row in rows] == [("KP_Alice", 1)]
-    assert wire.unpack(rows[0][2])[0][0].hex() == issued.key_id
+    assert encoding.unpack(rows[0][2])[0][0].hex() == issued.key_id
 
 
 def test_a_second_claim_is_told_that_no_key_waits(kps: list[KeyProvider]) -> None:
@@ -391,7 +391,7 @@ def test_a_key_of_a_destroyed_epoch_cannot_be_read_by_anyone(store: Store, kps: 
 HOSTILE_ANNOUNCEMENTS = {
     "empty": b"",
     "garbage": b"\xc1" * 50,
-    "no signature": wire.pack([b"body"]),
+    "no signature": encoding.pack([b"body"]),
     "a number for a signature": b"number",
     "nothing for a signature": b"nothing",
 }
@@ -404,8 +404,8 @@ def test_a_hostile_announcement_in_the_store_costs_its_own_name_and_nothing_else
     alice, bob, _ = kps
     if body in (b"number", b"nothing"):
         # A body that is well-formed up to the place where its signature should be.
-        signed = wire.unpack(store.rows("SELECT body FROM announcements WHERE system_id = 'KP_Carol'")[0][0])[0]
-        body = wire.pack([signed, 5 if body == b"number" else None])
+        signed = encoding.unpack(store.rows("SELECT body FROM announcements WHERE system_id = 'KP_Carol'")[0][0])[0]
+        body = encoding.pack([signed, 5 if body == b"number" else None])
     store.rows("UPDATE announcements SET body = %s, digest = REVERSE(digest) WHERE system_id = 'KP_Carol'", body)
     alice.refresh()
     assert alice.directory.get("KP_Carol") is None
@@ -683,7 +683,7 @@ async def test_a_key_alone_goes_in_prepared_statements_and_is_the_same_as_any_ot
     bound = store.rows("SELECT * FROM outbox")[0], store.rows("SELECT * FROM key_records")[0]
     assert [[type(value) for value in row] for row in bound] == [[type(value) for value in row] for row in text]
     assert isinstance(issued, IssuedKey)
-    (told,) = wire.unpack(store.rows("SELECT payload FROM outbox")[0][0])
+    (told,) = encoding.unpack(store.rows("SELECT payload FROM outbox")[0][0])
     assert (told[0].hex(), told[1], told[3]) == (issued.key_id, size_bits, "issue-0")
     claimed = bob.claim(issued.key_id, alice)
     assert (claimed.key, claimed.issued_as) == (issued.key, "issue-0")

@@ -21,7 +21,7 @@ from sandbox.servers import Database, RabbitMqServer
 from skipbus.shared.broker import SETTLED_SECONDS
 from skipbus.shared.bus import CONSUME_SECONDS, REMAKE_AFTER_TRIES, _declare_exchanges, _declare_queues
 from skipbus.shared.bus_names import queue_name
-from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.protocol.envelopes import EnvelopeType
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig, bus_of
 from tests.waiting import wait_for
 

@@ -11,12 +11,12 @@ import aio_pika
 import pytest
 
 from sandbox.servers import RabbitMqServer
-from skipbus.shared import wire
 from skipbus.shared.bus import Bus, Delivery
 from skipbus.shared.bus_names import NUDGES, nudge_routing_key
 from skipbus.shared.errors import BusUnavailable
 from skipbus.shared.hints import MAX_HINT_BYTES
 from skipbus.shared.nudges import FOR_SYNCER, MAX_NUDGE_BYTES, NudgeKind, ProcessBus
+from skipbus.shared.protocol import encoding
 from skipbus.shared.secret import Secret
 
 
@@ -122,13 +122,13 @@ async def test_malformed_and_foreign_nudges_harm_nobody(rabbitmq: RabbitMqServer
         bad = [
             b"",
             b"\xc1",
-            wire.pack("text"),
-            wire.pack([1]),
-            wire.pack([b""]),
-            wire.pack([b"x" * 65]),
+            encoding.pack("text"),
+            encoding.pack([1]),
+            encoding.pack([b""]),
+            encoding.pack([b"x" * 65]),
             bytes(300_000),
         ]
-        for body in [*bad, bytes(300_000), wire.pack([b"good"])]:
+        for body in [*bad, bytes(300_000), encoding.pack([b"good"])]:
             await exchange.publish(aio_pika.Message(body), nudge_routing_key("KP_Nudge", "stored"))
         assert await ear.wait(1) == [(NudgeKind.STORED, [b"good"])]
 

@@ -14,22 +14,22 @@ from skipbus.services.syncer.clocks import Clocks
 from skipbus.services.syncer.effects import Effects
 from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
 from skipbus.services.syncer.payloads import Capabilities, pack_capabilities, pack_heartbeat
-from skipbus.shared.announcements import Announcement, sign_announcement
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, Header, sign_envelope
-from skipbus.shared.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity, fingerprint
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity, fingerprint
-from skipbus.shared.keyring import Keyring
 from skipbus.shared.peer_directory import PIN_REREAD_MS, PRESENTED_EVERY_MS, PRESENTED_KEPT_MS, PeerDirectory
 from skipbus.shared.peers_config import PeerSettings, identity_line
+from skipbus.shared.protocol.announcements import Announcement, sign_announcement
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.store import messages
 from skipbus.shared.store import peers as peer_store
 from skipbus.shared.store.glances import Digests
 from skipbus.shared.store.messages import PeerRow, PeerSigns, fetch_peer_rows
 from skipbus.shared.store.peers import fetch_pin, upsert_announcement, upsert_bus_announcement
-from skipbus.shared.system_ids import RemoteSystemIds
 from tests.integration.key_providers import Store
 
 ALICE, BOB, CAROL = "KP_Alice", "KP_Bob", "KP_Carol"

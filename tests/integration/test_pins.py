@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from skipbus.shared.clock import now_ms
+from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import SkipbusError
-from skipbus.shared.identity import Identity
 from skipbus.shared.peer_directory import PIN_REREAD_MS
 from tests.integration.key_providers import KeyProvider, Store, announced
 

@@ -11,10 +11,10 @@ from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.numbers import Numbers, Reservation
 from skipbus.services.syncer.stock import StockWatch
 from skipbus.shared.clock import now_ms
-from skipbus.shared.epochs import EpochSpan, new_epoch_id
+from skipbus.shared.crypto.epochs import EpochSpan, new_epoch_id
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
 from skipbus.shared.hop import Hop
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.keyring import Keyring, PrivateEpoch
 from skipbus.shared.peers_config import identity_line
 from tests.integration.key_providers import Store, settings_for
 

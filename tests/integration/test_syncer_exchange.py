@@ -17,9 +17,9 @@ from skipbus.services.syncer.payloads import (
     read_payload,
 )
 from skipbus.services.syncer.replies import ANSWER_EVERY_SECONDS
-from skipbus.shared.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, check_envelope, read_envelope
+from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
+from skipbus.shared.protocol.envelopes import EnvelopeType, check_envelope, read_envelope
 from skipbus.shared.store import messages
 from skipbus.shared.store.engine import driver_errors
 from tests.integration.syncer_rig import (

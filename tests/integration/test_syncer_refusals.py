@@ -14,11 +14,11 @@ import pytest
 from sandbox.ports import free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.services.syncer.payloads import pack_capabilities, pack_heartbeat
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import MAX_AGE_MS, MAX_ENVELOPE_BYTES, EnvelopeType
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
-from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity, fingerprint
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity, fingerprint
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import MAX_AGE_MS, MAX_ENVELOPE_BYTES, EnvelopeType
 from tests.integration.syncer_rig import (
     TIMEOUT_SECONDS,
     Kp,
@@ -99,8 +99,8 @@ def test_an_envelope_signed_by_another_identity_is_dead_lettered(scene: Scene) -
 
 
 def test_a_payload_changed_on_its_way_is_dead_lettered(scene: Scene) -> None:
-    protected, _, signature = wire.unpack(signed(scene.carol, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
-    scene.assert_refused(wire.pack([protected, events(RETRIEVED, 9), signature]), "bad_signature")
+    protected, _, signature = encoding.unpack(signed(scene.carol, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
+    scene.assert_refused(encoding.pack([protected, events(RETRIEVED, 9), signature]), "bad_signature")
 
 
 def test_an_envelope_for_another_target_is_dead_lettered(scene: Scene) -> None:
@@ -141,13 +141,15 @@ def test_a_peer_that_announced_itself_a_moment_ago_is_no_stranger(scene: Scene) 
     ("version", "kind", "reason"), [(3, "key.retrieved", "unknown_version"), (1, "key.stolen", "unknown_type")]
 )
 def test_an_unknown_version_or_type_is_dead_lettered(scene: Scene, version: int, kind: str, reason: str) -> None:
-    protected = wire.pack([version, kind, scene.carol.id, scene.bob.id, fresh_number(), now_ms()])
+    protected = encoding.pack([version, kind, scene.carol.id, scene.bob.id, fresh_number(), now_ms()])
     payload = events(RETRIEVED, 1)
     signature = scene.carol.identity.sign(len(protected).to_bytes(4, "big") + protected + payload, CONTEXT_ENVELOPE)
-    scene.assert_refused(wire.pack([protected, payload, signature]), reason)
+    scene.assert_refused(encoding.pack([protected, payload, signature]), reason)
 
 
-@pytest.mark.parametrize("payload", [b"", b"\xc1", wire.pack([]), wire.pack({}), wire.pack([[b"", -1, ""]])])
+@pytest.mark.parametrize(
+    "payload", [b"", b"\xc1", encoding.pack([]), encoding.pack({}), encoding.pack([[b"", -1, ""]])]
+)
 def test_a_malformed_payload_of_a_true_peer_is_dead_lettered(scene: Scene, payload: bytes) -> None:
     scene.assert_refused(signed(scene.carol, scene.bob, RETRIEVED, payload), "malformed_payload")
 

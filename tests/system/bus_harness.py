@@ -32,8 +32,6 @@ from sandbox.key_provider import BusPeer, KeyProvider
 from sandbox.ports import LOOPBACK, free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_heartbeat
-from skipbus.shared import wire
-from skipbus.shared.announcements import Announcement, read_announcement, sign_announcement
 from skipbus.shared.bus_names import (
     ENVELOPES,
     dead_queue_name,
@@ -42,7 +40,14 @@ from skipbus.shared.bus_names import (
     routing_key,
 )
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import (
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, current_epoch, new_epoch_id
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.sealing import make_wrapping_key
+from skipbus.shared.peers_config import identity_line
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import Announcement, read_announcement, sign_announcement
+from skipbus.shared.protocol.envelopes import (
     VERSION,
     EnvelopeType,
     Header,
@@ -51,11 +56,6 @@ from skipbus.shared.envelopes import (
     session_envelope,
     sign_envelope,
 )
-from skipbus.shared.epochs import EpochSpan, PublicEpoch, current_epoch, new_epoch_id
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity
-from skipbus.shared.peers_config import identity_line
-from skipbus.shared.sealing import make_wrapping_key
 from skipbus.shared.sessions import SessionKey
 from tests.system.harness import ALICE, BOB, Key, Lab, Place, rows
 from tests.waiting import wait_for
@@ -130,7 +130,7 @@ class Voice:
     def retrieved(self, target_id: str, count: int = 1) -> bytes:
         """News that move a counter and nothing else: the way to see that a later envelope is handled."""
         events = [[secrets.token_bytes(16), now_ms(), "c"] for _ in range(count)]
-        return self.says(target_id, EnvelopeType.KEY_RETRIEVED, wire.pack(events))
+        return self.says(target_id, EnvelopeType.KEY_RETRIEVED, encoding.pack(events))
 
     def places(self, target_id: str, load: Load) -> bytes:
         """An envelope that places keys at a target."""
@@ -139,7 +139,7 @@ class Voice:
     def withdraws(self, target_id: str, load: Load) -> bytes:
         """An envelope that takes keys back."""
         events = [[record[0], record[2], record[3]] for record in load.records]
-        return self.says(target_id, EnvelopeType.KEY_WITHDRAWN, wire.pack(events))
+        return self.says(target_id, EnvelopeType.KEY_WITHDRAWN, encoding.pack(events))
 
     def acknowledges(self, target_id: str, *numbers: int) -> bytes:
         return self.says(target_id, EnvelopeType.KEY_STORED, pack_acknowledgement(list(numbers)))
@@ -155,7 +155,7 @@ class Load:
     stock: bool = False
 
     def pack(self) -> bytes:
-        return wire.pack({"records": self.records, "wrapping_keys": self.wrapping_keys, "stock": self.stock})
+        return encoding.pack({"records": self.records, "wrapping_keys": self.wrapping_keys, "stock": self.stock})
 
 
 def sealed_keys(

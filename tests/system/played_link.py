@@ -17,13 +17,13 @@ from typing import Any
 from sandbox.client import Answer, get
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import write_private
-from skipbus.shared import wire
-from skipbus.shared.announcements import read_announcement
 from skipbus.shared.bus_names import NUDGES, nudge_routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings, Secret
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
 from skipbus.shared.nudges import NudgeKind
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import read_announcement
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.peers import upsert_bus_announcement
 from tests.system.bus_harness import BrokerAdmin, Load, Voice
@@ -101,7 +101,7 @@ class PlayedLink:
     def outbox(self, kind: str) -> list[tuple[bytes, list[Any]]]:
         """Rows of one type, oldest first: token and what is told."""
         found = self.rows("SELECT token, payload FROM outbox WHERE type = %s ORDER BY id", kind)
-        return [(token, wire.unpack(payload)) for token, payload in found]
+        return [(token, encoding.unpack(payload)) for token, payload in found]
 
     def wait_outbox(self, kind: str, count: int = 1, timeout_seconds: float = 30) -> list[tuple[bytes, list[Any]]]:
         wait_for(lambda: len(self.outbox(kind)) >= count, timeout_seconds=timeout_seconds, poll_seconds=0.01)
@@ -134,7 +134,7 @@ class PlayedLink:
             self.rows("DELETE FROM outbox WHERE token = %s", token)
 
     def nudge(self, kind: NudgeKind, *items: bytes) -> None:
-        self.admin.nudge(NUDGES, nudge_routing_key(ALICE, kind.value), wire.pack(list(items)))
+        self.admin.nudge(NUDGES, nudge_routing_key(ALICE, kind.value), encoding.pack(list(items)))
 
     def store_all(self, kind: str, count: int = 1) -> list[tuple[bytes, list[Any]]]:
         """Waits for rows of a type and acknowledges them, nudge and all."""

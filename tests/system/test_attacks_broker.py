@@ -15,11 +15,11 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared import wire
 from skipbus.shared.bus_names import NUDGES, nudge_routing_key
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, read_envelope
-from skipbus.shared.identity import Identity
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 from tests.system.bus_harness import (
     Scene,
     asking,
@@ -49,7 +49,7 @@ def scene(
 
 def key_ids_in(envelope: bytes) -> list[str]:
     """The keyIds of records that an envelope places."""
-    return [record[0].hex() for record in wire.unpack(wire.unpack(envelope)[1])["records"]]
+    return [record[0].hex() for record in encoding.unpack(encoding.unpack(envelope)[1])["records"]]
 
 
 def assert_never_served(scene: Scene, key_ids: list[str]) -> None:
@@ -179,7 +179,7 @@ def test_an_injected_acknowledgement_produces_no_answer(scene: Scene) -> None:
         lambda number: scene.carol.says(
             scene.alice_id,
             EnvelopeType.KEY_STORED,
-            wire.pack({"numbers": [number]}),
+            encoding.pack({"numbers": [number]}),
             sender_id=scene.bob_id,
             signer=Identity.generate(),
         ),
@@ -195,7 +195,7 @@ def test_an_injected_nudge_produces_no_answer(scene: Scene) -> None:
         ]
         assert tokens
         for _ in range(20):
-            scene.admin.nudge(NUDGES, nudge_routing_key(scene.alice_id, "stored"), wire.pack(tokens))
+            scene.admin.nudge(NUDGES, nudge_routing_key(scene.alice_id, "stored"), encoding.pack(tokens))
             time.sleep(0.05)
         assert asked.result(20).status == 500
     wait_delivered(scene)
@@ -204,7 +204,7 @@ def test_an_injected_nudge_produces_no_answer(scene: Scene) -> None:
 
 @pytest.mark.parametrize("kind", ["outbox", "stored", "refused", "arrived", "stock", "none such"])
 @pytest.mark.parametrize(
-    "body", [b"", b"\xc1", bytes(200_000), wire.pack([b"x" * 65]), wire.pack([bytes(16)] * 1000)], ids=len
+    "body", [b"", b"\xc1", bytes(200_000), encoding.pack([b"x" * 65]), encoding.pack([bytes(16)] * 1000)], ids=len
 )
 def test_injected_garbage_among_the_nudges_harms_nothing(scene: Scene, kind: str, body: bytes) -> None:
     for kp in (scene.alice, scene.bob):
@@ -216,7 +216,7 @@ def test_injected_garbage_among_the_nudges_harms_nothing(scene: Scene, kind: str
 def test_an_injected_refusal_takes_no_key_back_that_was_answered(scene: Scene) -> None:
     key = scene.issue()
     tokens = [secrets.token_bytes(16) for _ in range(10)]
-    scene.admin.nudge(NUDGES, nudge_routing_key(scene.alice_id, "refused"), wire.pack(tokens))
+    scene.admin.nudge(NUDGES, nudge_routing_key(scene.alice_id, "refused"), encoding.pack(tokens))
     scene.assert_goes_on()
     scene.lab.assert_retrievable(key)
 

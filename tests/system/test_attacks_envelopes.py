@@ -20,12 +20,12 @@ import pytest
 from sandbox.client import get
 from sandbox.ports import LOOPBACK
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared import wire
 from skipbus.shared.bus_names import NUDGES, dead_queue_name, nudge_routing_key, queue_name
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import MAX_ENVELOPE_BYTES, VERSIONS, EnvelopeType, SignedEnvelope
-from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity
+from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity
 from skipbus.shared.nudges import NudgeKind
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES, VERSIONS, EnvelopeType, SignedEnvelope
 from tests.system.bus_harness import (
     Load,
     Scene,
@@ -166,15 +166,15 @@ def test_a_bit_flipped_envelope_is_refused_wherever_the_bit_is(scene: Scene) -> 
 
 @pytest.mark.parametrize("signature", [b"", bytes(4627)], ids=["empty", "zeros"])
 def test_an_unsigned_envelope_is_refused(scene: Scene, signature: bytes) -> None:
-    protected, payload, _ = wire.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
-    unsigned = wire.pack([protected, payload, signature])
+    protected, payload, _ = encoding.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
+    unsigned = encoding.pack([protected, payload, signature])
     assert post_sync(scene.bob, unsigned).status == 401
     scene.assert_refused(unsigned, "bad_signature", scene.carol.id)
 
 
 def test_an_envelope_without_a_place_for_a_signature_is_refused(scene: Scene) -> None:
-    protected, payload, _ = wire.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
-    scene.assert_refused(wire.pack([protected, payload]), "malformed")
+    protected, payload, _ = encoding.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
+    scene.assert_refused(encoding.pack([protected, payload]), "malformed")
 
 
 def test_a_foreign_signed_envelope_is_refused(scene: Scene) -> None:
@@ -191,7 +191,7 @@ def test_a_foreign_signed_announcement_does_not_change_whom_keys_are_sealed_to(s
     forged = scene.carol.says(
         scene.alice_id,
         EnvelopeType.CAPABILITIES,
-        wire.pack({"announcement": stolen(scene, thief), "request": False}),
+        encoding.pack({"announcement": stolen(scene, thief), "request": False}),
         signer=thief,
     )
     before = refused(scene.alice, "identity_changed", scene.carol.id)
@@ -221,15 +221,15 @@ def test_an_envelope_of_an_unknown_version_or_type_is_refused_and_its_sender_is_
     scene: Scene, version: int, kind: str, reason: str
 ) -> None:
     number = now_ms() * 1000
-    protected = wire.pack([version, kind, scene.carol.id, scene.bob_id, number, now_ms()])
+    protected = encoding.pack([version, kind, scene.carol.id, scene.bob_id, number, now_ms()])
     payload = scene.carols_keys().pack()
     signed = len(protected).to_bytes(4, "big") + protected + payload
-    envelope = wire.pack([protected, payload, scene.carol.identity.sign(signed, CONTEXT_ENVELOPE)])
+    envelope = encoding.pack([protected, payload, scene.carol.identity.sign(signed, CONTEXT_ENVELOPE)])
     assert post_sync(scene.bob, envelope).status == 400
     scene.assert_refused(envelope, reason)
     if reason == "unknown_version":
         told = scene.admin.wait(queue_name(scene.carol.id), lambda found: number in numbers_refused(found))
-        complaint = wire.unpack(wire.unpack(told)[1])
+        complaint = encoding.unpack(encoding.unpack(told)[1])
         assert (complaint["reason"], complaint["versions"]) == (reason, list(VERSIONS))
 
 
@@ -237,7 +237,7 @@ def numbers_refused(envelope: SignedEnvelope) -> list[int]:
     """The number of the envelope that this one says is refused."""
     if envelope.header.type is not EnvelopeType.ENVELOPE_REFUSED:
         return []
-    return [wire.unpack(envelope.payload)["number"]]
+    return [encoding.unpack(envelope.payload)["number"]]
 
 
 # --- far too large

@@ -15,10 +15,10 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared import wire
 from skipbus.shared.bus_names import queue_name
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, read_envelope
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 from tests.system.bus_harness import (
     Load,
     Scene,
@@ -75,7 +75,7 @@ def test_a_record_with_a_keyid_of_the_peers_own_key_overwrites_nothing(scene: Sc
 def test_a_peer_cannot_withdraw_another_peers_keys(scene: Scene) -> None:
     alices = scene.issue()
     event = [bytes.fromhex(alices.key_id), now_ms() + 3_600_000, "c"]
-    scene.admin.send(scene.bob_id, scene.carol.says(scene.bob_id, EnvelopeType.KEY_WITHDRAWN, wire.pack([event])))
+    scene.admin.send(scene.bob_id, scene.carol.says(scene.bob_id, EnvelopeType.KEY_WITHDRAWN, encoding.pack([event])))
     scene.assert_goes_on()
     scene.lab.assert_retrievable(alices)
 
@@ -102,7 +102,7 @@ def test_a_peer_that_sends_anothers_recorded_keys_as_its_own_is_refused(scene: S
     with scene.admin.diverting(scene.bob_id) as tap, ThreadPoolExecutor(1) as caller:
         asked = caller.submit(get, scene.alice.url, "key", remoteSystemID=scene.bob_id)
         recorded = tap.wait(EnvelopeType.KEY_ISSUED, scene.alice_id)
-        payload = wire.unpack(recorded)[1]
+        payload = encoding.unpack(recorded)[1]
         scene.admin.put(queue_name(scene.bob_id), scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, payload))
         wait_for(lambda: refused(scene.bob, "bad_seal", scene.carol.id) > counted, timeout_seconds=20)
         tap.deliver(recorded)

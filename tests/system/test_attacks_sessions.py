@@ -15,13 +15,20 @@ import pytest
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_complaint, pack_heartbeat
-from skipbus.shared import wire
 from skipbus.shared.bus_names import queue_name
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import SESSION_VERSION, VERSION, VERSIONS, EnvelopeType, SignedEnvelope, read_envelope
-from skipbus.shared.epochs import PublicEpoch
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity
+from skipbus.shared.crypto.epochs import PublicEpoch
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import (
+    SESSION_VERSION,
+    VERSION,
+    VERSIONS,
+    EnvelopeType,
+    SignedEnvelope,
+    read_envelope,
+)
 from skipbus.shared.sessions import make_session_key
 from tests.system.bus_harness import (
     Load,
@@ -97,10 +104,10 @@ def test_an_envelope_under_a_session_key_of_its_sender_is_taken_from_the_bus_and
         (EnvelopeType.HEARTBEAT, pack_heartbeat(60_000, None, "test")),
         (EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)),
         (EnvelopeType.ENVELOPE_REFUSED, pack_complaint(7, "malformed", "test")),
-        (EnvelopeType.KEY_WITHDRAWN, wire.pack([[b"k" * 16, 1, "c"]])),
-        (EnvelopeType.KEY_RETRIEVED, wire.pack([[b"k" * 16, 1, "c"]])),
-        (EnvelopeType.KEY_EXPIRED, wire.pack([[b"k" * 16, 1, "c"]])),
-        (EnvelopeType.KEY_ISSUED, wire.pack([[b"k" * 16, 256, 1, "c"]])),
+        (EnvelopeType.KEY_WITHDRAWN, encoding.pack([[b"k" * 16, 1, "c"]])),
+        (EnvelopeType.KEY_RETRIEVED, encoding.pack([[b"k" * 16, 1, "c"]])),
+        (EnvelopeType.KEY_EXPIRED, encoding.pack([[b"k" * 16, 1, "c"]])),
+        (EnvelopeType.KEY_ISSUED, encoding.pack([[b"k" * 16, 256, 1, "c"]])),
     ],
 )
 def test_a_session_key_speaks_for_nothing_but_what_an_encryptor_waits_for(
@@ -152,9 +159,9 @@ def test_a_target_that_uses_its_peers_session_key_towards_a_third_is_refused(sce
 
 def read_session(scene: Scene, envelope: SignedEnvelope) -> Session:
     """The session key of an envelope for KP_Carol, opened with her epoch."""
-    _, sealed = wire.unpack(envelope.proof)
-    epoch_id, expires_ms, closed, _ = wire.unpack(sealed)
-    binding = b"skipbus session key 1" + wire.pack([scene.alice_id, scene.carol.id, epoch_id, expires_ms])
+    _, sealed = encoding.unpack(envelope.proof)
+    epoch_id, expires_ms, closed, _ = encoding.unpack(sealed)
+    binding = b"skipbus session key 1" + encoding.pack([scene.alice_id, scene.carol.id, epoch_id, expires_ms])
     key, _ = session(scene)
     secret = scene.carol.epoch_key.open(closed, binding)
     return type(key)(secret, expires_ms), sealed
@@ -168,10 +175,10 @@ def test_a_session_key_for_a_lost_epoch_is_refused_and_its_sender_is_told(scene:
     scene.assert_refused(envelope, "unknown_session", scene.carol.id)
 
     def tells(found: SignedEnvelope) -> bool:
-        return found.header.type is EnvelopeType.ENVELOPE_REFUSED and wire.unpack(found.payload)["number"] == number
+        return found.header.type is EnvelopeType.ENVELOPE_REFUSED and encoding.unpack(found.payload)["number"] == number
 
     told = read_envelope(scene.admin.wait(queue_name(scene.carol.id), tells))
-    assert wire.unpack(told.payload)["reason"] == "unknown_session"
+    assert encoding.unpack(told.payload)["reason"] == "unknown_session"
     wait_told(scene.bob, f'"reason":"unknown_session","sender":"{scene.carol.id}"')
 
 
@@ -211,8 +218,8 @@ def test_an_acknowledgement_that_a_broker_administrator_makes_of_a_recorded_one_
         to_alice.deliver(recorded)
         assert asked.result(20).status == 200
     scene.remember(asked.result())
-    protected, _, proof = wire.unpack(recorded)
-    assert_no_answer(scene, lambda number: wire.pack([protected, pack_acknowledgement([number]), proof]))
+    protected, _, proof = encoding.unpack(recorded)
+    assert_no_answer(scene, lambda number: encoding.pack([protected, pack_acknowledgement([number]), proof]))
 
 
 def test_a_peer_that_cannot_read_a_session_key_is_sent_a_signature(scene: Scene) -> None:

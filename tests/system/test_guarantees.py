@@ -14,8 +14,8 @@ import pytest
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import KeyringError
-from skipbus.shared.keyring import Keyring
 from tests.system.conftest import new_lab
 from tests.system.harness import (
     ALICE,

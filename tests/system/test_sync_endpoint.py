@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared import wire
 from skipbus.shared.bus_names import live_routing_key, queue_name, routing_key
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType
-from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity
+from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType
 from tests.system.bus_harness import Voice
 from tests.system.conftest import new_lab
 from tests.system.harness import ALICE, RawAnswer, RawConnection, ask, log_lines
@@ -64,8 +64,8 @@ def post(link: PlayedLink, body: bytes, more: str = "") -> RawAnswer:
 
 
 def unsigned(version: int = 1, kind: str = "key.stored", sender: str = CAROL, target: str = ALICE) -> bytes:
-    protected = wire.pack([version, kind, sender, target, 1, now_ms()])
-    return wire.pack([protected, b"\x90", b"s" * 4627])
+    protected = encoding.pack([version, kind, sender, target, 1, now_ms()])
+    return encoding.pack([protected, b"\x90", b"s" * 4627])
 
 
 # Taken in
@@ -88,7 +88,7 @@ def test_what_only_says_how_things_are_goes_to_whoever_listens_and_is_not_kept(l
 
 
 def test_dates_are_left_to_the_syncer_which_keeps_what_they_say_of_the_clock(link: PlayedLink, queue: str) -> None:
-    body = link.carol.says(ALICE, EnvelopeType.KEY_STORED, wire.pack([1]), age_ms=-90_000)
+    body = link.carol.says(ALICE, EnvelopeType.KEY_STORED, encoding.pack([1]), age_ms=-90_000)
     assert post(link, body).status == 202
     assert link.admin.take(queue) == body
 
@@ -148,7 +148,7 @@ STRANGER = Voice("KP_Stranger")
 BAD = {
     "empty": Bad(b"", 400, "malformed"),
     "json": Bad(b'{"type": "heartbeat"}', 400, "malformed"),
-    "a letter in a text": Bad(wire.pack(["a", "b", "c"]), 400, "malformed"),
+    "a letter in a text": Bad(encoding.pack(["a", "b", "c"]), 400, "malformed"),
     "an unknown version": Bad(unsigned(version=2), 400, "unknown_version"),
     "an unknown version of a stranger": Bad(unsigned(version=2, sender="KP_X"), 400, "unknown_version"),
     "an unknown type": Bad(unsigned(kind="key.stolen"), 400, "unknown_type"),
@@ -168,7 +168,7 @@ def test_what_is_no_envelope_of_a_peer_is_refused_with_the_reason(link: PlayedLi
 
 def test_a_foreign_signature_a_changed_byte_and_another_target_are_refused(link: PlayedLink, queue: str) -> None:
     body = link.carol.retrieved(ALICE)
-    events = wire.pack([[b"k" * 16, now_ms(), "c"]])
+    events = encoding.pack([[b"k" * 16, now_ms(), "c"]])
     foreign = link.carol.says(ALICE, EnvelopeType.KEY_RETRIEVED, events, signer=Identity.generate())
     assert post(link, foreign).json["reason"] == "bad_signature"
     assert post(link, body[:-1] + bytes([body[-1] ^ 1])).json["reason"] == "bad_signature"
@@ -178,9 +178,9 @@ def test_a_foreign_signature_a_changed_byte_and_another_target_are_refused(link:
     assert post(link, gzip.compress(body), more="Content-Encoding: gzip\r\n").json["reason"] == "malformed"
     assert link.admin.depth(queue) == 0
     # One that was signed for another purpose is not one either.
-    protected, payload, _ = wire.unpack(body)
+    protected, payload, _ = encoding.unpack(body)
     stolen = link.carol.identity.sign(protected + payload, CONTEXT_ENVELOPE)
-    assert post(link, wire.pack([protected, payload, stolen])).json["reason"] == "bad_signature"
+    assert post(link, encoding.pack([protected, payload, stolen])).json["reason"] == "bad_signature"
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH"])

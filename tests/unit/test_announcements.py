@@ -10,18 +10,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skipbus.shared import wire
-from skipbus.shared.announcements import (
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch
+from skipbus.shared.crypto.hpke import PUBLIC_KEY_BYTES
+from skipbus.shared.crypto.identity import CONTEXT_ANNOUNCEMENT, CONTEXT_ENVELOPE, Identity
+from skipbus.shared.errors import SealBroken
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import (
     MAX_ANNOUNCEMENT_BYTES,
     Announcement,
     digest,
     read_announcement,
     sign_announcement,
 )
-from skipbus.shared.epochs import EpochSpan, PublicEpoch
-from skipbus.shared.errors import SealBroken
-from skipbus.shared.hybrid import PUBLIC_KEY_BYTES
-from skipbus.shared.identity import CONTEXT_ANNOUNCEMENT, CONTEXT_ENVELOPE, Identity
 
 IDENTITY = Identity.generate()
 EPOCHS = tuple(
@@ -30,17 +30,17 @@ EPOCHS = tuple(
 )
 ANNOUNCEMENT = Announcement("KP_Alice", IDENTITY.public_key, 1_800_000_000_000, "MLKEM1024-P384", EPOCHS)
 SIGNED = sign_announcement(ANNOUNCEMENT, IDENTITY)
-BODY, SIGNATURE = wire.unpack(SIGNED)
-FIELDS: dict[str, Any] = wire.unpack(BODY)
+BODY, SIGNATURE = encoding.unpack(SIGNED)
+FIELDS: dict[str, Any] = encoding.unpack(BODY)
 
 
 def signed(body: bytes, context: bytes = CONTEXT_ANNOUNCEMENT) -> bytes:
-    return wire.pack([body, IDENTITY.sign(body, context)])
+    return encoding.pack([body, IDENTITY.sign(body, context)])
 
 
 def signed_with(**changes: object) -> bytes:
     """A rightly signed announcement with other fields."""
-    return signed(wire.pack(FIELDS | changes))
+    return signed(encoding.pack(FIELDS | changes))
 
 
 def epoch_entry(**changes: object) -> list[object]:
@@ -77,9 +77,9 @@ def test_a_field_changed_after_signing_breaks_it(field: str) -> None:
         "epochs": [],
         "public_key": Identity.generate().public_key,
     }
-    body = wire.pack(FIELDS | {field: others[field]})
+    body = encoding.pack(FIELDS | {field: others[field]})
     with pytest.raises(SealBroken, match="does not verify"):
-        read_announcement(wire.pack([body, SIGNATURE]))
+        read_announcement(encoding.pack([body, SIGNATURE]))
 
 
 def test_a_signature_made_for_an_envelope_signs_no_announcement() -> None:
@@ -90,7 +90,7 @@ def test_a_signature_made_for_an_envelope_signs_no_announcement() -> None:
 @pytest.mark.parametrize("signature", [5, "text", None, [1], {}, b"", b"x" * 4627])
 def test_whatever_stands_in_the_signatures_place_is_refused(signature: object) -> None:
     with pytest.raises(SealBroken):
-        read_announcement(wire.pack([BODY, signature]))
+        read_announcement(encoding.pack([BODY, signature]))
 
 
 @pytest.mark.parametrize("version", [0, 2, 2**40])
@@ -141,13 +141,13 @@ def test_a_malformed_field_is_refused_even_when_it_is_signed(changes: dict[str, 
 
 def test_a_missing_field_is_refused() -> None:
     for name in FIELDS.keys() - {"envelope_versions"}:
-        body = wire.pack({key: value for key, value in FIELDS.items() if key != name})
+        body = encoding.pack({key: value for key, value in FIELDS.items() if key != name})
         with pytest.raises(SealBroken, match="malformed"):
             read_announcement(signed(body))
 
 
 def test_an_announcement_of_an_earlier_release_says_that_envelopes_of_version_1_are_read() -> None:
-    body = wire.pack({key: value for key, value in FIELDS.items() if key != "envelope_versions"})
+    body = encoding.pack({key: value for key, value in FIELDS.items() if key != "envelope_versions"})
     assert read_announcement(signed(body)).envelope_versions == (1,)
 
 
@@ -163,14 +163,14 @@ HOSTILE = [
     b"\xdd\xff\xff\xff\xff",  # a list of four thousand million
     b"\xdf\xff\xff\xff\xff",
     b"\xc6\xff\xff\xff\xff",
-    wire.pack([]),
-    wire.pack([BODY]),
-    wire.pack([BODY, SIGNATURE, b""]),
-    wire.pack({"body": BODY}),
-    wire.pack([5, SIGNATURE]),
-    wire.pack([wire.pack("version"), SIGNATURE]),
-    wire.pack([wire.pack([1]), SIGNATURE]),
-    wire.pack([b"\xd4\x01x", SIGNATURE]),  # an extension type
+    encoding.pack([]),
+    encoding.pack([BODY]),
+    encoding.pack([BODY, SIGNATURE, b""]),
+    encoding.pack({"body": BODY}),
+    encoding.pack([5, SIGNATURE]),
+    encoding.pack([encoding.pack("version"), SIGNATURE]),
+    encoding.pack([encoding.pack([1]), SIGNATURE]),
+    encoding.pack([b"\xd4\x01x", SIGNATURE]),  # an extension type
     SIGNED + b"\0",
     SIGNED[:-1],
 ]
@@ -195,7 +195,7 @@ def test_no_plain_value_in_any_place_raises_anything_but_seal_broken(
     name: str, value: object, signature: object
 ) -> None:
     with pytest.raises(SealBroken):
-        read_announcement(wire.pack([wire.pack(FIELDS | {name: value}), signature]))
+        read_announcement(encoding.pack([encoding.pack(FIELDS | {name: value}), signature]))
 
 
 @given(st.binary(max_size=200))

@@ -18,8 +18,13 @@ from hypothesis import strategies as st
 
 from skipbus.services.syncer.payloads import read_payload
 from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
-from skipbus.shared import wire
-from skipbus.shared.envelopes import (
+from skipbus.shared.crypto.epochs import EpochSpan
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
+from skipbus.shared.errors import EnvelopeRefused
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import (
     MAX_ENVELOPE_BYTES,
     SESSION_VERSION,
     Claim,
@@ -32,11 +37,6 @@ from skipbus.shared.envelopes import (
     session_envelope,
     sign_envelope,
 )
-from skipbus.shared.epochs import EpochSpan
-from skipbus.shared.errors import EnvelopeRefused
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity
-from skipbus.shared.keyring import Keyring, PrivateEpoch
 from skipbus.shared.sessions import SessionBook
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "envelopes").glob("*.json"))
@@ -97,7 +97,7 @@ def test_a_vector_is_read_as_it_says(path: Path, tmp_path: Path) -> None:
         return
     envelope = receive(vector, tmp_path)
     assert asdict(envelope.header) == vector["header"]
-    assert in_hex(wire.unpack(envelope.payload)) == vector["payload"]
+    assert in_hex(encoding.unpack(envelope.payload)) == vector["payload"]
 
 
 def test_every_envelope_type_has_a_vector() -> None:
@@ -120,7 +120,7 @@ def test_the_signed_part_of_an_envelope_is_made_as_the_vectors_have_it() -> None
 def test_an_envelope_of_an_unknown_version_or_type_still_says_whose_it_is() -> None:
     """The first six fields of the protected part keep their places in all versions."""
     protected = [3, "key.blessed", "KP_Alice", "KP_Bob", 7, NOW_MS, "what version 3 adds"]
-    later = wire.pack([wire.pack(protected), b"payload", b"signature", b"a fourth part"])
+    later = encoding.pack([encoding.pack(protected), b"payload", b"signature", b"a fourth part"])
     assert read_claim(later) == Claim(3, "KP_Alice", "KP_Bob", 7)
     assert read_claim(sign_envelope(HEADER, b"", IDENTITY)) == Claim(1, "KP_Alice", "KP_Bob", 7)
 
@@ -145,7 +145,7 @@ def test_a_strangers_bytes_are_refused_and_raise_nothing_else(data: bytes) -> No
 @settings(max_examples=50)
 @given(st.data())
 def test_no_bit_of_an_envelope_can_be_turned(data: st.DataObject) -> None:
-    envelope = sign_envelope(HEADER, wire.pack([[b"k" * 16, 1, "c"]]), IDENTITY)
+    envelope = sign_envelope(HEADER, encoding.pack([[b"k" * 16, 1, "c"]]), IDENTITY)
     place = data.draw(st.integers(0, len(envelope) - 1))
     turned = envelope[:place] + bytes([envelope[place] ^ 1 << data.draw(st.integers(0, 7))]) + envelope[place + 1 :]
     with pytest.raises(EnvelopeRefused):
@@ -164,7 +164,7 @@ plain_values = st.recursive(
 def test_a_peers_payload_is_read_or_refused_and_raises_nothing_else(kind: EnvelopeType, value: object) -> None:
     reason = None
     try:
-        read_payload(kind, wire.pack(value))
+        read_payload(kind, encoding.pack(value))
     except EnvelopeRefused as error:
         reason = error.reason
     assert reason in (None, "malformed_payload")
@@ -179,8 +179,15 @@ def nested(depth: int) -> bytes:
     "version", [nested(n) for n in (1, 980, 1000, 1023)] + [b"\xc6\x00\x10\x00\x00" + b"x" * 2**20]
 )
 def test_a_version_that_is_no_number_is_malformed_and_is_not_repeated(version: bytes) -> None:
-    protected = b"\x96" + version + wire.pack("heartbeat") + wire.pack("KP_Bob") + wire.pack("KP_Alice") + b"\x01\x01"
+    protected = (
+        b"\x96"
+        + version
+        + encoding.pack("heartbeat")
+        + encoding.pack("KP_Bob")
+        + encoding.pack("KP_Alice")
+        + b"\x01\x01"
+    )
     with pytest.raises(EnvelopeRefused) as refused:
-        read_envelope(wire.pack([protected, b"", b""]))
+        read_envelope(encoding.pack([protected, b"", b""]))
     assert refused.value.reason == "malformed"
     assert len(str(refused.value)) < 200

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipbus.shared.epochs import (
+from skipbus.shared.crypto.epochs import (
     MAX_CLOCK_SKEW_MS,
     MAX_EPOCHS_AHEAD,
     EpochSpan,

@@ -16,16 +16,17 @@ from skipbus.services.syncer.examination import MAX_AT_ONCE_BYTES, Accepted, Exa
 from skipbus.services.syncer.metrics import REASONS
 from skipbus.services.syncer.payloads import pack_acknowledgement
 from skipbus.services.syncer.placed_keys import pack_placed_keys
-from skipbus.shared import envelopes, sessions, wire
+from skipbus.shared import sessions
 from skipbus.shared.bus_bodies import LeftOut
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, Header, session_envelope, sign_envelope
-from skipbus.shared.epochs import EpochSpan
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity
-from skipbus.shared.keyring import Keyring, PrivateEpoch
+from skipbus.shared.crypto.epochs import EpochSpan
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
+from skipbus.shared.crypto.sealing import make_wrapping_key
 from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.sealing import make_wrapping_key
+from skipbus.shared.protocol import encoding, envelopes
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header, session_envelope, sign_envelope
 from skipbus.shared.sessions import SessionBook, make_session_key
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
@@ -104,7 +105,9 @@ def test_a_session_key_that_is_not_open_is_left_to_a_thread(keyring: Keyring) ->
     [
         lambda: sign_envelope(header(), PAYLOAD, IDENTITY),
         # It says that it is signed, and has the session key that is known where the signature should be.
-        lambda: wire.pack([wire.unpack(sign_envelope(header(), PAYLOAD, IDENTITY))[0], *wire.unpack(in_session())[1:]]),
+        lambda: encoding.pack(
+            [encoding.unpack(sign_envelope(header(), PAYLOAD, IDENTITY))[0], *encoding.unpack(in_session())[1:]]
+        ),
     ],
     ids=["signed", "signed in session"],
 )
@@ -118,7 +121,7 @@ def test_what_takes_long_is_left_to_a_thread(
 
 @pytest.mark.parametrize(
     "body",
-    [lambda: in_session(wire.pack(bytes(MAX_AT_ONCE_BYTES))), lambda: LeftOut.of(5 * 2**20)],
+    [lambda: in_session(encoding.pack(bytes(MAX_AT_ONCE_BYTES))), lambda: LeftOut.of(5 * 2**20)],
     ids=["long", "left out"],
 )
 def test_what_is_long_is_not_even_read(

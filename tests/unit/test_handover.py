@@ -10,8 +10,8 @@ import pytest
 
 from skipbus.ctl.cert import make_broker_certificate
 from skipbus.ctl.handover import Handover, parse_broker, read_handover
+from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.identity import Identity
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 
 from skipbus.services.syncer import new_rows
 from skipbus.services.syncer.new_rows import MAX_CREDIT, MISS_COSTS, NewRows, News
-from skipbus.shared import wire
 from skipbus.shared.hints import MAX_HINT_BYTES, Hint, pack_hint, read_hint
+from skipbus.shared.protocol import encoding
 
 HINT = Hint("KP_Bob", b"t" * 16, b"payload")
 OTHER = Hint("KP_Bob", b"u" * 16, b"payload")
@@ -33,12 +33,12 @@ def test_a_row_that_is_too_long_for_a_nudge_is_not_told_of() -> None:
         b"",
         b"\0",
         b"t" * 16,
-        wire.pack(["KP_Bob", b"t" * 16]),
-        wire.pack([1, b"t" * 16, b"payload"]),
-        wire.pack(["KP_Bob", "t" * 16, b"payload"]),
-        wire.pack(["KP_Bob", b"t" * 15, b"payload"]),
-        wire.pack(["KP_Bob", b"t" * 16, b""]),
-        wire.pack({"a": 1, "b": 2, "c": 3}),
+        encoding.pack(["KP_Bob", b"t" * 16]),
+        encoding.pack([1, b"t" * 16, b"payload"]),
+        encoding.pack(["KP_Bob", "t" * 16, b"payload"]),
+        encoding.pack(["KP_Bob", b"t" * 15, b"payload"]),
+        encoding.pack(["KP_Bob", b"t" * 16, b""]),
+        encoding.pack({"a": 1, "b": 2, "c": 3}),
     ],
 )
 def test_what_is_no_hint_says_nothing(junk: bytes) -> None:

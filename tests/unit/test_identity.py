@@ -7,8 +7,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from skipbus.shared.errors import SealBroken
-from skipbus.shared.identity import (
+from skipbus.shared.crypto.identity import (
     CONTEXT_ANNOUNCEMENT,
     CONTEXT_ENVELOPE,
     CONTEXT_WRAPPING_KEY,
@@ -16,6 +15,7 @@ from skipbus.shared.identity import (
     fingerprint,
     verify,
 )
+from skipbus.shared.errors import SealBroken
 
 IDENTITY = Identity.generate()
 CONTEXTS = [CONTEXT_ANNOUNCEMENT, CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY]

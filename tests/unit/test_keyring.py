@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from skipbus.shared.epochs import EpochSpan, new_epoch_id
+from skipbus.shared.crypto.epochs import EpochSpan, new_epoch_id
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity, fingerprint
+from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch, check_pinned_identity
 from skipbus.shared.errors import KeyringError
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity, fingerprint
-from skipbus.shared.keyring import Keyring, PrivateEpoch, check_pinned_identity
 
 KP = "KP_Alice"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from skipbus.services.api import parameters
 from skipbus.shared.errors import CallerError
-from skipbus.shared.system_ids import RemoteSystemIds
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 
 ALLOWED = RemoteSystemIds(["KP_Bob", "KP_*_Test", "a b+c&d=e;%"])
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from skipbus.ctl.peer_words import PeerView, ago, complaints
-from skipbus.shared.announcements import Announcement
-from skipbus.shared.epochs import EpochSpan, PublicEpoch
-from skipbus.shared.identity import fingerprint
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch
+from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.peers_config import PeerSettings
+from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store.messages import PeerRow
 
 NOW_MS = 1_800_000_000_000

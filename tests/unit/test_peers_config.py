@@ -9,7 +9,7 @@ import pytest
 
 from skipbus.ctl.__main__ import main
 from skipbus.shared.config import ConfigurationError, Settings, describe, load_settings
-from skipbus.shared.identity import Identity, fingerprint
+from skipbus.shared.crypto.identity import Identity, fingerprint
 from skipbus.shared.peers_config import PeerSettings, identity_line, parse_identity_line, peer_block
 from skipbus.shared.secret import Secret
 

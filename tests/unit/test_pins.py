@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from skipbus.shared.crypto.identity import PUBLIC_KEY_BYTES
+from skipbus.shared.crypto.keyring import Keyring
+from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError
-from skipbus.shared.identity import PUBLIC_KEY_BYTES
-from skipbus.shared.keyring import Keyring
-from skipbus.shared.pins import PinBook
 
 FIRST, SECOND = b"1" * PUBLIC_KEY_BYTES, b"2" * PUBLIC_KEY_BYTES
 LEARN = """
 import sys
 from pathlib import Path
-from skipbus.shared.pins import PinBook
+from skipbus.shared.crypto.pins import PinBook
 key = bytes([int(sys.argv[2])]) * 2592
 print("ready", flush=True)
 sys.stdin.readline()

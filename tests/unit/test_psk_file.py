@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skipbus.shared.psk_file import PskFileError, parse_psk_file, read_psk_file, shown_identity
+from skipbus.shared.protocol.psk_file import PskFileError, parse_psk_file, read_psk_file, shown_identity
 
 KEY = "0123456789abcdef" * 4
 

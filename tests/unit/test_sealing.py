@@ -17,11 +17,17 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipbus.shared.epochs import EpochSpan, PublicEpoch
+from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch
+from skipbus.shared.crypto.hpke import PUBLIC_KEY_BYTES, HybridPrivateKey, seal
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.sealing import (
+    KeyRecord,
+    SealedWrappingKey,
+    WrappingKey,
+    make_wrapping_key,
+    open_wrapping_key,
+)
 from skipbus.shared.errors import SealBroken
-from skipbus.shared.hybrid import PUBLIC_KEY_BYTES, HybridPrivateKey, seal
-from skipbus.shared.identity import Identity
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey, make_wrapping_key, open_wrapping_key
 
 T = TypeVar("T", KeyRecord, SealedWrappingKey)
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "sealing").glob("*.json"))

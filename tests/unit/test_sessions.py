@@ -17,12 +17,20 @@ from skipbus.services.syncer.letters import LetterMaker
 from skipbus.services.syncer.numbers import Numbers
 from skipbus.services.syncer.outgoing import Letter, Outgoing
 from skipbus.services.syncer.replies import Replies
-from skipbus.shared import sessions, wire
-from skipbus.shared.announcements import Announcement
+from skipbus.shared import sessions
 from skipbus.shared.bus import Bus
 from skipbus.shared.bus_names import nudge_routing_key
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import (
+from skipbus.shared.crypto.epochs import EpochSpan
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
+from skipbus.shared.crypto.sealing import make_wrapping_key
+from skipbus.shared.errors import EnvelopeRefused, TakesLong
+from skipbus.shared.nudges import NudgeKind, pack_unread, read_nudge, read_unread
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import Announcement
+from skipbus.shared.protocol.envelopes import (
     SESSION_VERSION,
     VERSION,
     VERSIONS,
@@ -32,13 +40,6 @@ from skipbus.shared.envelopes import (
     check_envelope,
     read_envelope,
 )
-from skipbus.shared.epochs import EpochSpan
-from skipbus.shared.errors import EnvelopeRefused, TakesLong
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity
-from skipbus.shared.keyring import Keyring, PrivateEpoch
-from skipbus.shared.nudges import NudgeKind, pack_unread, read_nudge, read_unread
-from skipbus.shared.sealing import make_wrapping_key
 from skipbus.shared.secret import Secret
 from skipbus.shared.sessions import SessionBook, SessionMaker
 from skipbus.shared.store.messages import OutboxEnvelope
@@ -248,7 +249,9 @@ def test_without_sessions_only_a_signature_counts(pair: Pair) -> None:
 def test_of_what_is_in_the_outbox_only_keys_on_demand_are_waited_for(row_type: str, waited_for: bool) -> None:
     opened, sealed = make_wrapping_key(IDENTITY, ALICE, BOB, NOW.public())
     record = opened.seal(b"k" * 16, bytes(32), NOW_MS + 60_000, "c")
-    payload = pack_records([record]) if row_type in (KEY_PLACED, KEY_STOCKED) else wire.pack([[b"k" * 16, NOW_MS, "c"]])
+    payload = (
+        pack_records([record]) if row_type in (KEY_PLACED, KEY_STOCKED) else encoding.pack([[b"k" * 16, NOW_MS, "c"]])
+    )
     letter = LetterMaker().make(lambda _: [sealed], OutboxEnvelope(BOB, 7, row_type, 1, 0, None), [payload])
     assert letter is not None
     assert letter.waited_for is waited_for
@@ -293,7 +296,9 @@ def test_what_would_need_a_signature_comes_back_as_it_was_from_the_event_loop(pa
     assert Replies(made, lambda: None).prepare(BOB, 7, quickly=True).signed is not None
 
 
-@pytest.mark.parametrize("item", [b"", b"\xc1", wire.pack([BOB]), wire.pack([7, BOB]), wire.pack([BOB, True])])
+@pytest.mark.parametrize(
+    "item", [b"", b"\xc1", encoding.pack([BOB]), encoding.pack([7, BOB]), encoding.pack([BOB, True])]
+)
 def test_what_tells_of_no_envelope_says_nothing(item: bytes) -> None:
     assert read_unread(item) is None
 
@@ -301,5 +306,5 @@ def test_what_tells_of_no_envelope_says_nothing(item: bytes) -> None:
 def test_a_nudge_tells_of_an_envelope_that_was_not_read() -> None:
     longest = "K" * 64
     key = nudge_routing_key(ALICE, NudgeKind.UNREAD.value)
-    _, items = read_nudge(ALICE, key, wire.pack([pack_unread(longest, 2**63 - 1)]))
+    _, items = read_nudge(ALICE, key, encoding.pack([pack_unread(longest, 2**63 - 1)]))
     assert [read_unread(item) for item in items] == [(longest, 2**63 - 1)]

@@ -8,8 +8,8 @@ from skipbus.services.syncer.payloads import Acknowledgement, read_payload
 from skipbus.services.syncer.replies import Replies
 from skipbus.shared.bus import Bus
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType, check_envelope, read_envelope
-from skipbus.shared.identity import Identity
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.protocol.envelopes import EnvelopeType, check_envelope, read_envelope
 from skipbus.shared.secret import Secret
 
 ALICE, BOB = "KP_Alice", "KP_Bob"

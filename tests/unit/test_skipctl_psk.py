@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 
 from skipbus.ctl.__main__ import main
-from skipbus.shared.psk_file import read_psk_file
+from skipbus.shared.protocol.psk_file import read_psk_file
 
 
 def psk(path: Path, *arguments: str) -> int:

@@ -16,9 +16,9 @@ from skipbus.services.syncer.payloads import Events, pack_events, read_payload
 from skipbus.services.syncer.placed_keys import OwnEpochs
 from skipbus.services.syncer.row_types import counter_when_numbered, envelope_type, keys_expire_ms, urgency
 from skipbus.services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
-from skipbus.shared import wire
 from skipbus.shared.bus_names import encode_id, live_routing_key, queue_name, routing_key
-from skipbus.shared.envelopes import MAX_AGE_MS, EnvelopeType
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType
 from skipbus.shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, OutboxEntry
 
 NOW_MS = 1_800_000_000_000
@@ -72,13 +72,13 @@ def test_what_an_encryptor_waits_for_is_sent_first() -> None:
 
 
 def test_the_events_of_several_rows_are_one_list_in_their_order() -> None:
-    first = wire.pack([[b"a", 1, "c-1"], [b"b", 2, "c-2"]])
-    second = wire.pack([[b"c", 3, "c-3"]])
-    assert wire.unpack(pack_events([first, second])) == [[b"a", 1, "c-1"], [b"b", 2, "c-2"], [b"c", 3, "c-3"]]
+    first = encoding.pack([[b"a", 1, "c-1"], [b"b", 2, "c-2"]])
+    second = encoding.pack([[b"c", 3, "c-3"]])
+    assert encoding.unpack(pack_events([first, second])) == [[b"a", 1, "c-1"], [b"b", 2, "c-2"], [b"c", 3, "c-3"]]
 
 
 def test_no_more_than_twenty_correlation_ids_go_into_a_log_line() -> None:
-    payload = wire.pack([[bytes([i]), 1, f"c-{i}"] for i in range(30)])
+    payload = encoding.pack([[bytes([i]), 1, f"c-{i}"] for i in range(30)])
     assert read_payload(EnvelopeType.KEY_EXPIRED, payload) == Events(30, tuple(f"c-{i}" for i in range(20)))
 
 

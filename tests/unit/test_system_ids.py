@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipbus.shared.system_ids import RemoteSystemIds, is_pattern, validate_pattern, validate_system_id
+from skipbus.shared.protocol.system_ids import RemoteSystemIds, is_pattern, validate_pattern, validate_system_id
 
 PRINTABLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)
 

@@ -24,14 +24,14 @@ from skipbus.services.api.links.placing import MAX_BATCH, Outcome, PlaceBatch, P
 from skipbus.services.api.links.refill import StockKeeper, StockMaker, low_mark
 from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, StockRequest
 from skipbus.shared.config import Settings
+from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import Overloaded, PeerNotReady
 from skipbus.shared.hints import Hint, pack_hint
 from skipbus.shared.hop import Hop
-from skipbus.shared.keyring import Keyring
-from skipbus.shared.keys import DEFAULT_KEY_BITS
 from skipbus.shared.lifecycle import every
 from skipbus.shared.nudges import NudgeKind, ProcessBus
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS
 
 _TIDY_SECONDS = 1.0
 

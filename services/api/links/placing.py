@@ -22,13 +22,13 @@ from functools import partial
 from typing import Protocol
 
 from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer, no_entropy
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, WrappingKey
 from skipbus.shared.errors import SkipbusError
 from skipbus.shared.hints import AHEAD_SECONDS, TOKEN_BYTES, Hint
-from skipbus.shared.keys import new_key_id
-from skipbus.shared.sealing import KeyRecord, SealedWrappingKey, WrappingKey
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import EnvelopeType
+from skipbus.shared.protocol.keys import new_key_id
 from skipbus.shared.store.packets import OutboxRow
 from skipbus.shared.store.placing import (
     KEY_PLACED,
@@ -184,14 +184,14 @@ class PlaceBatch:
 
 def pack_records(records: Iterable[KeyRecord]) -> bytes:
     """The payload of a ``key.placed`` or ``key.stocked`` row."""
-    return wire.pack(
+    return encoding.pack(
         [[r.key_id, r.size_bits, r.expires_ms, r.correlation_id, r.wrapping_key_id, r.nonce, r.sealed] for r in records]
     )
 
 
 def withdrawn_row(local_id: str, peer_id: str, keys: Sequence[tuple[bytes, int, str]], at_ms: int) -> OutboxRow:
     """Tells a peer that these keys (keyId, expiry in UTC ms, correlation id) are taken back."""
-    payload = wire.pack([list(key) for key in keys])
+    payload = encoding.pack([list(key) for key in keys])
     return OutboxRow(local_id, peer_id, EnvelopeType.KEY_WITHDRAWN.value, payload, len(keys), at_ms)
 
 

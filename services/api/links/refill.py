@@ -24,13 +24,13 @@ from skipbus.services.api.links.placing import pack_records
 from skipbus.services.api.links.stock import usable_until_ms
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings, PeerSettings, Settings
+from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
-from skipbus.shared.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
 from skipbus.shared.lifecycle import next_beat
 from skipbus.shared.logs import get_logger
-from skipbus.shared.sealing import KeyRecord
+from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
 from skipbus.shared.store.election import Election
 from skipbus.shared.store.glances import look_at_stock
 from skipbus.shared.store.packets import OutboxRow

@@ -14,12 +14,12 @@ from skipbus.services.api.claiming import Opener
 from skipbus.services.api.commit_tokens import CommitTokens
 from skipbus.services.api.issuing import IssuedKey
 from skipbus.services.api.links.placing import withdrawn_row
-from skipbus.shared import wire
 from skipbus.shared.clock import now_ms
-from skipbus.shared.envelopes import EnvelopeType
+from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.errors import SealBroken, SkipbusError
 from skipbus.shared.logs import get_logger
-from skipbus.shared.sealing import KeyRecord
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.keys import end_without_change
 from skipbus.shared.store.packets import OutboxRow
 from skipbus.shared.store.steps import Steps
@@ -123,7 +123,7 @@ class StockClaimBatch:
             if of_peer.broken:
                 rows.append(withdrawn_row(local_id, peer_id, of_peer.broken, at_ms))
             if of_peer.issued:
-                kind, payload = EnvelopeType.KEY_ISSUED.value, wire.pack(of_peer.issued)
+                kind, payload = EnvelopeType.KEY_ISSUED.value, encoding.pack(of_peer.issued)
                 first = None if any(row.token for row in rows) else token
                 rows.append(OutboxRow(local_id, peer_id, kind, payload, len(of_peer.issued), at_ms, first))
         return rows

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import NameOID
 
-from skipbus.shared.system_ids import RemoteSystemIds
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 
 _MAX_SHOWN = 256
 # What cryptography raises for certificates that OpenSSL does not mind; only some of it is a ValueError.

@@ -19,7 +19,7 @@ from skipbus.services.api.tls.handshakes import TlsContext
 from skipbus.services.api.tls.self_check import PskModes
 from skipbus.shared.config import TlsSettings
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.psk_file import PskKeys
+from skipbus.shared.protocol.psk_file import PskKeys
 
 CERTIFICATE_SUITES = (
     "ECDHE-ECDSA-AES256-GCM-SHA384",

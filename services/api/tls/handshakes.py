@@ -19,7 +19,7 @@ from typing import Any
 
 from skipbus.services.api.tls.callers import Caller, CallerBook
 from skipbus.services.api.tls.reading import Reader
-from skipbus.shared.psk_file import PskKeys
+from skipbus.shared.protocol.psk_file import PskKeys
 
 
 class _Running(threading.local):

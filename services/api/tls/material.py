@@ -18,7 +18,7 @@ from skipbus.shared.config import TlsSettings
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.lifecycle import pause_to_beat
 from skipbus.shared.logs import get_logger
-from skipbus.shared.psk_file import PskKeys, read_psk_file
+from skipbus.shared.protocol.psk_file import PskKeys, read_psk_file
 
 _LOOK_SECONDS = 1.0
 _log = get_logger("tls")

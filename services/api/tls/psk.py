@@ -27,7 +27,7 @@ from skipbus.services.api.tls.openssl import (
     context_pointer,
     library,
 )
-from skipbus.shared.psk_file import shown_identity
+from skipbus.shared.protocol.psk_file import shown_identity
 
 _PRE_SHARED_KEY = 41
 _ILLEGAL_PARAMETER, _UNKNOWN_PSK_IDENTITY = 47, 115

@@ -11,7 +11,7 @@ import ssl
 from skipbus.services.api.tls import openssl
 from skipbus.services.api.tls.handshakes import TlsObject
 from skipbus.shared.logs import get_logger
-from skipbus.shared.psk_file import shown_identity
+from skipbus.shared.protocol.psk_file import shown_identity
 
 _log = get_logger("tls")
 _MAX_OFFERED = 32

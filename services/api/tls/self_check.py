@@ -83,7 +83,7 @@ def _try_handshake(version: ssl.TLSVersion) -> None:
     from skipbus.services.api.tls import openssl, psk  # noqa: PLC0415 -- only the child may load it
     from skipbus.services.api.tls.callers import CallerBook  # noqa: PLC0415
     from skipbus.services.api.tls.handshakes import TlsContext  # noqa: PLC0415
-    from skipbus.shared.psk_file import PskKeys  # noqa: PLC0415
+    from skipbus.shared.protocol.psk_file import PskKeys  # noqa: PLC0415
 
     identity, key = _NAME, secrets.token_bytes(48)
     context = TlsContext(ssl.PROTOCOL_TLS_SERVER)

@@ -12,8 +12,8 @@ import json
 import os
 from pathlib import Path
 
+from skipbus.shared.crypto.identity import PUBLIC_KEY_BYTES
 from skipbus.shared.errors import KeyringError
-from skipbus.shared.identity import PUBLIC_KEY_BYTES
 
 
 class PinBook:

@@ -1,7 +1,7 @@
 """A KP's private keys on its own host: its identity and its live epochs. Never in the store, never on the bus.
 
 One folder: ``keyring.json`` (whose it is), ``identity.pem`` (ML-DSA-87, PKCS#8), ``epochs/<epoch id>.json``, and
-``pins/``, the public keys that this KP believes to be its peers' (``skipbus.shared.pins``).
+``pins/``, the public keys that this KP believes to be its peers' (``skipbus.shared.crypto.pins``).
 Rules: the folders are mode 0700 and the files 0600, all owned by the user who runs the KP; anything else is
 refused. A keyring is only ever made by ``skipctl keyring init``: a process that finds none stops with a clear
 error, since a new identity made silently would lock the KP out of every peer that pinned the old one.
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skipbus.shared.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
+from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
+from skipbus.shared.crypto.hpke import HybridPrivateKey
+from skipbus.shared.crypto.identity import Identity, fingerprint
+from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError
-from skipbus.shared.hybrid import HybridPrivateKey
-from skipbus.shared.identity import Identity, fingerprint
-from skipbus.shared.pins import PinBook
 
 VERSION = 1
 _EPOCH_NAME = re.compile(f"[0-9a-f]{{{2 * EPOCH_ID_BYTES}}}")

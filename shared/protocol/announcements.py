@@ -10,12 +10,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import TypeVar
 
-from skipbus.shared import wire
-from skipbus.shared.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
+from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
+from skipbus.shared.crypto.hpke import PUBLIC_KEY_BYTES
+from skipbus.shared.crypto.identity import CONTEXT_ANNOUNCEMENT, Identity, verify
 from skipbus.shared.errors import SealBroken
-from skipbus.shared.hybrid import PUBLIC_KEY_BYTES
-from skipbus.shared.identity import CONTEXT_ANNOUNCEMENT, Identity, verify
-from skipbus.shared.system_ids import validate_system_id
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.system_ids import validate_system_id
 
 T = TypeVar("T")
 VERSION = 1
@@ -38,7 +38,7 @@ class Announcement:
 
 def sign_announcement(announcement: Announcement, identity: Identity) -> bytes:
     """The announcement's bytes as they are stored and sent."""
-    body = wire.pack(
+    body = encoding.pack(
         {
             "version": VERSION,
             "system_id": announcement.system_id,
@@ -52,7 +52,7 @@ def sign_announcement(announcement: Announcement, identity: Identity) -> bytes:
             "envelope_versions": list(announcement.envelope_versions),
         }
     )
-    return wire.pack([body, identity.sign(body, CONTEXT_ANNOUNCEMENT)])
+    return encoding.pack([body, identity.sign(body, CONTEXT_ANNOUNCEMENT)])
 
 
 def digest(data: bytes) -> bytes:
@@ -68,8 +68,8 @@ def read_announcement(data: bytes) -> Announcement:
     if len(data) > MAX_ANNOUNCEMENT_BYTES:
         raise SealBroken(f"an announcement has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")
     try:
-        body, signature = (_typed(part, bytes) for part in wire.unpack(data, max_items=2))
-        fields = wire.unpack(body)
+        body, signature = (_typed(part, bytes) for part in encoding.unpack(data, max_items=2))
+        fields = encoding.unpack(body)
         version = _typed(fields["version"], int)
         if version != VERSION:
             raise SealBroken(f"an announcement has version {version:d}; this release reads {VERSION}")

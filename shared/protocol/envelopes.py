@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from skipbus.shared import wire
-from skipbus.shared.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
+from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity, verify
 from skipbus.shared.errors import EnvelopeRefused, SealBroken, TakesLong
-from skipbus.shared.identity import CONTEXT_ENVELOPE, Identity, verify
-from skipbus.shared.system_ids import validate_system_id
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.system_ids import validate_system_id
 
 VERSION = 1
 SESSION_VERSION = 2
@@ -81,17 +81,17 @@ class Sessions(Protocol):
 def sign_envelope(header: Header, payload: bytes, identity: Identity) -> bytes:
     """The envelope's bytes, ready for the bus, with a signature of its own."""
     protected = _protected(VERSION, header)
-    return wire.pack([protected, payload, identity.sign(_signed_bytes(protected, payload), CONTEXT_ENVELOPE)])
+    return encoding.pack([protected, payload, identity.sign(_signed_bytes(protected, payload), CONTEXT_ENVELOPE)])
 
 
 def session_envelope(header: Header, payload: bytes, mac: Callable[[bytes], bytes], session: bytes) -> bytes:
     """The same under a session key: ``mac`` makes its authenticator, ``session`` is the key, sealed and signed."""
     protected = _protected(SESSION_VERSION, header)
-    return wire.pack([protected, payload, wire.pack([mac(_signed_bytes(protected, payload)), session])])
+    return encoding.pack([protected, payload, encoding.pack([mac(_signed_bytes(protected, payload)), session])])
 
 
 def _protected(version: int, header: Header) -> bytes:
-    return wire.pack([version, header.type.value, header.sender, header.target, header.number, header.date_ms])
+    return encoding.pack([version, header.type.value, header.sender, header.target, header.number, header.date_ms])
 
 
 def read_envelope(data: bytes) -> SignedEnvelope:
@@ -102,7 +102,7 @@ def read_envelope(data: bytes) -> SignedEnvelope:
     if len(data) > MAX_ENVELOPE_BYTES:
         raise EnvelopeRefused("too_large", f"an envelope has {len(data)} bytes, more than {MAX_ENVELOPE_BYTES}")
     try:
-        protected, payload, proof = wire.unpack(data, max_items=3)
+        protected, payload, proof = encoding.unpack(data, max_items=3)
         version, header = _read_header(protected)
     except (ValueError, TypeError) as error:
         raise EnvelopeRefused("malformed", "an envelope is malformed") from error
@@ -114,7 +114,7 @@ def read_envelope(data: bytes) -> SignedEnvelope:
 def _read_header(protected: object) -> tuple[int, Header]:
     if not isinstance(protected, bytes):
         raise TypeError("protected")
-    fields = wire.unpack(protected, max_items=16)
+    fields = encoding.unpack(protected, max_items=16)
     if not isinstance(fields, list) or not fields:
         raise TypeError("protected")
     version = fields[0]
@@ -152,8 +152,8 @@ def read_claim(data: bytes) -> Claim | None:
     The first six fields of the protected part keep their places in all versions, so that a sender can be told.
     """
     try:
-        parts = wire.unpack(data[:MAX_ENVELOPE_BYTES], max_items=16)
-        version, _, sender, target, number, *_ = wire.unpack(parts[0], max_items=64)
+        parts = encoding.unpack(data[:MAX_ENVELOPE_BYTES], max_items=16)
+        version, _, sender, target, number, *_ = encoding.unpack(parts[0], max_items=64)
         if type(version) is not int or type(number) is not int or not 0 <= number < _MAX_NUMBER:
             return None
         return Claim(version, validate_system_id(sender), validate_system_id(target), number)

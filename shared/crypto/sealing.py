@@ -20,10 +20,11 @@ from typing import NamedTuple
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from skipbus.shared import hybrid, wire
-from skipbus.shared.epochs import PublicEpoch
+from skipbus.shared.crypto import hpke
+from skipbus.shared.crypto.epochs import PublicEpoch
+from skipbus.shared.crypto.identity import CONTEXT_WRAPPING_KEY, Identity, verify
 from skipbus.shared.errors import SealBroken
-from skipbus.shared.identity import CONTEXT_WRAPPING_KEY, Identity, verify
+from skipbus.shared.protocol import encoding
 
 MAX_SEALS = 2**24
 WRAPPING_KEY_ID_BYTES = 16
@@ -62,7 +63,7 @@ class SealedWrappingKey:
 
     def binding(self) -> bytes:
         """What the HPKE seal is bound to."""
-        return _WRAP_LABEL + wire.pack(
+        return _WRAP_LABEL + encoding.pack(
             [self.wrapping_key_id, self.source_id, self.target_id, self.epoch_id, self.expires_ms]
         )
 
@@ -133,7 +134,7 @@ def _key_binding(wrapping_key: WrappingKey, key_id: bytes, size_bits: int, expir
     ]
     if context:
         bound.append(context)
-    return _KEY_LABEL + wire.pack(bound)
+    return _KEY_LABEL + encoding.pack(bound)
 
 
 def make_wrapping_key(
@@ -150,7 +151,7 @@ def make_wrapping_key(
         b"",
         b"",
     )
-    sealed = hybrid.seal(secret, epoch.public_key, blank.binding())
+    sealed = hpke.seal(secret, epoch.public_key, blank.binding())
     signature = identity.sign(blank.binding() + sealed, CONTEXT_WRAPPING_KEY)
     complete = SealedWrappingKey(
         blank.wrapping_key_id, source_id, target_id, epoch.epoch_id, blank.expires_ms, sealed, signature
@@ -159,7 +160,7 @@ def make_wrapping_key(
 
 
 def open_wrapping_key(
-    sealed: SealedWrappingKey, source_public_key: bytes, epoch_private_key: hybrid.HybridPrivateKey
+    sealed: SealedWrappingKey, source_public_key: bytes, epoch_private_key: hpke.HybridPrivateKey
 ) -> WrappingKey:
     """The wrapping key, once its source's signature verifies and it opens; raises SealBroken otherwise."""
     verify(source_public_key, sealed.signature, sealed.signed_bytes(), CONTEXT_WRAPPING_KEY)

@@ -1,0 +1,1 @@
+"""Keys over keys: identity, epochs, seals, and the keyring with its pins. No I/O but in `keyring` and `pins`."""

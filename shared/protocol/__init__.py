@@ -1,0 +1,1 @@
+"""What key providers and encryptors say: ids, keys, envelopes, announcements, and their bytes. Pure rules."""
