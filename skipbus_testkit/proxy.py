@@ -23,12 +23,11 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from skipbus.services.api.access_log import ENTRY, Entry
 from skipbus.services.api.server import BoundedServer
 from skipbus.services.api.tls.serving import Tls
 from skipbus.shared.config import Settings, load_settings_or_exit
 from skipbus.shared.lifecycle import run_service
-from skipbus.shared.logs import configure_logging, new_correlation_id
+from skipbus.shared.logs import configure_logging
 from skipbus_testkit.proxy_control import CONTROL_PORT, TOKEN_VARIABLE
 
 _KEPT_REQUESTS = 10_000
@@ -78,7 +77,6 @@ class Proxy:
         """Passes a request on, or does with it what was ordered."""
         begun = time.monotonic()
         caller = getattr(request.protocol, "caller", None)
-        request[ENTRY] = Entry(new_correlation_id(), caller)
         response = await self._answer(request)
         path, _, query = request.raw_path.partition("?")
         self.records.append(

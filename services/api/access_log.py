@@ -22,7 +22,6 @@ from skipbus.services.api.tls.callers import Caller
 
 _SHOWN_KEY_ID_DIGITS = 12
 _LONG_HEX = re.compile(r"[0-9a-fA-F]{16,}")
-ENTRY = "skipbus.entry"
 
 _log = cast(
     FilteringBoundLogger,

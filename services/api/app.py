@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from aiohttp import HttpVersion10, web
 
-from skipbus.services.api.access_log import ENTRY, Entry, log_request
+from skipbus.services.api.access_log import Entry, log_request
 from skipbus.services.api.responses import RouteError, error_response, reason_of
 from skipbus.services.api.skip import SkipMethods
 from skipbus.services.api.status import StatusPages
@@ -45,7 +45,7 @@ class Application:
         """The answer to one request; every error of skipbus is one, any other is a 500 and a traceback in the log."""
         correlation_id = new_correlation_id()
         CORRELATION_ID.set(correlation_id)
-        entry = request[ENTRY] = Entry(correlation_id, getattr(request.protocol, "caller", None))
+        entry = Entry(correlation_id, getattr(request.protocol, "caller", None))
         try:
             response = await self._dispatch(request, entry)
         except SkipbusError as error:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from skipbus.services.api.access_log import ENTRY, Entry, log_request
+from skipbus.services.api.access_log import Entry, log_request
 from skipbus.services.api.responses import RouteError, error_response
 from skipbus.services.api.tls.callers import Caller
 from skipbus.services.api.tls.reading import TooMuchBesideData
@@ -106,7 +106,7 @@ class Connection(RequestHandler):
             _log.error("request failed", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer was begun already")
-        entry = request[ENTRY] = Entry(new_correlation_id(), self.caller)
+        entry = Entry(new_correlation_id(), self.caller)
         entry.reason = f"{error} ({type(exc).__name__})"
         response = error_response(error, entry.correlation_id)
         response.force_close()

@@ -17,7 +17,11 @@ from skipbus.services.api import access_log
 from skipbus.services.api.app import Application
 from skipbus.services.api.server import BoundedServer
 
-BAD_REQUESTS = (b"GET /nothing HTTP/1.1\r\n\r\n", b"NO HTTP\r\n\r\n", b"POST /key HTTP/1.1\r\n\r\n")
+REFUSED = {
+    b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n": 404,
+    b"POST /key/1234 HTTP/1.1\r\nHost: a\r\n\r\n": 405,
+    b"NO HTTP\r\n\r\n": 400,
+}
 
 
 class Recorder:
@@ -69,12 +73,12 @@ async def answer_of(request: bytes, recorder: Recorder) -> bytes:
         await runner.cleanup()
 
 
-@pytest.mark.parametrize("request_bytes", BAD_REQUESTS)
+@pytest.mark.parametrize(("request_bytes", "status"), REFUSED.items())
 async def test_the_line_of_a_request_is_taken_before_its_answer_leaves(
-    request_bytes: bytes, recorder: Recorder
+    request_bytes: bytes, status: int, recorder: Recorder
 ) -> None:
     answer = await answer_of(request_bytes, recorder)
     (line,) = recorder.lines
-    assert int(answer.split()[1]) == line["status"]
+    assert int(answer.split()[1]) == line["status"] == status
     assert line["reason"]
     assert not recorder.answered_before_line
