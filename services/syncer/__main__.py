@@ -87,7 +87,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows, hop)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
-    effects = Effects(engine, local_id, {p.system_id for p in settings.bus_peers}, settings.mysql, relay.rows_of)
+    effects = Effects(engine, local_id, {p.system_id for p in settings.bus_peers})
     refusals = Refusals(directory)
     complaints = Complaints(bus, effects, relay, refusals)
     outgoing.on_refusal = complaints.hear_answer
@@ -123,7 +123,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await asyncio.to_thread(leader.close)
         watch.close()
         stock.close()
-        effects.close()
         engine.dispose()
 
 

@@ -20,12 +20,10 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
-from skipbus.services.syncer.at_once import AtOnce, RowsOf
 from skipbus.services.syncer.examination import Accepted
 from skipbus.services.syncer.key_effects import Aftermath, KeyEffects, KnownWrappingKeys
 from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
 from skipbus.services.syncer.placed_keys import PlacedKeys
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
 from skipbus.shared.errors import SealBroken
 from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
@@ -66,9 +64,6 @@ class Verdict(Enum):
     KEY_EXISTS = "key_exists"
 
 
-BeforeCommit = Callable[[Sequence[Verdict]], None]
-
-
 @dataclass(frozen=True, slots=True)
 class Applied:
     """A committed batch: a verdict for each envelope, and what other processes are told now."""
@@ -104,56 +99,26 @@ def portions(batch: Sequence[T], touched: Callable[[T], int]) -> Iterator[list[T
 class Effects:
     """Writes to one KP's part of the store. ``bus_ids`` are the peers that have a store of their own."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        local_id: str,
-        bus_ids: Collection[str] = (),
-        mysql: MySqlSettings | None = None,
-        rows_of: RowsOf = lambda _peer_id, _number: (),
-    ) -> None:
-        """``mysql`` and ``rows_of`` are for what somebody waits for, which has its own connection (``at_once``)."""
+    def __init__(self, engine: Engine, local_id: str, bus_ids: Collection[str] = ()) -> None:
         self._engine = engine
         self._local_id = local_id
         self._bus_ids = frozenset(bus_ids)
         self._known = KnownWrappingKeys()
-        self._at_once = AtOnce(mysql, local_id, self._bus_ids, self._known, rows_of) if mysql else None
 
-    def apply(
-        self,
-        batch: Sequence[Accepted],
-        now_ms: int,
-        *,
-        again: bool,
-        before_commit: BeforeCommit = lambda _verdicts: None,
-    ) -> Applied:
+    def apply(self, batch: Sequence[Accepted], now_ms: int, *, again: bool) -> Applied:
         """Commits what the batch does; one verdict for each. Raises StoreUnavailable, StoreRefused.
 
         ``again`` says that an earlier try may have been committed: then a number that is known is no attack.
-        ``before_commit`` is told the verdicts when all that is missing is the commit, which may yet fail.
         """
         rest = [self._apply_ahead(accepted, now_ms) for accepted in batch]
         with driver_errors(), self._engine.begin() as connection:
             keys = KeyEffects(connection, self._local_id, now_ms, self._known)
             transaction = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again)
             verdicts = transaction.apply(rest)
-            before_commit(verdicts)
         self._known.note(keys.stored_wrapping_keys)
         for sender, numbers in transaction.left:
             self._acknowledge(sender, numbers, now_ms, keys.aftermath)
         return Applied(verdicts, keys.aftermath)
-
-    async def apply_at_once(self, accepted: Accepted, now_ms: int, *, before_commit: BeforeCommit) -> Applied | None:
-        """``apply`` for one that somebody may be waiting for; None where it is still to be done. Never raises."""
-        if self._at_once is None:
-            return None
-        aftermath = await self._at_once.apply(accepted, now_ms, lambda: before_commit([Verdict.HANDLED]))
-        return None if aftermath is None else Applied([Verdict.HANDLED], aftermath)
-
-    def close(self) -> None:
-        """Gives back the connection that is its own."""
-        if self._at_once is not None:
-            self._at_once.close()
 
     def _apply_ahead(self, accepted: Accepted, now_ms: int) -> Accepted:
         """Commits what so many events do to keys, but for the last MAX_KEYS of them, which are still to be done."""

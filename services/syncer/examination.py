@@ -1,6 +1,6 @@
 """Decides whether an envelope may have an effect: sender, target, proof, date, payload.
 
-Blocks, and is for a thread, but for ``examine_at_once``.
+Blocks, and is for a thread.
 
 Nothing of an envelope is believed before its signature is verified against the sender's pin, or its authenticator
 against a session key that the pinned identity has signed, except the names that are needed to find that pin. Whether
@@ -17,7 +17,7 @@ from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKey
 from skipbus.shared.bus_bodies import LeftOut
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import fingerprint
-from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused, TakesLong
+from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused
 from skipbus.shared.logs import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
@@ -34,8 +34,6 @@ from skipbus.shared.protocol.envelopes import (
     read_envelope,
 )
 
-# What is longer is bulk, and not read on the event loop.
-MAX_AT_ONCE_BYTES = 64 * 1024
 # How often an unknown sender may cause a look into the store.
 _LOOK_AGAIN_MS = 1_000
 # Refused before the pinned identity's signature was verified, or because it did not verify: what such an envelope
@@ -129,27 +127,13 @@ class Examiner:
             _log.error("envelope not understood", exc_info=error)
             return Refusal("malformed", header.sender if header else None, "an envelope is malformed")
 
-    def examine_at_once(self, body: bytes, redelivered: bool, waited_ms: int = 0) -> Accepted | None:
-        """``examine`` for the event loop: where the sender and its session key are known, so that nothing takes long.
-
-        None for everything else, and for whatever is wrong: ``examine`` says what.
-        """
-        if isinstance(body, LeftOut) or len(body) > MAX_AT_ONCE_BYTES:
-            return None
-        try:
-            return self._accept(read_envelope(body), redelivered, waited_ms, quickly=True)
-        except Exception:  # noqa: BLE001 -- see above
-            return None
-
-    def _accept(
-        self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int, *, quickly: bool = False
-    ) -> Accepted:
+    def _accept(self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int) -> Accepted:
         header = envelope.header
-        pin, at_ms = self._find_pin(header.sender, quickly=quickly), now_ms()
+        pin, at_ms = self._find_pin(header.sender), now_ms()
         try:
-            check_envelope(envelope, self._local_id, pin, at_ms, self._sessions, quickly=quickly)
+            check_envelope(envelope, self._local_id, pin, at_ms, self._sessions)
         except EnvelopeRefused as error:
-            if error.reason == "bad_signature" and not quickly:
+            if error.reason == "bad_signature":
                 self._blame_changed_identity(envelope)
             raise
         payload = read_payload(header.type, envelope.payload)
@@ -158,7 +142,7 @@ class Examiner:
         announcement = None
         if isinstance(payload, PlacedKeys):
             self._note_own_epochs(at_ms)
-            self._judge.check(header, payload, pin, at_ms, quickly=quickly)
+            self._judge.check(header, payload, pin, at_ms)
         if isinstance(payload, Capabilities) and payload.announcement is not None:
             announcement = _read_announcement(payload.announcement, header.sender, pin)
         return Accepted(header, payload, redelivered, announcement, at_ms - waited_ms - header.date_ms)
@@ -168,12 +152,9 @@ class Examiner:
         if own is not None:
             self._own_epochs.note(((epoch.epoch_id, epoch.span.destroy_ms) for epoch in own.epochs), at_ms)
 
-    def _find_pin(self, sender: str, *, quickly: bool) -> bytes:
+    def _find_pin(self, sender: str) -> bytes:
         if self._directory.allows(sender):
-            pin = self._directory.pin(sender)
-            if pin is None and quickly:
-                raise TakesLong
-            pin = pin or self._look_again(sender)
+            pin = self._directory.pin(sender) or self._look_again(sender)
             if pin is not None:
                 return pin
         raise EnvelopeRefused("unknown_sender", "an envelope's sender is not a peer of this key provider")

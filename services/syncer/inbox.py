@@ -20,7 +20,6 @@ from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
 from skipbus.services.syncer.intake import Intake
 from skipbus.services.syncer.letters import told_of
 from skipbus.services.syncer.outbox import Relay
-from skipbus.services.syncer.outgoing import Letter
 from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
 from skipbus.services.syncer.placed_keys import PlacedKeys
 from skipbus.services.syncer.refuser import Refuser
@@ -38,7 +37,6 @@ _DRAIN_SECONDS = 0.1
 _RETRY_FIRST_SECONDS = 0.2
 _RETRY_LAST_SECONDS = 5.0
 
-_ACKNOWLEDGED = frozenset({Verdict.HANDLED, Verdict.DUPLICATE})
 _REFUSED = frozenset({Verdict.REPLAYED, Verdict.KEY_EXISTS})
 
 _log = get_logger("inbox")
@@ -55,26 +53,6 @@ class _Open:
 
     delivery: Delivery
     accepted: Accepted
-
-
-class _Ahead:
-    """Has the acknowledgement of keys signed while they are committed, where a batch is one envelope.
-
-    In a larger batch whoever waits is not alone, and one signature for all of them is made afterwards. ``quickly`` is
-    for the event loop.
-    """
-
-    def __init__(self, replies: Replies, batch: Sequence[Accepted], *, quickly: bool = False) -> None:
-        self._replies = replies
-        self._batch = batch
-        self._quickly = quickly
-        self.letter: Letter | None = None
-
-    def prepare(self, verdicts: Sequence[Verdict]) -> None:
-        """Where the transaction is; only what is committed after this is ever acknowledged."""
-        if len(self._batch) == 1 and isinstance(self._batch[0].payload, PlacedKeys) and verdicts[0] in _ACKNOWLEDGED:
-            header = self._batch[0].header
-            self.letter = self._replies.prepare(header.sender, header.number, quickly=self._quickly)
 
 
 class Inbox:
@@ -117,27 +95,11 @@ class Inbox:
         if not batch:
             return
         try:
-            if len(batch) == 1:
-                await self._handle_one(batch[0], stop)
-                return
             opened = [one for one in await self._examine(batch, stop) if one is not None]
             for portion in portions(opened, lambda one: keys_touched(one.accepted)):
                 await self._commit(portion, stop)
         except _GivenUp:
             _log.debug("deliveries left to the broker", count=len(batch))
-
-    async def _handle_one(self, delivery: Delivery, stop: asyncio.Event) -> None:
-        """One alone may be what somebody waits for: then it is examined and committed without a change of thread."""
-        accepted = self._examiner.examine_at_once(delivery.body, delivery.redelivered, delivery.waited_ms)
-        one = _Open(delivery, accepted) if accepted is not None else (await self._examine([delivery], stop))[0]
-        if one is None:
-            return
-        ahead = _Ahead(self._replies, [one.accepted], quickly=True)
-        applied = await self._effects.apply_at_once(one.accepted, now_ms(), before_commit=ahead.prepare)
-        if applied is None:
-            await self._commit([one], stop)
-        else:
-            await self._settle_all([one], applied, ahead.letter)
 
     async def _examine(self, batch: list[Delivery], stop: asyncio.Event) -> list[_Open | None]:
         def examine() -> list[Accepted | Refusal]:
@@ -157,24 +119,21 @@ class Inbox:
             return
         deliveries = [one.delivery for one in batch]
         accepted = [one.accepted for one in batch]
-        ahead = _Ahead(self._replies, accepted)
         try:
             applied = await self._insist(
-                lambda again: self._effects.apply(accepted, now_ms(), again=again, before_commit=ahead.prepare),
-                deliveries,
-                stop,
+                lambda again: self._effects.apply(accepted, now_ms(), again=again), deliveries, stop
             )
         except StoreRefused as error:
             await self._commit_one_by_one(batch, error, stop)
             return
-        await self._settle_all(batch, applied, ahead.letter)
+        await self._settle_all(batch, applied)
 
-    async def _settle_all(self, batch: Sequence[_Open], applied: Applied, prepared: Letter | None) -> None:
+    async def _settle_all(self, batch: Sequence[_Open], applied: Applied) -> None:
         verdicts = applied.verdicts
         # First whoever waits for an answer; that the broker hears of it is nobody's hurry.
         for one, verdict in zip(batch, verdicts, strict=True):
             if verdict not in _REFUSED:
-                self._follow_up(one.accepted, verdict, prepared)
+                self._follow_up(one.accepted, verdict)
         # What was just begun gets on its way before the rest is done.
         await asyncio.sleep(0)
         self._complaints.tell(applied.aftermath)
@@ -220,14 +179,14 @@ class Inbox:
         metrics.RECEIVED.labels(one.accepted.header.type.value, verdict.value).inc()
         _tell(one.accepted, verdict)
 
-    def _follow_up(self, accepted: Accepted, verdict: Verdict, prepared: Letter | None) -> None:
+    def _follow_up(self, accepted: Accepted, verdict: Verdict) -> None:
         sender = accepted.header.sender
         match accepted.payload:
             case Events():
                 # A duplicate too: it came again because its acknowledgement did not arrive.
                 self._replies.acknowledge(sender, accepted.header.number)
             case PlacedKeys():
-                self._replies.acknowledge(sender, accepted.header.number, at_once=True, prepared=prepared)
+                self._replies.acknowledge(sender, accepted.header.number, at_once=True)
             case Acknowledgement(numbers):
                 self._relay.forget(sender, numbers)
             case Complaint() as complaint:

@@ -17,7 +17,7 @@ from typing import Any
 from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES, MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.identity import CONTEXT_WRAPPING_KEY, verify
 from skipbus.shared.crypto.sealing import WRAPPING_KEY_ID_BYTES, KeyRecord, SealedWrappingKey
-from skipbus.shared.errors import EnvelopeRefused, SealBroken, TakesLong
+from skipbus.shared.errors import EnvelopeRefused, SealBroken
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import Header
 from skipbus.shared.protocol.keys import KEY_ID_BYTES, MAX_KEY_BITS, MIN_KEY_BITS
@@ -124,23 +124,18 @@ class PlacedKeysJudge:
         self._own_epochs = own_epochs
         self._verified: OrderedDict[bytes, None] = OrderedDict()
 
-    def check(
-        self, header: Header, placed: PlacedKeys, sender_public_key: bytes, now_ms: int, *, quickly: bool = False
-    ) -> None:
-        """Raises EnvelopeRefused: not_a_bus_peer, unknown_epoch, bad_seal, bad_lifetime.
-
-        With ``quickly`` a wrapping key that was not verified before, or of an epoch to be looked for, raises TakesLong.
-        """
+    def check(self, header: Header, placed: PlacedKeys, sender_public_key: bytes, now_ms: int) -> None:
+        """Raises EnvelopeRefused: not_a_bus_peer, unknown_epoch, bad_seal, bad_lifetime."""
         if not self._is_bus_peer(header.sender):
             raise EnvelopeRefused(
                 "not_a_bus_peer", f"{header.sender} sent sealed keys and is no peer over a bus in this configuration"
             )
         for wrapping_key in placed.sealed_wrapping_keys(header):
-            self._check_wrapping_key(wrapping_key, sender_public_key, quickly=quickly)
+            self._check_wrapping_key(wrapping_key, sender_public_key)
         _check_lifetimes(header, placed, now_ms)
 
-    def _check_wrapping_key(self, wrapping_key: SealedWrappingKey, sender_public_key: bytes, *, quickly: bool) -> None:
-        if not self._own_epochs.has(wrapping_key.epoch_id, wrapping_key.expires_ms, quickly=quickly):
+    def _check_wrapping_key(self, wrapping_key: SealedWrappingKey, sender_public_key: bytes) -> None:
+        if not self._own_epochs.has(wrapping_key.epoch_id, wrapping_key.expires_ms):
             raise EnvelopeRefused(
                 "unknown_epoch",
                 f"{wrapping_key.source_id} sealed keys to an epoch that {wrapping_key.target_id} does not have, or for "
@@ -152,8 +147,6 @@ class PlacedKeysJudge:
         if known in self._verified:
             self._verified.move_to_end(known)
             return
-        if quickly:
-            raise TakesLong
         try:
             verify(sender_public_key, wrapping_key.signature, signed, CONTEXT_WRAPPING_KEY)
         except SealBroken as error:
@@ -192,16 +185,11 @@ class OwnEpochs:
         for epoch_id in [known for known, destroy_ms in self._destroy_ms.items() if destroy_ms <= now_ms]:
             del self._destroy_ms[epoch_id]
 
-    def has(self, epoch_id: bytes, until_ms: int, *, quickly: bool = False) -> bool:
-        """Whether what is sealed to it can be opened until then (UTC ms).
-
-        With ``quickly`` raises TakesLong where the keyring must be looked into.
-        """
+    def has(self, epoch_id: bytes, until_ms: int) -> bool:
+        """Whether what is sealed to it can be opened until then (UTC ms)."""
         destroy_ms = self._destroy_ms.get(epoch_id)
         if destroy_ms is not None:
             return until_ms <= destroy_ms
-        if quickly:
-            raise TakesLong
         return epoch_id in self._in_keyring()
 
 

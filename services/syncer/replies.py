@@ -38,7 +38,6 @@ class _Peer:
     """What one peer is to be told."""
 
     stored: set[int] = field(default_factory=set)
-    prepared: Letter | None = None
     complaints: list[bytes] = field(default_factory=list)
     ask: bool = False
     tell: bool = False
@@ -68,19 +67,9 @@ class Replies:
         self._announcement_lock = asyncio.Lock()
         self._announcement: tuple[float, bytes | None] = (-KEEP_ANNOUNCEMENT_SECONDS, None)
 
-    def prepare(self, peer_id: str, number: int, *, quickly: bool = False) -> Letter:
-        """The acknowledgement of one envelope whose effect is about to be committed, not to be sent before it is.
-
-        For ``acknowledge``. Safe in any thread, and may take the time of a signature; ``quickly`` never does: then it
-        may come back unsigned.
-        """
-        letter = Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement([number]), waited_for=True)
-        return self._outgoing.quickly_signed(letter) if quickly else self._outgoing.signed(letter)
-
-    def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False, prepared: Letter | None = None) -> None:
+    def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False) -> None:
         """The effect of the peer's envelope is committed; ``at_once`` where somebody waits to hear that."""
         peer = self._peer(peer_id)
-        peer.prepared = prepared
         if len(peer.stored) < MAX_WAITING:
             peer.stored.add(number)
         self._start(peer_id, peer, at_once=at_once)
@@ -149,16 +138,12 @@ class Replies:
 
     async def _take(self, peer_id: str, peer: _Peer) -> list[Letter]:
         stored, peer.stored = sorted(peer.stored), set()
-        prepared, peer.prepared = peer.prepared, None
         complaints, peer.complaints = peer.complaints, []
         ask, tell, peer.ask, peer.tell = peer.ask, peer.tell, False, False
         letters = [
             Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement(stored[start : start + MAX_ACKNOWLEDGED]))
             for start in range(0, len(stored), MAX_ACKNOWLEDGED)
         ]
-        # One that was prepared for a single number will not do where others came to wait beside it.
-        if prepared is not None and [prepared.payload] == [letter.payload for letter in letters]:
-            letters = [prepared]
         letters += [Letter(EnvelopeType.ENVELOPE_REFUSED, peer_id, complaint) for complaint in complaints]
         if ask:
             letters.append(Letter(EnvelopeType.CAPABILITIES, peer_id, pack_capabilities(None, request=True)))

@@ -1,26 +1,23 @@
 """What the syncer does while an encryptor waits, as steps: at most one packet that reads, and one that commits.
 
-A key on demand passes three transactions here: its outbox row is numbered, its record is stored at the target, its
-acknowledgement takes the row away. Statements are put together from integers and hexadecimal literals only
-(``packets``): nothing that a peer sent ever stands in one as text. Rows of the outbox are found by indexes that are
-forced, or a small table would be scanned and rows of others locked.
+A key on demand passes one transaction here: its outbox row is numbered. Statements are put together from integers and
+hexadecimal literals only (``packets``). Rows of the outbox are found by indexes that are forced, or a small table would
+be scanned and rows of others locked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.hints import Hint
-from skipbus.shared.store.literals import hex_list, name
-from skipbus.shared.store.messages import SHORT_PAYLOAD_BYTES, EnvelopeRow, OutboxEntry
-from skipbus.shared.store.packets import commit, commit_and_read, delete_listed, insert_records
+from skipbus.shared.store.literals import name
+from skipbus.shared.store.messages import SHORT_PAYLOAD_BYTES, OutboxEntry
+from skipbus.shared.store.packets import commit, commit_and_read
 from skipbus.shared.store.placing import KEY_PLACED
 from skipbus.shared.store.steps import Statement, Steps, octets, text
 
 _ENTRY = (int, text, text, int, int, octets, octets)
-_ENVELOPE_ROW = (int, text, int, octets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,83 +91,15 @@ def commit_told(
     return rows[0][0] if rows else None
 
 
-def commit_received(
-    local_id: str,
-    source_id: str,
-    number: int,
-    records: Sequence[KeyRecord],
-    at_ms: int,
-    *,
-    meanwhile: Callable[[], None] | None = None,
-) -> Steps[None]:
-    """Remembers an envelope, stores its keys, counts them as issued by the source, and commits; all or nothing.
-
-    Raises StoreRefused where the envelope or a keyId exists, or the source has taken one of the keys back; errors as
-    ``commit_numbered`` otherwise. Primary keys.
-    """
-    # A value that is two rows is an error (1242): the shortest way to make one packet fail for what it finds.
-    ids = hex_list(record.key_id for record in records)
-    received_ms = (
-        f"(SELECT {at_ms:d} UNION ALL SELECT 0 FROM withdrawn_keys FORCE INDEX (PRIMARY) "
-        f"WHERE local_id = {name(local_id)} AND source_id = {name(source_id)} AND key_id IN ({ids}))"
-    )
-    remembered = (
-        "INSERT INTO inbox (local_id, sender_id, envelope_no, received_ms) "
-        f"VALUES ({name(local_id)},{name(source_id)},{number:d},{received_ms})"
-    )
-    counted = _add_to_counters(local_id, source_id, {"inbound_issued": len(records)})
-    return commit([remembered, insert_records(records), *counted], meanwhile)
-
-
-def lock_envelope_rows(local_id: str, peer_id: str, numbers: Collection[int]) -> Steps[list[EnvelopeRow]]:
-    """The rows of a peer's envelopes, locked until the transaction ends. Index outbox_envelope."""
-    wanted = ",".join(f"{number:d}" for number in numbers)
-    rows = yield Statement(
-        "SELECT id, type, items, IFNULL(token, '') FROM outbox FORCE INDEX (outbox_envelope) "
-        f"WHERE local_id = {name(local_id)} AND peer_id = {name(peer_id)} AND envelope_no IN ({wanted}) FOR UPDATE",
-        _ENVELOPE_ROW,
-    )
-    return [EnvelopeRow(row_id, type_, items, token or None) for row_id, type_, items, token in rows]
-
-
-def commit_acknowledged(
-    local_id: str,
-    peer_id: str,
-    row_ids: Sequence[int],
-    counts: Mapping[str, int],
-    *,
-    unlocked_of: int | None = None,
-) -> Steps[None]:
-    """Takes rows that ``lock_envelope_rows`` locked out of the outbox, counts, and commits. Primary keys.
-
-    Rows that are not locked, but known to be those of the envelope ``unlocked_of``, somebody may have taken away: then
-    nothing is counted and nothing committed, and StoreRefused raised. Errors as ``commit_numbered`` otherwise.
-    """
-    ids = [f"{row_id:d}" for row_id in row_ids]
-    whose, if_changed = dict[str, str](), None
-    if unlocked_of is not None:
-        whose = {"local_id": name(local_id), "peer_id": name(peer_id), "envelope_no": f"{unlocked_of:d}"}
-        if_changed = len(ids)
-    deletion = [delete_listed("outbox", "PRIMARY", "id", ids, **whose)] if ids else []
-    return commit([*deletion, *_add_to_counters(local_id, peer_id, counts, if_changed=if_changed)])
-
-
-def _add_to_counters(
-    local_id: str, peer_id: str, counts: Mapping[str, int], *, if_changed: int | None = None
-) -> list[str]:
-    """A statement that adds to the named counters; none where there is nothing to add. Primary key.
-
-    It fails unless the one before it has changed ``if_changed`` rows.
-    """
+def _add_to_counters(local_id: str, peer_id: str, counts: Mapping[str, int]) -> list[str]:
+    """A statement that adds to the named counters; none where there is nothing to add. Primary key."""
     added = {column: count for column, count in counts.items() if count}
     if not added:
         return []
     values = ",".join(f"{count:d}" for count in added.values())
     sums = ",".join(f"{column} = {column} + {count:d}" for column, count in added.items())
-    # No column may be NULL, and the session is strict about it.
-    owner = name(local_id) if if_changed is None else f"IF(ROW_COUNT() = {if_changed:d},{name(local_id)},NULL)"
     statement = (
-        f"INSERT INTO peers (local_id, peer_id, {','.join(added)}) VALUES ({owner},{name(peer_id)},{values}) "
+        f"INSERT INTO peers (local_id, peer_id, {','.join(added)}) VALUES ({name(local_id)},{name(peer_id)},{values}) "
         f"ON DUPLICATE KEY UPDATE {sums}"
     )
     return [statement]

@@ -162,16 +162,6 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_numbered": lambda c: run_steps(
         c, relaying.commit_numbered(KP, [relaying.Numbered(PEER, 77, [5, 6], {"issued": 1})])
     ),
-    "commit_received": lambda c: run_steps(
-        c, relaying.commit_received(KP, PEER, 10**9, [RECORD._replace(key_id=b"another id.16byt")], NOW_MS)
-    ),
-    "lock_envelope_rows": lambda c: run_steps(c, relaying.lock_envelope_rows(KP, PEER, [7, 8])),
-    "commit_acknowledged": lambda c: (
-        run_steps(c, relaying.commit_acknowledged(KP, PEER, [5, 6], {"issued": 1})),
-        # Without a count: there are no such rows, and that would be refused.
-        run_steps(c, relaying.commit_acknowledged(KP, PEER, [5], {}, unlocked_of=7)),
-        run_steps(c, relaying.commit_acknowledged(KP, PEER, [5, 6], {}, unlocked_of=7)),
-    ),
     "commit_told": lambda c: run_steps(c, relaying.commit_told(KP, Hint(PEER, b"t" * 16, b"p"), 77)),
     "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
     "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),

@@ -16,7 +16,6 @@ from skipbus.services.api.links.placing import pack_records
 from skipbus.services.syncer.letters import LetterMaker
 from skipbus.services.syncer.numbers import Numbers
 from skipbus.services.syncer.outgoing import Letter, Outgoing
-from skipbus.services.syncer.replies import Replies
 from skipbus.shared import sessions
 from skipbus.shared.bus import Bus
 from skipbus.shared.bus_names import nudge_routing_key
@@ -272,7 +271,6 @@ def test_what_an_encryptor_waits_for_goes_under_a_session_key_and_all_else_is_si
     waited_for = Letter(EnvelopeType.KEY_ISSUED, BOB, b"\x90", 7, waited_for=True)
     assert version_of(made.signed(waited_for)) == SESSION_VERSION
     assert version_of(made.signed(replace(waited_for, waited_for=False))) == VERSION
-    assert version_of(Replies(made, lambda: None).prepare(BOB, 7)) == SESSION_VERSION
 
 
 def test_what_an_encryptor_waits_for_is_signed_where_the_peer_could_not_read_it(pair: Pair) -> None:
@@ -293,7 +291,6 @@ def test_what_would_need_a_signature_comes_back_as_it_was_from_the_event_loop(pa
     assert made.quickly_signed(letter).signed is None
     made.signed(letter)
     assert version_of(made.quickly_signed(letter)) == SESSION_VERSION
-    assert Replies(made, lambda: None).prepare(BOB, 7, quickly=True).signed is not None
 
 
 @pytest.mark.parametrize(

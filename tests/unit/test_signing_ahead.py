@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from skipbus.services.syncer.numbers import Numbers
 from skipbus.services.syncer.outgoing import Letter, Outgoing
-from skipbus.services.syncer.payloads import Acknowledgement, read_payload
-from skipbus.services.syncer.replies import Replies
 from skipbus.shared.bus import Bus
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
@@ -18,12 +16,6 @@ IDENTITY = Identity.generate()
 
 def outgoing() -> Outgoing:
     return Outgoing(Bus(Secret("amqp://127.0.0.1:1/"), ALICE, "test"), IDENTITY, ALICE, Numbers())
-
-
-def acknowledged(letter: Letter) -> list[int]:
-    payload = read_payload(letter.type, letter.payload)
-    assert isinstance(payload, Acknowledgement)
-    return list(payload.numbers)
 
 
 async def test_what_was_signed_ahead_is_sent_as_it_was_signed() -> None:
@@ -46,27 +38,3 @@ async def test_what_was_signed_ahead_goes_together_with_what_was_not() -> None:
     # No two signatures of the same bytes are alike.
     assert bodies[0] == signed.signed
     assert [read_envelope(body).header.number for body in bodies] == [17, 18]
-
-
-async def test_a_prepared_acknowledgement_is_used_where_its_envelope_waits_alone() -> None:
-    replies = Replies(outgoing(), lambda: None)
-    prepared = replies.prepare(BOB, 7)
-    replies.acknowledge(BOB, 7, at_once=True, prepared=prepared)
-    (letter,) = await replies._take(BOB, replies._peer(BOB))
-    assert letter is prepared
-
-
-async def test_a_prepared_acknowledgement_is_dropped_where_another_envelope_waits_too() -> None:
-    replies = Replies(outgoing(), lambda: None)
-    replies.acknowledge(BOB, 6)
-    replies.acknowledge(BOB, 7, at_once=True, prepared=replies.prepare(BOB, 7))
-    (letter,) = await replies._take(BOB, replies._peer(BOB))
-    assert letter.signed is None
-    assert acknowledged(letter) == [6, 7]
-
-
-async def test_what_was_only_prepared_is_never_acknowledged() -> None:
-    replies = Replies(outgoing(), lambda: None)
-    replies.prepare(BOB, 7)
-    assert not replies._peer(BOB).waiting
-    assert await replies._take(BOB, replies._peer(BOB)) == []

@@ -1,0 +1,190 @@
+"""What verified envelopes do to the store: the whole effect of each or none, and once however often it comes."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+
+from skipbus.services.syncer.effects import Applied, Effects, Verdict
+from skipbus.services.syncer.examination import Accepted
+from skipbus.services.syncer.payloads import Acknowledgement, Payload
+from skipbus.services.syncer.placed_keys import PlacedKeys
+from skipbus.shared.clock import now_ms
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header
+from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
+from tests.integration.key_providers import Store
+
+KP, PEER, STRANGER = "KP_Bob", "KP_Carol", "KP_Dora"
+WRAPPING_KEY = [b"w" * 16, b"e" * 16, now_ms() + 3_600_000, b"sealed", b"signature"]
+
+
+@pytest.fixture
+def effects(store: Store) -> Effects:
+    return Effects(store.engine, KP, {PEER})
+
+
+def accepted(payload: Payload, kind: EnvelopeType, number: int, sender: str = PEER) -> Accepted:
+    return Accepted(Header(kind, sender, KP, number, now_ms()), payload, redelivered=False)
+
+
+def record(key_id: bytes = b"") -> list[object]:
+    return [key_id or secrets.token_bytes(16), 256, now_ms() + 60_000, "c", WRAPPING_KEY[0], b"n" * 12, b"s" * 48]
+
+
+def placed(number: int, records: list[list[object]], *, stock: bool = False) -> Accepted:
+    return accepted(PlacedKeys(tuple(records), (WRAPPING_KEY,), stock), EnvelopeType.KEY_ISSUED, number)
+
+
+def acknowledged(*numbers: int, sender: str = PEER) -> Accepted:
+    return accepted(Acknowledgement(numbers), EnvelopeType.KEY_STORED, 99, sender)
+
+
+def apply(effects: Effects, *batch: Accepted) -> Applied:
+    return effects.apply(batch, now_ms(), again=False)
+
+
+def state(store: Store) -> list[list[tuple[object, ...]]]:
+    """All that keys and acknowledgements change, without times."""
+    return [
+        store.rows("SELECT target_id, source_id, key_id, sealed, correlation_id FROM key_records ORDER BY key_id"),
+        store.rows("SELECT local_id, sender_id, envelope_no FROM inbox"),
+        store.rows("SELECT local_id, peer_id, issued, inbound_issued, inbound_withdrawn FROM peers"),
+        store.rows("SELECT peer_id, type, envelope_no FROM outbox ORDER BY id"),
+        store.rows("SELECT key_id FROM stock_held ORDER BY key_id"),
+    ]
+
+
+def outbox(store: Store, *types: str, items: int = 1) -> list[bytes]:
+    """A row for the peer of each type, in envelopes of their own from 1 on; their tokens."""
+    tokens = [secrets.token_bytes(16) for _ in types]
+    rows = [OutboxRow(KP, PEER, kind, b"\x90", items, now_ms(), one) for kind, one in zip(types, tokens, strict=True)]
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql(insert_outbox_rows(rows))
+    for number, token in enumerate(tokens, 1):
+        store.rows("UPDATE outbox SET envelope_no = %s WHERE token = %s", number, token)
+    return tokens
+
+
+def take_back(store: Store, source: str, key_id: object) -> None:
+    store.rows("INSERT INTO withdrawn_keys VALUES (%s, %s, %s, %s)", KP, source, key_id, now_ms() + 60_000)
+
+
+# --- keys
+
+
+def test_keys_are_stored_counted_and_remembered(store: Store, effects: Effects) -> None:
+    records = [record(b"a" * 16), record(b"b" * 16)]
+    done = apply(effects, placed(7, records))
+    assert done.verdicts == [Verdict.HANDLED]
+    assert done.aftermath.arrived == [b"a" * 16, b"b" * 16]
+    assert state(store) == [
+        [(KP, PEER, key_id, b"s" * 48, "c") for key_id in (b"a" * 16, b"b" * 16)],
+        [(KP, PEER, 7)],
+        [(KP, PEER, 0, 2, 0)],
+        [],
+        [],
+    ]
+
+
+def test_keys_whose_wrapping_key_is_known_are_stored_as_the_first_ones(store: Store, effects: Effects) -> None:
+    for number in (7, 8):
+        assert apply(effects, placed(number, [record()])).verdicts == [Verdict.HANDLED]
+    assert (store.count("key_records"), store.count("wrapping_keys")) == (2, 1)
+
+
+def test_stock_is_held_and_neither_counted_nor_announced(store: Store, effects: Effects) -> None:
+    done = apply(effects, placed(7, [record(b"a" * 16)], stock=True))
+    assert done.aftermath.arrived == []
+    assert state(store)[2:] == [[], [], [(b"a" * 16,)]]
+    assert store.count("key_records") == 1
+
+
+def test_an_envelope_that_was_handled_before_is_a_duplicate_without_effect(store: Store, effects: Effects) -> None:
+    envelope = placed(7, [record()])
+    apply(effects, envelope)
+    store.rows("DELETE FROM key_records")
+    before = state(store)
+    done = apply(effects, envelope)
+    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.DUPLICATE], [])
+    assert state(store) == before
+
+
+def test_a_key_that_exists_is_never_overwritten_and_its_envelope_is_not_remembered(
+    store: Store, effects: Effects
+) -> None:
+    known = record()
+    apply(effects, placed(7, [known]))
+    known[-1] = b"x" * 48
+    before = state(store)
+    done = apply(effects, placed(8, [record(), known]))
+    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.KEY_EXISTS], [])
+    assert state(store) == before
+
+
+def test_of_a_batch_the_envelope_with_a_key_that_exists_takes_nothing_from_the_others(
+    store: Store, effects: Effects
+) -> None:
+    known = record()
+    done = apply(effects, placed(7, [known]), placed(8, [record(), known]), placed(9, [record()]))
+    assert done.verdicts == [Verdict.HANDLED, Verdict.KEY_EXISTS, Verdict.HANDLED]
+    assert store.count("key_records") == 2
+    assert store.rows("SELECT envelope_no FROM inbox ORDER BY envelope_no") == [(7,), (9,)]
+
+
+def test_a_key_that_its_source_has_taken_back_is_left_out(store: Store, effects: Effects) -> None:
+    taken_back, other = record(), record()
+    take_back(store, PEER, taken_back[0])
+    done = apply(effects, placed(7, [other, taken_back]))
+    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.HANDLED], [other[0]])
+    assert store.rows("SELECT key_id FROM key_records") == [(other[0],)]
+    assert store.rows("SELECT inbound_issued FROM peers") == [(1,)]
+
+
+def test_an_envelope_of_keys_that_were_all_taken_back_is_handled_and_stores_nothing(
+    store: Store, effects: Effects
+) -> None:
+    taken_back = record()
+    take_back(store, PEER, taken_back[0])
+    done = apply(effects, placed(7, [taken_back]))
+    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.HANDLED], [])
+    assert store.count("key_records") == 0
+
+
+def test_what_another_source_has_taken_back_keeps_no_key_away(store: Store, effects: Effects) -> None:
+    mine = record()
+    take_back(store, STRANGER, mine[0])
+    apply(effects, placed(7, [mine]))
+    assert store.count("key_records") == 1
+
+
+# --- acknowledgements
+
+
+def test_an_acknowledgement_takes_rows_away_and_counts_keys_on_demand(store: Store, effects: Effects) -> None:
+    tokens = outbox(store, "key.placed", "key.issued", "key.placed", items=3)
+    done = apply(effects, acknowledged(1, 2))
+    assert done.aftermath.stored == [tokens[0]]
+    assert store.rows("SELECT envelope_no FROM outbox") == [(3,)]
+    assert store.rows("SELECT issued FROM peers") == [(3,)]
+
+
+def test_an_acknowledgement_that_comes_twice_counts_once(store: Store, effects: Effects) -> None:
+    tokens = outbox(store, "key.placed", items=3)
+    assert apply(effects, acknowledged(1)).aftermath.stored == tokens
+    assert apply(effects, acknowledged(1)).aftermath.stored == []
+    assert store.rows("SELECT issued FROM peers") == [(3,)]
+
+
+def test_numbers_that_were_never_sent_acknowledge_nothing(store: Store, effects: Effects) -> None:
+    outbox(store, "key.placed")
+    before = state(store)
+    assert apply(effects, acknowledged(17)).aftermath.stored == []
+    assert state(store) == before
+
+
+def test_nobody_acknowledges_what_was_sent_to_another(store: Store, effects: Effects) -> None:
+    outbox(store, "key.placed", "key.issued")
+    before = state(store)
+    assert apply(effects, acknowledged(1, 2, sender=STRANGER)).aftermath.stored == []
+    assert state(store) == before
