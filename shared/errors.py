@@ -70,6 +70,10 @@ class StoreUnavailable(BackendError):
     """The store cannot be reached, or did not answer in time; worth another try."""
 
 
+class StoreConflict(StoreUnavailable):
+    """Another transaction was in the way: this one must be rolled back, and is worth another try at once."""
+
+
 class StoreRefused(BackendError):
     """The store answered with an error that another try will not mend."""
 

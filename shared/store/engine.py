@@ -15,9 +15,10 @@ from pymysql.connections import Connection
 from pymysql.constants import CLIENT, CR, ER
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from skipbus.shared.config import MySqlSettings
-from skipbus.shared.errors import StoreRefused, StoreUnavailable
+from skipbus.shared.errors import StoreConflict, StoreRefused, StoreUnavailable
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_SECONDS = 10
@@ -29,7 +30,18 @@ _SESSION = (
 )
 _ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
 
-# What passes: the server restarts, is full, fails over, or two transactions met.
+# Two transactions met, on one server or on two nodes of a cluster; the connection goes on.
+CONFLICTS = frozenset(
+    {
+        ER.LOCK_WAIT_TIMEOUT,
+        ER.LOCK_DEADLOCK,  # a Galera cluster refuses a commit with it as well
+        ER.CHECKREAD,  # a row has changed since it was read
+        ER.ERROR_DURING_COMMIT,
+        3101,  # MySQL Group Replication: another member changed the same rows
+    }
+)
+
+# What passes: the server restarts, is full, fails over.
 RETRYABLE = frozenset(
     {
         0,  # PyMySQL's "(0, '')" for a connection that is closed already
@@ -38,8 +50,6 @@ RETRYABLE = frozenset(
         CR.CR_SERVER_LOST,
         ER.CON_COUNT_ERROR,
         ER.SERVER_SHUTDOWN,
-        ER.LOCK_WAIT_TIMEOUT,
-        ER.LOCK_DEADLOCK,
         ER.TOO_MANY_USER_CONNECTIONS,
         ER.OPTION_PREVENTS_STATEMENT,  # read-only while a replica is promoted
         1927,  # MariaDB: connection was killed
@@ -49,6 +59,7 @@ RETRYABLE = frozenset(
         1317,  # query execution was interrupted
         1615,  # a prepared statement is to be prepared anew: a table was altered
         1243,  # it is not known: a proxy went on with another server
+        1047,  # a Galera node that is not part of its cluster now
     }
 )
 
@@ -132,9 +143,19 @@ def make_engine(settings: MySqlSettings, pool_size: int = 2, *, lean: bool = Fal
     )
 
 
+def make_queue_engine(settings: MySqlSettings) -> Engine:
+    """An engine without a pool, for a user that keeps one connection and replaces it after an error."""
+    return create_engine(
+        URL.create("mysql+pymysql", database=settings.database),
+        creator=lambda: connect(settings),
+        poolclass=NullPool,
+        hide_parameters=True,
+    )
+
+
 @contextmanager
 def driver_errors() -> Iterator[None]:
-    """Turns PyMySQL's and SQLAlchemy's errors into StoreUnavailable or StoreRefused, cause kept."""
+    """Turns PyMySQL's and SQLAlchemy's errors into StoreConflict, StoreUnavailable or StoreRefused, cause kept."""
     try:
         yield
     except DBAPIError as error:
@@ -150,6 +171,8 @@ def translated(error: BaseException) -> StoreUnavailable | StoreRefused:
     code = error.args[0] if error.args and isinstance(error.args[0], int) else None
     # The server's own words may quote values of a statement; the code is enough to look it up.
     told = f"MySQL error {code}" if code is not None else type(error).__name__
+    if code in CONFLICTS:
+        return StoreConflict(f"another transaction was in the way ({told})")
     if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
         return StoreUnavailable(f"the store cannot be used now ({told})")
     return StoreRefused(f"the store refused {_HINTS.get(code, 'a statement')} ({told})")

@@ -1,18 +1,31 @@
-"""Sealed wrapping keys as the syncer reads them, to send them with the keys that need them."""
+"""Wrapping keys, each sealed to one epoch of its target and signed by its source. All by primary key."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, fields
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
+from sqlalchemy.dialects.mysql import insert
 
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.store.schema import WRAPPING_KEYS as W
 
+_INSERT = insert(W)
+# One that an interrupted commit has stored already is the same one.
+_INSERT = _INSERT.on_duplicate_key_update(expires_ms=W.c.expires_ms)
+_FETCH = select(*(W.c[field.name] for field in fields(SealedWrappingKey))).where(
+    W.c.wrapping_key_id.in_(bindparam("wrapping_key_ids", expanding=True))
+)
+
+
+def insert_wrapping_keys(connection: Connection, wrapping_keys: Sequence[SealedWrappingKey]) -> None:
+    """Inserts sealed wrapping keys; one whose id exists stays as it is. Primary key."""
+    if wrapping_keys:
+        connection.execute(_INSERT, [asdict(wrapping_key) for wrapping_key in wrapping_keys])
+
 
 def fetch_sealed_wrapping_keys(connection: Connection, wrapping_key_ids: Collection[bytes]) -> list[SealedWrappingKey]:
     """These wrapping keys, still sealed. Primary key."""
-    statement = select(
-        W.c.wrapping_key_id, W.c.source_id, W.c.target_id, W.c.epoch_id, W.c.expires_ms, W.c.sealed, W.c.signature
-    ).where(W.c.wrapping_key_id.in_(wrapping_key_ids))
-    return [SealedWrappingKey(*row) for row in connection.execute(statement)]
+    rows = connection.execute(_FETCH, {"wrapping_key_ids": list(wrapping_key_ids)})
+    return [SealedWrappingKey(*row) for row in rows]

@@ -24,8 +24,10 @@ from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store import (
     expiry,
     glances,
+    key_records,
     keys,
     messages,
+    outbox,
     packets,
     peers,
     placing,
@@ -47,7 +49,7 @@ PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
     *(expiry, glances, keys, messages, peers, placing, processes, received, relaying, stock, stock_kept),
-    wrapping_keys,
+    *(key_records, outbox, wrapping_keys),
 )
 
 # MariaDB (10.11 and 11.8) does not follow FORCE INDEX in a DELETE when most of a table's rows are asked for: it reads
@@ -63,6 +65,7 @@ EVENT = packets.OutboxRow(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
 FEW = [RECORD._replace(key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
 MOST = [record.key_id for record in FEW[:-1]]
 ROW = packets.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
+OUTBOX_ROW = outbox.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
 STRETCH = expiry.Stretch(KP, NOW_MS - 1000, NOW_MS, KEY_IDS[0])
 
 SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
@@ -113,6 +116,13 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_expired_processes": lambda c: processes.delete_expired_processes(c, KP, NOW_MS),
 }
 SQLALCHEMY_CALLS |= {
+    "insert_key_records": lambda c: key_records.insert_key_records(c, [RECORD]),
+    "claim_key_records": lambda c: key_records.claim_key_records(c, KEY_IDS),
+    "delete_key_records": lambda c: key_records.delete_key_records(c, KEY_IDS),
+    "fetch_key_record_exists": lambda c: key_records.fetch_key_record_exists(c, KEY_IDS[0]),
+    "insert_outbox_rows": lambda c: outbox.insert_outbox_rows(c, [OUTBOX_ROW]),
+    "fetch_token_exists": lambda c: outbox.fetch_token_exists(c, b"t" * 16),
+    "insert_wrapping_keys": lambda c: wrapping_keys.insert_wrapping_keys(c, [WRAPPING_KEY]),
     "fetch_envelope_rows": lambda c: messages.fetch_envelope_rows(c, KP, PEER, [7, 8]),
     "fetch_row_payloads": lambda c: messages.fetch_row_payloads(c, [5, 6]),
     "delete_stocked_rows": lambda c: messages.delete_stocked_rows(c, KP, PEER),
@@ -247,28 +257,13 @@ def test_every_function_of_the_store_is_explained_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(SQLALCHEMY_CALLS) - WHOLE_TABLE_IS_THE_QUESTION))
 def test_statement_uses_an_index(store: Store, name: str) -> None:
-    statements: list[tuple[str, Parameters]] = []
-
-    def note(_c: object, _cursor: object, statement: str, parameters: Parameters, *_: object) -> None:
-        statements.append((statement, parameters))
-
-    with store.engine.connect() as connection:
-        event.listen(connection, "before_cursor_execute", note)
-        SQLALCHEMY_CALLS[name](connection)
-        connection.rollback()
+    statements = statements_of(store, SQLALCHEMY_CALLS[name])
     assert statements
     assert_indexed(store, statements)
 
 
 def test_of_what_bus_peers_announced_only_this_kps_own_part_is_read(store: Store) -> None:
-    statements: list[tuple[str, Parameters]] = []
-
-    def note(_c: object, _cursor: object, statement: str, parameters: Parameters, *_: object) -> None:
-        statements.append((statement, parameters))
-
-    with store.engine.connect() as connection:
-        event.listen(connection, "before_cursor_execute", note)
-        peers.fetch_all_digests(connection, KP)
+    statements = statements_of(store, lambda c: peers.fetch_all_digests(c, KP))
     (plan,) = [step for step in explain(store, *statements[0]) if step[0] == "bus_announcements"]
     assert plan[1:] == ("ref", "PRIMARY")
 
@@ -334,6 +329,44 @@ def test_a_claim_on_a_small_store_waits_for_no_key_of_others(small: Store) -> No
         run_steps(mine, keys.commit_claimed(MOST, [EVENT], b"u" * 16))
         run_steps(other, keys.end_without_change())
     assert small.count("key_records") == 1
+
+
+@pytest.mark.parametrize("wanted", [MOST, MOST[:1]], ids=["most", "one"])
+def test_statements_on_a_small_store_do_not_scan_it(small: Store, wanted: list[bytes]) -> None:
+    for call in (key_records.claim_key_records, key_records.delete_key_records):
+        assert_indexed(small, statements_of(small, lambda c, call=call: call(c, wanted)))  # type: ignore[misc]
+
+
+def test_a_claim_on_a_small_store_waits_for_no_record_of_others(small: Store) -> None:
+    # A scan reads the other caller's row, and waits for its lock until the transaction is given up.
+    with small.engine.connect() as other, small.engine.connect() as mine:
+        assert set(key_records.claim_key_records(other, [FEW[-1].key_id])) == {FEW[-1].key_id}
+        assert set(key_records.claim_key_records(mine, MOST)) == set(MOST)
+        assert key_records.delete_key_records(mine, MOST) == len(MOST)
+        mine.commit()
+        other.rollback()
+    assert small.count("key_records") == 1
+
+
+def test_a_deletion_tells_how_many_rows_there_were(small: Store) -> None:
+    with small.engine.connect() as connection:
+        assert key_records.delete_key_records(connection, [*MOST[:3], b"never there.16by"]) == 3
+        assert key_records.delete_key_records(connection, MOST[:4]) == 1
+        assert key_records.delete_key_records(connection, []) == 0
+
+
+def statements_of(store: Store, call: Callable[[Connection], object]) -> list[tuple[str, Parameters]]:
+    """What a function sends; rolled back."""
+    statements: list[tuple[str, Parameters]] = []
+
+    def note(_c: object, _cursor: object, statement: str, parameters: Parameters, *_: object) -> None:
+        statements.append((statement, parameters))
+
+    with store.engine.connect() as connection:
+        event.listen(connection, "before_cursor_execute", note)
+        call(connection)
+        connection.rollback()
+    return statements
 
 
 def deletion_of(wanted: list[bytes]) -> str:

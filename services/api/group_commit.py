@@ -1,0 +1,263 @@
+"""Group commit: while one batch commits, the next one fills.
+
+A queue has one thread and one connection, and runs one batch at a time: a batch of one costs no extra wait, a batch of
+256 costs one commit. The queue is bounded: a caller is refused at once when it is full, and never waits longer than
+``timeout_seconds``. A commit whose outcome is unknown is looked up before the batch is run again. A batch in which
+something fails that is not the store's absence is run again one request at a time, so that no request fails another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from sqlalchemy import Connection, Engine
+from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
+
+from skipbus.shared.errors import (
+    CommitUnknown,
+    Overloaded,
+    SkipbusError,
+    StoreConflict,
+    StoreRefused,
+    StoreUnavailable,
+)
+from skipbus.shared.logs import get_logger
+from skipbus.shared.store.engine import driver_errors
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+Answer_co = TypeVar("Answer_co", covariant=True)
+_RETRY_WAIT = wait_random_exponential(multiplier=0.02, max=0.5)
+
+_log = get_logger("group commit")
+
+
+class Limits(NamedTuple):
+    """Bounds of a queue: requests in one commit, callers who wait for the next, and how long one of them waits."""
+
+    max_batch: int
+    max_queue: int
+    timeout_seconds: float
+
+
+class Batch(Protocol[Answer_co]):
+    """One transaction for several requests. Both methods are called in the queue's thread."""
+
+    def run(self, connection: Connection) -> Sequence[Answer_co | SkipbusError]:
+        """Executes the statements; an answer or an error for each request, in order. The queue commits afterwards.
+
+        A batch that changed nothing calls ``connection.rollback()`` itself.
+        """
+
+    def committed(self, connection: Connection) -> Sequence[Answer_co | SkipbusError] | None:
+        """After a commit whose outcome is unknown: the answers if it happened, None if ``run`` is to be tried again."""
+
+
+class _Waiter(NamedTuple, Generic[Request, Answer]):
+    """A caller. ``deadline`` is monotonic time: nothing is committed for it later."""
+
+    request: Request
+    future: asyncio.Future[Answer]
+    deadline: float
+
+
+class GroupCommit(Generic[Request, Answer]):
+    """Gathers requests into batches and commits one batch after another."""
+
+    def __init__(
+        self,
+        name: str,
+        make_batch: Callable[[Sequence[Request]], Batch[Answer]],
+        engine: Engine,
+        limits: Limits,
+        observe: Callable[[int, float], None] = lambda _size, _seconds: None,
+    ) -> None:
+        """``observe`` is called after each batch with its size and its duration in seconds."""
+        self._limits = limits
+        self._observe = observe
+        self._waiting: deque[_Waiter[Request, Answer]] = deque()
+        self._committing = 0
+        self._closing = False
+        self._worker: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"store-{name}")
+        self._committer = _Committer(name, make_batch, engine)
+
+    def __len__(self) -> int:
+        """How many callers wait."""
+        return len(self._waiting) + self._committing
+
+    async def submit(self, request: Request) -> Answer:
+        """The answer to one request. Raises Overloaded at once, StoreUnavailable in time, or the batch's own error."""
+        if len(self._waiting) >= self._limits.max_queue:
+            raise Overloaded("too many requests wait for the key store; try again")
+        if self._closing:
+            raise _stopping()
+        timeout_seconds = self._limits.timeout_seconds
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiter(request, future, time.monotonic() + timeout_seconds))
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work(), name="group commit")
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return await future
+        except TimeoutError:
+            raise StoreUnavailable("the key store did not answer in time") from None
+
+    async def close(self) -> None:
+        """Finishes the batch that is committing; refuses all other callers."""
+        self._closing = True
+        while self._waiting:
+            _deliver(self._waiting.popleft().future, _stopping())
+        if self._worker is not None:
+            await self._worker
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._committer.disconnect)
+        self._thread.shutdown(wait=False)
+
+    async def _work(self) -> None:
+        try:
+            while batch := self._take_batch():
+                await self._commit(batch)
+        finally:
+            self._worker = None
+
+    def _take_batch(self) -> list[_Waiter[Request, Answer]]:
+        taken: list[_Waiter[Request, Answer]] = []
+        while self._waiting and len(taken) < self._limits.max_batch:
+            waiter = self._waiting.popleft()
+            if not waiter.future.done():  # its caller has left or its time is up
+                taken.append(waiter)
+        return taken
+
+    async def _commit(self, batch: Sequence[_Waiter[Request, Answer]]) -> None:
+        started, self._committing = time.monotonic(), len(batch)
+        requests = [waiter.request for waiter in batch]
+        loop = asyncio.get_running_loop()
+        answers = await loop.run_in_executor(self._thread, self._committer.commit, requests, batch[-1].deadline)
+        self._committing = 0
+        for waiter, answer in zip(batch, answers, strict=True):
+            _deliver(waiter.future, answer)
+        self._observe(len(batch), time.monotonic() - started)
+
+
+class _Committer(Generic[Request, Answer]):
+    """The part of a queue that runs in its thread, with the connection."""
+
+    def __init__(self, name: str, make_batch: Callable[[Sequence[Request]], Batch[Answer]], engine: Engine) -> None:
+        self._name = name
+        self._make_batch = make_batch
+        self._engine = engine
+        self._connection: Connection | None = None
+
+    def commit(self, requests: Sequence[Request], deadline: float) -> Sequence[Answer | Exception]:
+        """An answer or an error for each request."""
+        try:
+            return _Attempts(self, self._make_batch(requests), deadline).answers()
+        except StoreUnavailable as error:
+            return [error] * len(requests)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, it may be the fault of one request alone
+            if len(requests) == 1:
+                return [error]
+            _log.warning("batch failed", queue=self._name, requests=len(requests), reason=type(error).__name__)
+            return [self.commit([request], deadline)[0] for request in requests]
+
+    def connected(self) -> Connection:
+        """The connection, opened if there is none. Raises StoreUnavailable or StoreRefused."""
+        if self._connection is None:
+            with driver_errors():
+                self._connection = self._engine.connect()
+        return self._connection
+
+    def disconnect(self) -> None:
+        """Closes the connection, which ends its transaction."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):  # a broken connection may refuse to be closed politely
+                connection.invalidate()
+                connection.close()
+
+    def roll_back(self) -> None:
+        """Ends the transaction; the connection goes on if it can."""
+        try:
+            self.connected().rollback()
+        except Exception:  # noqa: BLE001 -- whatever is wrong with the connection, it is replaced
+            self.disconnect()
+
+
+class _Attempts(Generic[Answer]):
+    """One batch, tried until it is committed or its deadline has come."""
+
+    def __init__(self, committer: _Committer[Any, Answer], batch: Batch[Answer], deadline: float) -> None:
+        self._committer = committer
+        self._batch = batch
+        self._deadline = deadline
+        self._outcome_unknown = False
+
+    def answers(self) -> Sequence[Answer | SkipbusError]:
+        """Raises StoreUnavailable at the deadline, and what the batch raises."""
+        attempts = Retrying(
+            retry=retry_if_exception_type(StoreUnavailable),
+            stop=stop_before_delay(self._deadline - time.monotonic()),
+            wait=_RETRY_WAIT,
+            reraise=True,
+        )
+        return attempts(self._attempt)
+
+    def _attempt(self) -> Sequence[Answer | SkipbusError]:
+        connection = self._committer.connected()
+        self._check_deadline()
+        try:
+            with driver_errors():
+                return self._transaction(connection)
+        except StoreConflict:
+            self._committer.roll_back()
+            raise
+        except BaseException:
+            self._committer.disconnect()
+            raise
+
+    def _transaction(self, connection: Connection) -> Sequence[Answer | SkipbusError]:
+        if self._outcome_unknown:
+            answers = self._batch.committed(connection)
+            connection.rollback()
+            if answers is not None:
+                return answers
+        answers = self._batch.run(connection)
+        self._check_deadline()
+        self._commit(connection)
+        return answers
+
+    def _check_deadline(self) -> None:
+        """Raises StoreUnavailable where all callers have left: a key must not be given out in their names."""
+        if time.monotonic() >= self._deadline:
+            raise StoreUnavailable("the key store did not answer in time")
+
+    def _commit(self, connection: Connection) -> None:
+        try:
+            with driver_errors():
+                connection.commit()
+        except StoreConflict:
+            raise
+        except (StoreUnavailable, StoreRefused) as error:
+            self._outcome_unknown = True
+            raise CommitUnknown("the connection to the store broke during a commit") from error
+
+
+def _stopping() -> StoreUnavailable:
+    return StoreUnavailable("the key provider is stopping")
+
+
+def _deliver(future: asyncio.Future[Answer], answer: Answer | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+        # The caller may have left; nobody else would retrieve the exception then.
+        future.exception()
+    else:
+        future.set_result(answer)

@@ -1,0 +1,46 @@
+"""Key records: one row for each key that waits for its target, sealed to it.
+
+Rules: a keyId that exists is never overwritten. Records are looked up by ``key_records_key_id``, forced, because a
+server would scan a small table and wait for rows that other callers have locked. Transactions are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from sqlalchemy import Connection, bindparam, insert, literal, select
+
+from skipbus.shared.crypto.sealing import KeyRecord
+from skipbus.shared.store.listed import delete_listed
+from skipbus.shared.store.schema import KEY_RECORDS as K
+
+_INDEX = "key_records_key_id"
+_INSERT = insert(K)
+_CLAIM = (
+    select(*(K.c[name] for name in KeyRecord._fields))
+    .with_hint(K, f"FORCE INDEX ({_INDEX})")
+    .where(K.c.key_id.in_(bindparam("key_ids", expanding=True)))
+    .with_for_update()
+)
+_EXISTS = select(literal(1)).with_hint(K, f"FORCE INDEX ({_INDEX})").where(K.c.key_id == bindparam("key_id"))
+
+
+def insert_key_records(connection: Connection, records: Sequence[KeyRecord]) -> None:
+    """Inserts sealed keys. Fails as a whole where a keyId exists."""
+    connection.execute(_INSERT, [record._asdict() for record in records])
+
+
+def claim_key_records(connection: Connection, key_ids: Collection[bytes]) -> dict[bytes, KeyRecord]:
+    """The records with these keyIds, whoever they are for, locked. Index key_records_key_id."""
+    rows = connection.execute(_CLAIM, {"key_ids": list(key_ids)})
+    return {row.key_id: KeyRecord._make(row) for row in rows}
+
+
+def delete_key_records(connection: Connection, key_ids: Sequence[bytes]) -> int:
+    """Deletes the records with these keyIds; how many there were. Index key_records_key_id."""
+    return delete_listed(connection, K.name, _INDEX, "key_id", key_ids)
+
+
+def fetch_key_record_exists(connection: Connection, key_id: bytes) -> bool:
+    """Whether the record with this keyId is in the store. Index key_records_key_id."""
+    return connection.execute(_EXISTS, {"key_id": key_id}).first() is not None
