@@ -29,7 +29,6 @@ COPY shared shared
 COPY services services
 COPY skipctl skipctl
 COPY skipbus skipbus
-COPY skipbus_testkit skipbus_testkit
 RUN /opt/build/bin/python -c "from setuptools.build_meta import build_wheel; build_wheel('/dist')" \
  && python -m pip --python /opt/skipbus/bin/python install --no-index --no-deps /dist/*.whl
 # Byte code beforehand, since nobody can write it later; by hash, since times in images say nothing.

@@ -3,8 +3,8 @@
     with SkipPair() as pair:
         print(pair.alice.https_url, pair.alice.psk_identity)
 
-Beside it: a pytest plugin (``skipbus_testkit.plugin``) and ``skipbus-conformance``, which checks any SKIP key provider.
-What tests a pair needs testcontainers (``pip install skipbus[testkit]``); the conformance check needs nothing.
+It also has a pytest plugin (``skipbus_testkit.plugin``) and ``skipbus-conformance``, which checks any SKIP key
+provider. The distribution ``skipbus-testkit`` needs nothing of the server, which runs in its image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    # The container and the conformance check import this package without testcontainers.
+    # The plugin and the conformance check load this package and do not need testcontainers.
     from importlib import import_module  # noqa: PLC0415
 
     if name not in _HOMES:

@@ -1,7 +1,7 @@
 """Two key providers, their database and their broker in containers, for the time of a ``with`` block.
 
 Everything is made at the start and gone at the end, secrets included. Nothing waits for the servers, because skipbus
-starts in any order. One container is one whole key provider: its three processes, and a proxy in front.
+starts in any order. One container is one whole key provider with its three processes.
 
 Two networks: ``edge`` is where encryptors come from, and ``link`` has the database and the broker. ``cut_link`` takes
 Bob out of ``link``.
@@ -21,16 +21,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import trustme
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.docker_client import DockerClient
 from testcontainers.core.network import Network
+from trustme import KeyType
 
-from skipbus.ctl.cert import make_certificates
-from skipbus_testkit.key_provider import FILES, FOLDER
-from skipbus_testkit.provider import Credentials, KeyProvider
-from skipbus_testkit.proxy_control import CONTROL_PORT, TLS_PORT, TOKEN_VARIABLE
+from skipbus_testkit.container.key_provider import FILES, FOLDER
+from skipbus_testkit.provider import CONTROL_PORT, TLS_PORT, Credentials, KeyProvider
 
 Topology = Literal["shared-store"]
+_SCRIPTS = Path(__file__).parent / "container"
+_FIRST_PROCESS = "/tmp/key_provider.py"  # noqa: S108 -- in a container of its own
 _SERVED = ("rsa.pem", "rsa.key", "ecdsa.pem", "ecdsa.key", "ca.pem", "psk.txt")
 _READY_SECONDS = 90.0
 _POLL_SECONDS = 0.2
@@ -188,12 +190,14 @@ class SkipPair:
             "MYSQL_PASSWORD": self._password,
             "MYSQL_DATABASE": "skipbus",
             "RABBITMQ_URL": f"amqp://skipbus:{self._password}@broker/",
-            TOKEN_VARIABLE: self._token,
+            "SKIPBUS_TESTKIT_CONTROL_PORT": str(CONTROL_PORT),
+            "SKIPBUS_TESTKIT_TOKEN": self._token,
         }
         container = DockerContainer(self._image).with_network(self._edge).with_network_aliases(name)
         container.with_envs(**environ).with_exposed_ports(TLS_PORT, CONTROL_PORT)
-        container.with_command(["python", "-m", "skipbus_testkit.key_provider"])
-        return container.with_copy_into_container(_make_files(folder / name, name, self._hosts()), FILES, 0o444)
+        container.with_copy_into_container(_make_files(folder / name, name, self._hosts()), FILES, 0o444)
+        container.with_copy_into_container(_SCRIPTS / "key_provider.py", _FIRST_PROCESS, 0o444)
+        return container.with_command(["python", _FIRST_PROCESS])
 
     def _hosts(self) -> list[str]:
         """Where a published port may be reached: which of them it is depends on where the tester's process runs."""
@@ -237,12 +241,31 @@ class SkipPair:
 
 def _make_files(folder: Path, name: str, hosts: list[str]) -> bytes:
     """Certificates and a pre-shared key in ``folder``, and what the container needs of them as a tar."""
-    make_certificates(folder, f"skipbus testkit {name}", [name, *hosts], ["client"])
-    psk = folder / "psk.txt"
-    psk.touch(0o600)
-    psk.write_text(f"router-at-{name}:{secrets.token_hex(32)}\n")
+    folder.mkdir(mode=0o700)
+    _make_certificates(folder, name, hosts)
+    _write_private(folder / "psk.txt", f"router-at-{name}:{secrets.token_hex(32)}\n".encode())
     octets = io.BytesIO()
     with tarfile.open(fileobj=octets, mode="w") as archive:
         for file in _SERVED:
             archive.add(folder / file, file)
+        archive.add(_SCRIPTS / "api.py", "api.py")
     return octets.getvalue()
+
+
+def _make_certificates(folder: Path, name: str, hosts: list[str]) -> None:
+    """An authority, two certificates that it issued for the key provider, and one for its client."""
+    authority = trustme.CA(organization_name=f"skipbus testkit {name}", key_type=KeyType.RSA)
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    issued = {
+        "rsa": authority.issue_cert(name, *hosts, key_type=KeyType.RSA),
+        "ecdsa": authority.issue_cert(name, *hosts, key_type=KeyType.ECDSA),
+        "client": authority.issue_cert("client", common_name="client"),
+    }
+    for kind, certificate in issued.items():
+        certificate.cert_chain_pems[0].write_to_path(folder / f"{kind}.pem")
+        _write_private(folder / f"{kind}.key", certificate.private_key_pem.bytes())
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    path.touch(0o600)
+    path.write_bytes(content)

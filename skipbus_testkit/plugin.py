@@ -2,7 +2,7 @@
 
 ``skip_pair`` is healed before each test that uses it. What a pair is made with is the fixture ``skip_pair_options``,
 which a conftest.py may override, session-wide: ``return {"database": "mariadb:11.8", "key_ttl_seconds": 60}``.
-Installed with skipbus, pytest finds it by itself; nothing is imported or started before a test asks for a pair.
+pytest finds it once skipbus-testkit is installed. Nothing is imported or started before a test asks for a pair.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def skip_pair_options() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def _session_skip_pair(skip_pair_options: dict[str, Any]) -> Iterator[SkipPair]:
-    from skipbus_testkit.pair import SkipPair  # noqa: PLC0415 -- needs testcontainers
+    from skipbus_testkit.pair import SkipPair  # noqa: PLC0415 -- takes 0.3 s: only tests that need a pair pay for it
 
     with SkipPair(**skip_pair_options) as pair:
         yield pair

@@ -12,8 +12,9 @@ from typing import Any
 from testcontainers.core.container import DockerContainer
 
 from skipbus_testkit.client import Answer, Client, client_context
-from skipbus_testkit.proxy_control import CONTROL_PORT, TLS_PORT
 
+TLS_PORT = 8443
+CONTROL_PORT = 9080
 _ORDER_SECONDS = 10.0
 
 

@@ -1,7 +1,7 @@
-"""The first process of a testkit container: one whole key provider, and the proxy in front of it.
+"""The first process of a testkit container: one whole key provider, whose api also takes the tester's orders.
 
-It unpacks the files that were put in, makes the keyring, starts the three services and the proxy, and ends, with all of
-them, when one of them does. TLS is the proxy's, by the api's own code; the api keeps its plain port to this container.
+It unpacks the files that were copied in, makes the keyring, starts the three services, and ends all of them when one
+of them ends.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def main() -> int:
     os.umask(0o077)
     with tarfile.open(FILES) as archive:
         archive.extractall(FOLDER, filter="data")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("SKIP_TLS_")}
-    environ["SKIP_METRICS_PORT"] = "0"
+    # The three services are in one container here, so they cannot share one metrics port.
+    environ = os.environ | {"SKIP_METRICS_PORT": "0"}
     command = Path(sys.executable).with_name
     subprocess.run([command("skipctl"), "keyring", "init", "--if-missing"], env=environ, check=True)
-    proxy = [sys.executable, "-m", "skipbus_testkit.proxy"]
-    processes = [
-        *(subprocess.Popen([command("skipbus"), role], env=environ) for role in ("api", "syncer", "janitor")),
-        subprocess.Popen(proxy, env=os.environ | {"SKIP_METRICS_PORT": "0"}),
-    ]
+    commands = (
+        [sys.executable, f"{FOLDER}/api.py"],
+        [command("skip-syncer")],
+        [command("skip-janitor")],
+    )
+    processes = [subprocess.Popen(command, env=environ) for command in commands]
     try:
         return _await_first(processes)
     finally:
