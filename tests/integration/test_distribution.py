@@ -164,8 +164,7 @@ def test_skipbus_and_the_distributions_beside_it_all_work(server: Path) -> None:
 
 def test_what_the_installed_code_reads_from_files_came_with_it(server: Path) -> None:
     revision = "from skipbus.shared.store.migrate import HEAD_REVISION, is_known; print(is_known(HEAD_REVISION))"
-    assert run(server / "python", "-c", revision) == "True
-"
+    assert run(server / "python", "-c", revision) == "True\n"
     modes = "from skipbus.services.api.tls.self_check import find_psk_modes; print(find_psk_modes().fault)"
     assert run(server / "python", "-c", modes) == "None\n"
 
