@@ -1,4 +1,4 @@
-"""What exchanges, queues and routing keys of the bus are called. Pure; docs/wire.md shows the picture.
+"""What exchanges, queues and routing keys of the bus are called. Pure; docs/protocol.md shows the picture.
 
 A system id may hold characters that mean something in a routing key (``.``, ``#``, ``*``) or in a permission
 pattern, or that clients refuse in a queue's name, so everything but letters, digits, ``_`` and ``-`` is written

@@ -1,5 +1,5 @@
-"""What a broker is given at its start: one account for each syncer, with the rights of docs/wire.md and no others; and
-for a site, an account and an upstream for each other one.
+"""What a broker loads at its start: one account for each syncer, with the rights of docs/protocol.md and no others; for
+a site, one account and one upstream for each other site.
 
 RabbitMQ reads the file at every start, so that an account that is changed here is changed there. It holds salted
 hashes of the passwords, as RabbitMQ itself stores them; an upstream's password stands in its URI, because the broker

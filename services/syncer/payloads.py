@@ -1,4 +1,4 @@
-"""What stands in an envelope's payload, type by type. Pure; docs/wire.md is the same in prose.
+"""What stands in an envelope's payload, type by type. Pure; docs/protocol.md is the same in prose.
 
 A payload is looked into only after its signature has been verified. It is read strictly all the same: a peer
 with a fault in it must not get anything into the store that somebody else trips over.

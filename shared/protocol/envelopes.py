@@ -1,4 +1,4 @@
-"""Envelopes: one authentic, dated and numbered message between two KPs. Pure; the wire format is docs/wire.md.
+"""Envelopes: one authentic, dated and numbered message between two KPs. Pure; the wire format is docs/protocol.md.
 
 The bytes are MessagePack ``[protected, payload, proof]``, each a byte string. ``protected`` is
 ``[version, type, sender, target, number, date_ms]``; the proof covers both byte strings as they

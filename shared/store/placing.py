@@ -20,7 +20,7 @@ from skipbus.shared.store.packets import (
 )
 from skipbus.shared.store.steps import Statement, Steps, octets
 
-# Types of outbox rows that are no envelope types: the syncer makes key.issued envelopes of them (docs/wire.md).
+# Types of outbox rows that are no envelope types: the syncer makes key.issued envelopes of them (docs/protocol.md).
 KEY_PLACED = "key.placed"
 KEY_STOCKED = "key.stocked"
 
