@@ -100,7 +100,3 @@ class OperatorError(SkipbusError):
 
 class KeyringError(OperatorError):
     """The keyring is missing, damaged, readable by others or another KP's."""
-
-
-class TakesLong(Exception):
-    """What was to be done on the event loop takes longer than that may wait. Nobody's fault: it is for a thread."""

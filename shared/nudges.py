@@ -31,7 +31,6 @@ from skipbus.shared.bus_names import (
     routing_key,
 )
 from skipbus.shared.errors import BusUnavailable
-from skipbus.shared.hints import MAX_HINT_BYTES
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS
@@ -54,21 +53,19 @@ class NudgeKind(StrEnum):
     """What changed, and what the items of such a nudge are."""
 
     OUTBOX = "outbox"
-    """There are new outbox rows, or will be in a moment; an item says of one what it will be (``shared/hints.py``)."""
+    """There are new outbox rows. No items."""
     STORED = "stored"
     """Tokens of outbox rows that the peer has acknowledged."""
     REFUSED = "refused"
     """Tokens of outbox rows whose envelope the peer has refused."""
     ARRIVED = "arrived"
     """keyIds of records that a peer has placed here."""
-    UNREAD = "unread"
-    """Envelopes that a peer could not read; an item says of one whose peer it is, and its number (``pack_unread``)."""
     STOCK = "stock"
     """Stock was used, placed or dropped. No items."""
 
 
 OnNudge = Callable[[NudgeKind, Sequence[bytes]], None]
-FOR_SYNCER = frozenset({NudgeKind.OUTBOX, NudgeKind.UNREAD})
+FOR_SYNCER = frozenset({NudgeKind.OUTBOX})
 FOR_API = frozenset(NudgeKind) - FOR_SYNCER
 
 
@@ -161,24 +158,9 @@ def read_nudge(local_id: str, key: str, body: bytes) -> tuple[NudgeKind, list[by
         raise ValueError("nudge")
     kind = NudgeKind(key.removeprefix(prefix))
     items = encoding.unpack(body, max_items=MAX_ITEMS)
-    longest = MAX_HINT_BYTES if kind in FOR_SYNCER else MAX_ITEM_BYTES
-    if not isinstance(items, list) or not all(isinstance(i, bytes) and 0 < len(i) <= longest for i in items):
+    if not isinstance(items, list) or not all(isinstance(i, bytes) and 0 < len(i) <= MAX_ITEM_BYTES for i in items):
         raise ValueError("nudge")
     return kind, items
-
-
-def pack_unread(peer_id: str, number: int) -> bytes:
-    """An item of an ``UNREAD`` nudge."""
-    return encoding.pack([peer_id, number])
-
-
-def read_unread(item: bytes) -> tuple[str, int] | None:
-    """Whose peer's envelope an item tells of, and its number; None where it tells of none."""
-    try:
-        peer_id, number = encoding.unpack(item, max_items=2)
-    except (ValueError, TypeError):
-        return None
-    return (peer_id, number) if isinstance(peer_id, str) and type(number) is int else None
 
 
 class ProcessBus:

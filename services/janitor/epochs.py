@@ -17,7 +17,6 @@ from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch, check_pinned_id
 from skipbus.shared.errors import KeyringError
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
-from skipbus.shared.protocol.envelopes import VERSIONS
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.peers import (
     fetch_announcement_issued_ms,
@@ -116,7 +115,7 @@ class EpochKeeper:
             # Always newer than the one in the store, even when this host's clock was set back.
             issued_ms = max(now_ms, fetch_announcement_issued_ms(connection, local_id) + 1)
             public_key = self._keyring.identity.public_key
-            announcement = Announcement(local_id, public_key, issued_ms, ALGORITHM, epochs, VERSIONS)
+            announcement = Announcement(local_id, public_key, issued_ms, ALGORITHM, epochs)
             body = sign_announcement(announcement, self._keyring.identity)
             pinned = insert_pin(connection, local_id, local_id, announcement.public_key, now_ms)
             check_pinned_identity(self._keyring, pinned)

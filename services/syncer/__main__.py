@@ -10,7 +10,7 @@ import functools
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -24,7 +24,6 @@ from skipbus.services.syncer.inbox import Inbox
 from skipbus.services.syncer.intake import Intake
 from skipbus.services.syncer.key_effects import Aftermath
 from skipbus.services.syncer.leader import Leader
-from skipbus.services.syncer.new_rows import NewRows
 from skipbus.services.syncer.numbers import Numbers, Reservation
 from skipbus.services.syncer.outbox import Relay
 from skipbus.services.syncer.outgoing import Outgoing
@@ -42,10 +41,8 @@ from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import every, run_service
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
-from skipbus.shared.nudges import NudgeKind, read_unread
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.sessions import SessionBook, SessionMaker
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.peers import fetch_announcement
 from skipbus.shared.store.processes import upsert_process
@@ -75,23 +72,22 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     engine = make_engine(settings.mysql, pool_size=_CONNECTIONS, lean=True)
     remote_ids = RemoteSystemIds(settings.remote_system_ids, local_id)
     directory = PeerDirectory(engine, local_id, remote_ids, keyring.pins, settings.peers)
-    new_rows = NewRows()
-    sessions = SessionMaker(local_id, keyring.identity, directory.get)
-    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", functools.partial(_hear, new_rows, sessions))
+    wake_up = asyncio.Event()
+    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, _items: wake_up.set())
     numbers = Numbers()
     links = _https_links(settings, stop.is_set)
-    outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links, sessions)
+    outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
     hop = Hop()
     watch = PeerWatch(settings, engine, keyring, directory, hop)
     leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers), hop)
-    relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, new_rows, hop)
+    relay = Relay(settings, engine, leader, watch, outgoing, stop.is_set, wake_up)
     replies = Replies(outgoing, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
     effects = Effects(engine, local_id, {p.system_id for p in settings.bus_peers})
     refusals = Refusals(directory)
     complaints = Complaints(bus, effects, relay, refusals)
     outgoing.on_refusal = complaints.hear_answer
-    examiner = Examiner(local_id, directory, keyring.epoch_ids, SessionBook(keyring))
+    examiner = Examiner(local_id, directory, keyring.epoch_ids)
     refuser = Refuser(local_id, directory, refusals, replies, watch.clocks)
     inbox = Inbox(
         Intake(bus, settings.heartbeat_seconds), directory, examiner, effects, relay, replies, complaints, refuser
@@ -144,15 +140,6 @@ class SignsOfLife:
     def _write(self, detail: str) -> None:
         with driver_errors(), self._engine.begin() as connection:
             upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), detail)
-
-
-def _hear(new_rows: NewRows, sessions: SessionMaker, kind: NudgeKind, items: Sequence[bytes]) -> None:
-    """A nudge, on the event loop."""
-    if kind is NudgeKind.OUTBOX:
-        new_rows.hear(items)
-        return
-    for unread in filter(None, map(read_unread, items)):
-        sessions.note_unread(*unread)
 
 
 def _https_links(settings: Settings, stopping: Callable[[], bool]) -> dict[str, HttpsLink]:

@@ -20,12 +20,10 @@ from skipbus.shared.bus import Bus
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError
 from skipbus.shared.logs import get_logger
-from skipbus.shared.nudges import NudgeKind, pack_unread
+from skipbus.shared.nudges import NudgeKind
 
-# The same envelope with a new date, or a signature of its own, may be accepted.
-_PASSING = frozenset({"too_old", "from_future", "unknown_session"})
-# It may have been under a session key, which a receiver of an earlier release does not read either.
-_UNREAD = frozenset({"unknown_session", "unknown_version"})
+# The same envelope may be accepted when it is sent again with a new date.
+_PASSING = frozenset({"too_old", "from_future"})
 MAX_WAITING = 1_000
 
 _log = get_logger("complaints")
@@ -45,9 +43,6 @@ class Complaints:
         """One that is written down already."""
         metrics.REFUSED_BY_PEER.labels(metrics.bounded_reason(complaint.reason), peer_id).inc()
         self._refusals.note_complaint(peer_id, complaint)
-        if complaint.reason in _UNREAD:
-            # The syncer that has sent it may be another one.
-            self._bus.nudge(NudgeKind.UNREAD, [pack_unread(peer_id, complaint.number)])
         if complaint.reason not in _PASSING:
             self._relay.note_refused(peer_id, complaint.number)
 

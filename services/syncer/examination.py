@@ -1,10 +1,9 @@
-"""Decides whether an envelope may have an effect: sender, target, proof, date, payload.
+"""Decides whether an envelope may have an effect: sender, target, signature, date, payload.
 
 Blocks, and is for a thread.
 
-Nothing of an envelope is believed before its signature is verified against the sender's pin, or its authenticator
-against a session key that the pinned identity has signed, except the names that are needed to find that pin. Whether
-its number is new is decided with its effect (``effects``).
+Nothing of an envelope is believed before its signature is verified against the sender's pin, except the names that are
+needed to find that pin. Whether its number is new is decided with its effect (``effects``).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Payload, read_payload
+from skipbus.services.syncer.payloads import Capabilities, Payload, read_payload
 from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
 from skipbus.shared.bus_bodies import LeftOut
 from skipbus.shared.clock import now_ms
@@ -23,11 +22,9 @@ from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.envelopes import (
     MAX_ENVELOPE_BYTES,
-    SESSION_VERSION,
     Claim,
     EnvelopeType,
     Header,
-    Sessions,
     SignedEnvelope,
     check_envelope,
     read_claim,
@@ -47,12 +44,11 @@ _NOT_VERIFIED = frozenset(
         "unknown_sender",
         "wrong_target",
         "bad_signature",
-        "unknown_session",
         "identity_changed",
     }
 )
 # Its header is readable, though what it says is not proven: the sender can be told, and may do something about it.
-_UNREADABLE = frozenset({"unknown_version", "unknown_type", "unknown_session"})
+_UNREADABLE = frozenset({"unknown_version", "unknown_type"})
 
 _log = get_logger("examination")
 
@@ -97,11 +93,8 @@ class Examiner:
         local_id: str,
         directory: PeerDirectory,
         epochs_in_keyring: Callable[[], Collection[bytes]] = frozenset,
-        sessions: Sessions | None = None,
     ) -> None:
-        """Without ``sessions`` each envelope must have a signature of its own."""
         self._local_id = local_id
-        self._sessions = sessions
         self._directory = directory
         self._own_epochs = OwnEpochs(epochs_in_keyring)
         self._judge = PlacedKeysJudge(directory.is_bus_peer, self._own_epochs)
@@ -131,14 +124,12 @@ class Examiner:
         header = envelope.header
         pin, at_ms = self._find_pin(header.sender), now_ms()
         try:
-            check_envelope(envelope, self._local_id, pin, at_ms, self._sessions)
+            check_envelope(envelope, self._local_id, pin, at_ms)
         except EnvelopeRefused as error:
             if error.reason == "bad_signature":
                 self._blame_changed_identity(envelope)
             raise
         payload = read_payload(header.type, envelope.payload)
-        if envelope.version == SESSION_VERSION and not _is_waited_for(payload):
-            raise EnvelopeRefused("bad_signature", f"an envelope with this {header.type} has no signature of its own")
         announcement = None
         if isinstance(payload, PlacedKeys):
             self._note_own_epochs(at_ms)
@@ -187,7 +178,7 @@ class Examiner:
 
     def _is_signed_by(self, envelope: SignedEnvelope, public_key: bytes) -> bool:
         try:
-            check_envelope(envelope, self._local_id, public_key, now_ms(), self._sessions)
+            check_envelope(envelope, self._local_id, public_key, now_ms())
         except EnvelopeRefused:
             return False
         return True
@@ -208,11 +199,6 @@ class Examiner:
         except (EnvelopeRefused, SealBroken):
             return None
         return announcement.public_key if announcement.system_id == header.sender else None
-
-
-def _is_waited_for(payload: Payload) -> bool:
-    """Whether a session key may speak for it: an encryptor waits for it, and its sender sends it so."""
-    return isinstance(payload, Acknowledgement) or (isinstance(payload, PlacedKeys) and not payload.stock)
 
 
 def _refusal(error: EnvelopeRefused, header: Header | None, body: bytes) -> Refusal:

@@ -18,7 +18,7 @@ from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope
-from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store.placing import KEY_STOCKED
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 # A row's keys are sealed under two wrapping keys at most, where one ends within it.
@@ -80,20 +80,12 @@ class LetterMaker:
         _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)
         return None
 
-    def make_known(self, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> Letter | None:
-        """The same without a store; None also where a wrapping key is not known. Payloads may be anybody's."""
-        try:
-            return self._letter(_fetch_nothing, envelope, payloads)
-        except _MALFORMED:
-            return None
-
     def _letter(self, fetch: FetchWrappingKeys, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> Letter:
         kind = envelope_type(envelope.type)
         payload = self._payload(fetch, envelope.type, payloads)
         said = read_payload(kind, payload)
         expire_ms = keys_expire_ms(envelope.type, entries_of(said))
-        waited_for = envelope.type == KEY_PLACED
-        return Letter(kind, envelope.peer_id, payload, envelope.number, expire_ms, told_of(said), waited_for)
+        return Letter(kind, envelope.peer_id, payload, envelope.number, expire_ms, told_of(said))
 
     def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:
@@ -111,10 +103,6 @@ class LetterMaker:
             self._known = found if is_full else self._known | found
         # One that is gone has expired, and so have the keys under it: such rows are malformed by now.
         return [self._known[wrapping_key_id] for wrapping_key_id in wanted if wrapping_key_id in self._known]
-
-
-def _fetch_nothing(_wrapping_key_ids: Collection[bytes]) -> Iterable[SealedWrappingKey]:
-    raise ValueError("a wrapping key is not known")
 
 
 def entries_of(payload: Payload) -> Sequence[list[Any]]:

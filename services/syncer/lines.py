@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,15 +21,13 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError
 from skipbus.shared.liveness import PeerStatus
 from skipbus.shared.logs import get_logger
-from skipbus.shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
-from skipbus.shared.store.placing import KEY_PLACED
+from skipbus.shared.store.messages import OutboxEnvelope
 
 CHUNK = 32
 # Chunks of one peer that are being sent at the same time.
 IN_FLIGHT = 4
 # Envelopes of one peer whose content is kept in memory until it is sent; that of others is read again.
 MAX_HELD_LETTERS = 16
-MAX_HELD_ROWS = 4
 # Envelopes of one peer that are sent again in one round: one that acknowledges nothing must not keep this KP signing.
 MAX_DUE = 256
 _NOT_SENT = frozenset({Outcome.LOST, Outcome.HELD_UP})
@@ -41,8 +39,7 @@ _log = get_logger("outbox")
 class Waiting:
     """An envelope that is not acknowledged. ``letter`` is there when it was just made, ``seen_at`` is monotonic.
 
-    ``read`` says that its content was read once, and ``keys_expire_ms`` is the letter's, known since then. ``rows`` are
-    those that this syncer made it of, where they are few.
+    ``read`` says that its content was read once, and ``keys_expire_ms`` is the letter's, known since then.
     """
 
     envelope: OutboxEnvelope
@@ -56,7 +53,6 @@ class Waiting:
     malformed: bool = False
     read: bool = False
     keys_expire_ms: int | None = None
-    rows: tuple[EnvelopeRow, ...] = ()
 
     def __post_init__(self) -> None:
         self.attempts, self.sent_ms = self.envelope.attempts, self.envelope.sent_ms
@@ -66,11 +62,6 @@ class Waiting:
         self.letter, self.malformed = letter, letter is None
         if letter is not None:
             self.note_read(letter)
-
-    def note_rows(self, entries: Sequence[OutboxEntry]) -> None:
-        """It is made of these; that is remembered of few, and where somebody waits for the acknowledgement."""
-        if self.envelope.type == KEY_PLACED and len(entries) <= MAX_HELD_ROWS:
-            self.rows = tuple(EnvelopeRow(row.id, row.type, row.items, row.token) for row in entries)
 
     def note_read(self, letter: Letter) -> None:
         """This is its content."""

@@ -26,12 +26,6 @@ REFUSED_BY_PEER = Counter(
     ["reason", "peer"],
     registry=REGISTRY,
 )
-HINTS = Counter(
-    "skipbus_outbox_hints",
-    "Keys on demand that the api told of while it committed them, by whether that led to them (found, missed).",
-    ["outcome"],
-    registry=REGISTRY,
-)
 OUTBOX = Gauge("skipbus_outbox_envelopes", "Envelopes that wait for their acknowledgement.", registry=REGISTRY)
 ELECTED = Gauge("skipbus_syncer_elected", "1 where this syncer relays and sends heartbeats.", registry=REGISTRY)
 BUS_UP = Gauge("skipbus_bus_up", "1 while the broker is connected.", registry=REGISTRY)
@@ -47,7 +41,6 @@ REASONS = frozenset(
         "unknown_sender",
         "wrong_target",
         "bad_signature",
-        "unknown_session",
         "identity_changed",
         "too_old",
         "from_future",

@@ -16,36 +16,29 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import groupby
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.abandoned import withdraw_abandoned
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.letters import LetterMaker, gather
 from skipbus.services.syncer.lines import Line, Sending, Waiting
-from skipbus.services.syncer.new_rows import NewRows
 from skipbus.services.syncer.outgoing import Letter, Outgoing
 from skipbus.services.syncer.row_types import counter_when_numbered
 from skipbus.services.syncer.watch import PeerWatch
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
-from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
-from skipbus.shared.hints import AHEAD_SECONDS, Hint
-from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import next_beat
 from skipbus.shared.logs import get_logger
-from skipbus.shared.store import messages, relaying
+from skipbus.shared.store import messages
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.loop_steps import LoopSteps
-from skipbus.shared.store.messages import EnvelopeRow, OutboxEntry, OutboxEnvelope
+from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope
 from skipbus.shared.store.placing import KEY_PLACED
-from skipbus.shared.store.relaying import Numbered
-from skipbus.shared.store.steps import Steps, StepsRunner
 from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 
 MAX_ROWS = 500
@@ -61,10 +54,6 @@ POINTLESS_AFTER_MS = 2 * MAX_CLOCK_SKEW_MS
 MAX_UNREAD = 16
 # Envelopes whose rows are deleted in one transaction.
 MAX_DROPPED = 32
-# What takes longer is bulk that nobody waits for.
-MAX_SIGNED_AHEAD_BYTES = 64 * 1024
-
-_InThread = Callable[[Callable[[], tuple[list[Waiting], bool]]], Awaitable[tuple[list[Waiting], bool]]]
 
 _log = get_logger("outbox")
 
@@ -80,15 +69,10 @@ class Relay:
         watch: PeerWatch,
         outgoing: Outgoing,
         stopping: Callable[[], bool],
-        new_rows: NewRows,
-        hop: Hop,
+        wake_up: asyncio.Event,
     ) -> None:
-        """``new_rows`` hears whoever knows of some."""
+        """``wake_up`` is set by whoever knows of new rows."""
         self._engine = engine
-        # Of the thread that numbers.
-        self._runner = StepsRunner(settings.mysql)
-        # Of the event loop, for what was told of.
-        self._at_once = LoopSteps(settings.mysql)
         self._local_id = settings.local_system_id
         self._leader = leader
         self._watch = watch
@@ -100,9 +84,7 @@ class Relay:
         self._sending = Sending(self._open_letters, watch.status, outgoing, stopping)
         self._letters = LetterMaker()
         self._malformed: set[tuple[str, int]] = set()
-        self._new_rows = new_rows
-        self._wake = new_rows.event
-        self._hop = hop
+        self._wake_up = wake_up
         self._term = 0
         self._read_at = 0.0
         self._tick_at = 0.0
@@ -110,19 +92,13 @@ class Relay:
 
     def wake(self) -> None:
         """There are new rows in the outbox."""
-        self._new_rows.hear(())
+        self._wake_up.set()
 
     def forget(self, peer_id: str, numbers: Collection[int]) -> None:
         """The peer has acknowledged these envelopes, and their rows are gone."""
         line = self._lines.get(peer_id)
         if line is not None:
             line.forget(numbers)
-
-    def rows_of(self, peer_id: str, number: int) -> Sequence[EnvelopeRow]:
-        """The rows of an envelope as they were numbered; none where that is not known. For any thread."""
-        line = self._lines.get(peer_id)
-        waiting = line.waiting.get(number) if line is not None else None
-        return waiting.rows if waiting is not None else ()
 
     def note_refused(self, peer_id: str, number: int) -> None:
         """The peer does not take this envelope: it is left alone for a while."""
@@ -140,8 +116,6 @@ class Relay:
                     await self._pause()
         finally:
             waking.cancel()
-            self._runner.close()
-            self._at_once.close()
 
     async def _quietly(self) -> None:
         """One round, without a word on a store that is away: the watch tells of that, once for all."""
@@ -157,17 +131,16 @@ class Relay:
 
     async def _wake_at(self, stop: asyncio.Event) -> None:
         await stop.wait()
-        self._wake.set()
+        self._wake_up.set()
 
     async def _pause(self) -> None:
         """Until there are new rows, or the next tick."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(self._tick_at):
-                await self._wake.wait()
+                await self._wake_up.wait()
 
     async def _round(self) -> None:
-        self._wake.clear()
-        news = self._new_rows.take()
+        self._wake_up.clear()
         now = asyncio.get_running_loop().time()
         due = now >= self._tick_at
         if due:
@@ -175,12 +148,7 @@ class Relay:
         if not self._leader.elected:
             return
         await self._take_over()
-        told = news.hint is not None and await self._number_told(news.hint)
-        if news.early and (news.others or not told):
-            await asyncio.sleep(AHEAD_SECONDS)
-        if due or news.others or (news.early and not told):
-            # At a beat nobody has said that there is anything: it goes with what others ask then.
-            await self._number_all(self._hop.run if due else asyncio.to_thread)
+        await self._number_all()
         if due:
             await self._tick()
 
@@ -212,23 +180,11 @@ class Relay:
         with driver_errors(), self._engine.connect() as connection:
             return messages.fetch_envelopes(connection, self._local_id)
 
-    async def _number_all(self, in_thread: _InThread) -> None:
+    async def _number_all(self) -> None:
         more = True
         while more and not self._stopping():
-            numbered, more = await in_thread(self._number)
+            numbered, more = await asyncio.to_thread(self._number)
             self._queue(numbered)
-
-    async def _number_told(self, hint: Hint) -> bool:
-        """Whether the row that was told of is in an envelope now. Raises nothing: others are looked for after this."""
-        try:
-            waiting = await self._number_at_once(hint)
-        except BackendError as error:
-            _log.debug("left to the ordinary way", what="outbox", reason=str(error))
-            return False
-        if waiting is None:
-            return False
-        self._queue([waiting])
-        return True
 
     def _queue(self, numbered: Sequence[Waiting]) -> None:
         for waiting in numbered:
@@ -256,66 +212,26 @@ class Relay:
             line = self._lines[peer_id] = Line(peer_id)
         return line
 
-    async def _number_at_once(self, hint: Hint) -> Waiting | None:
-        """Makes an envelope of the row, if it is there and is as it was said to be; None otherwise."""
-        envelope = OutboxEnvelope(hint.peer_id, self._numbers.next(), KEY_PLACED, 1, 0, None)
-        letter = self._letters.make_known(envelope, [hint.payload]) if self._outgoing.is_open(hint.peer_id) else None
-        if letter is None:
-            return None
-        waiting = Waiting(envelope)
-        waiting.put(letter)
-
-        def sign() -> None:
-            waiting.letter = self._outgoing.quickly_signed(letter)
-
-        row_id = await self._at_once.run(relaying.commit_told(self._local_id, hint, envelope.number, sign))
-        if row_id is None:
-            metrics.HINTS.labels("missed").inc()
-            self._new_rows.note_missed()
-            return None
-        waiting.rows = (EnvelopeRow(row_id, KEY_PLACED, 1, hint.token),)
-        metrics.HINTS.labels("found").inc()
-        self._new_rows.note_found(hint.token)
-        return waiting
-
     def _number(self) -> tuple[list[Waiting], bool]:
         """Makes envelopes of the oldest rows; the envelopes, and whether there may be more rows."""
-        return self._runner.run(self._numbering())
+        with driver_errors(), self._engine.begin() as connection:
+            rows = messages.claim_unsent_rows(connection, self._local_id, MAX_ROWS)
+            groups = gather(rows)
+            numbered = [self._number_group(connection, group) for group in groups]
+        return numbered, sum(map(len, groups)) < len(rows) or len(rows) == MAX_ROWS
 
-    def _numbering(self) -> Steps[tuple[list[Waiting], bool]]:
-        rows = yield from relaying.claim_unnumbered(self._local_id, MAX_ROWS)
-        groups = gather(rows)
-        numbered = list[Waiting]()
-        for group in groups:
-            waiting = yield from self._number_group(group)
-            numbered.append(waiting)
-        envelopes = [_numbered(one, group) for one, group in zip(numbered, groups, strict=True)]
-        sign = functools.partial(self._sign_ahead, numbered)
-        yield from relaying.commit_numbered(self._local_id, envelopes, sign)
-        self._new_rows.note_numbered(row.token for group in groups for row in group)
-        taken = sum(map(len, groups))
-        return numbered, taken < len(rows) or len(rows) == MAX_ROWS
-
-    def _sign_ahead(self, numbered: Sequence[Waiting]) -> None:
-        """One envelope alone is signed while its number is committed; of several the first would wait for the last."""
-        letter = numbered[0].letter if len(numbered) == 1 else None
-        if letter and len(letter.payload) <= MAX_SIGNED_AHEAD_BYTES and self._outgoing.is_open(letter.target):
-            numbered[0].letter = self._outgoing.signed(letter)
-
-    def _number_group(self, group: list[OutboxEntry]) -> Steps[Waiting]:
+    def _number_group(self, connection: Connection, group: list[OutboxEntry]) -> Waiting:
+        row_ids = [row.id for row in group]
         items = sum(row.items for row in group)
         envelope = OutboxEnvelope(group[0].peer_id, self._numbers.next(), group[0].type, items, 0, None)
+        payloads = messages.fetch_row_payloads(connection, row_ids)
         waiting = Waiting(envelope)
-        payloads = [row.payload for row in group if row.payload is not None]
-        if len(payloads) < len(group):
-            payloads = yield from relaying.fetch_claimed_payloads([row.id for row in group])
-        waiting.put(self._letters.make(self._fetch_wrapping_keys, envelope, payloads))
-        waiting.note_rows(group)
+        waiting.put(self._letters.make(functools.partial(fetch_sealed_wrapping_keys, connection), envelope, payloads))
+        messages.update_numbered(connection, row_ids, envelope.number)
+        counter = counter_when_numbered(envelope.type)
+        if counter and items:
+            messages.add_to_counters(connection, self._local_id, envelope.peer_id, {counter: items})
         return waiting
-
-    def _fetch_wrapping_keys(self, wrapping_key_ids: Collection[bytes]) -> list[SealedWrappingKey]:
-        with driver_errors(), self._engine.connect() as connection:
-            return fetch_sealed_wrapping_keys(connection, wrapping_key_ids)
 
     def _note_malformed(self, numbered: Iterable[Waiting]) -> None:
         """They stay in the store for an operator to look at, and are not looked at here again."""
@@ -384,10 +300,3 @@ class Relay:
     def _delete(self, peer_id: str, numbers: Collection[int]) -> None:
         with driver_errors(), self._engine.begin() as connection:
             messages.delete_acknowledged(connection, self._local_id, peer_id, numbers)
-
-
-def _numbered(waiting: Waiting, group: Sequence[OutboxEntry]) -> Numbered:
-    envelope = waiting.envelope
-    counter = counter_when_numbered(envelope.type)
-    counts = {} if counter is None else {counter: envelope.items}
-    return Numbered(envelope.peer_id, envelope.number, [row.id for row in group], counts)

@@ -1,10 +1,6 @@
 """Signs envelopes and hands them to the broker, or to the peer itself where that has an endpoint.
 
-Signing (one to two milliseconds each) is done in a thread, many at a time. What somebody waits for goes under a session
-key, where its receiver reads that (``shared/sessions.py``): then to sign it is to make an authenticator, which is done
-anywhere. Where one envelope alone is to go as soon as a transaction is committed, it is signed while the store commits
-(``signed`` in a thread that waits for that, ``quickly_signed`` on the event loop). Being signed is not being sent: an
-envelope whose transaction fails is dropped and nobody ever sees it.
+Signing takes one to two milliseconds each and is done in a thread, many at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -26,7 +22,6 @@ from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import BusUnavailable
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
-from skipbus.shared.sessions import SessionMaker
 
 if TYPE_CHECKING:
     from skipbus.services.syncer.https_link import HttpsLink
@@ -64,10 +59,6 @@ class Letter:
     number: int | None = None
     keys_expire_ms: int | None = None
     told: tuple[int, tuple[str, ...]] = (0, ())
-    waited_for: bool = False
-    """An encryptor waits for it."""
-    signed: bytes | None = field(default=None, compare=False, repr=False)
-    """The envelope, where it was signed ahead."""
 
 
 OnRefusal = Callable[[Letter, Answer], None]
@@ -83,15 +74,13 @@ class Outgoing:
         local_id: str,
         numbers: Numbers,
         links: Mapping[str, HttpsLink] | None = None,
-        sessions: SessionMaker | None = None,
     ) -> None:
-        """``links`` are the ways to peers not reached by the bus. Without ``sessions`` each envelope is signed."""
+        """``links`` are the ways to peers not reached by the bus."""
         self._bus = bus
         self._identity = identity
         self._local_id = local_id
         self.numbers = numbers
         self._links = links or {}
-        self._sessions = sessions
         self.on_refusal: OnRefusal = lambda _letter, _answer: None
 
     def has_link(self, peer_id: str) -> bool:
@@ -114,48 +103,19 @@ class Outgoing:
         """Dates, signs and sends; what became of each. Raises nothing for a broker or a peer that is away."""
         if not any(self.is_reachable(letter.target) for letter in letters):
             return [Outcome.LOST] * len(letters)
-        envelopes = await self._signed(letters)
-        if len(letters) == 1:
-            # Not by way of a task: somebody may be waiting.
-            outcomes = [await self._send(letters[0], envelopes[0])]
-        else:
-            outcomes = await asyncio.gather(*map(self._send, letters, envelopes))
+        envelopes = await asyncio.to_thread(self._sign_all, letters)
+        outcomes = await asyncio.gather(*map(self._send, letters, envelopes))
         for letter, outcome in zip(letters, outcomes, strict=True):
             metrics.SENT.labels(letter.type.value, outcome.value).inc()
         return outcomes
-
-    def signed(self, letter: Letter) -> Letter:
-        """The same letter, signed. For any thread; may take the time of a signature."""
-        return replace(letter, signed=self._sign(letter))
-
-    def quickly_signed(self, letter: Letter) -> Letter:
-        """The same letter under a session key, as it was where that is not at hand. For the event loop."""
-        return replace(letter, signed=self._in_session(letter, self._header(letter), make=False))
-
-    async def _signed(self, letters: Sequence[Letter]) -> list[bytes]:
-        ahead = [letter.signed for letter in letters if letter.signed]
-        if len(ahead) == len(letters):
-            return ahead
-        return await asyncio.to_thread(self._sign_all, letters)
 
     def _sign_all(self, letters: Sequence[Letter]) -> list[bytes]:
         return [self._sign(letter) for letter in letters]
 
     def _sign(self, letter: Letter) -> bytes:
-        if letter.signed is not None:
-            return letter.signed
-        header = self._header(letter)
-        return self._in_session(letter, header) or sign_envelope(header, letter.payload, self._identity)
-
-    def _header(self, letter: Letter) -> Header:
         number = self.numbers.next() if letter.number is None else letter.number
-        return Header(letter.type, self._local_id, letter.target, number, now_ms())
-
-    def _in_session(self, letter: Letter, header: Header, *, make: bool = True) -> bytes | None:
-        # By HTTPS nothing is so urgent, and what cannot be read there is told in another way.
-        if not letter.waited_for or self._sessions is None or self.has_link(letter.target):
-            return None
-        return self._sessions.envelope(header, letter.payload, make=make)
+        header = Header(letter.type, self._local_id, letter.target, number, now_ms())
+        return sign_envelope(header, letter.payload, self._identity)
 
     async def _send(self, letter: Letter, envelope: bytes) -> Outcome:
         link = self._links.get(letter.target)

@@ -15,7 +15,7 @@ from skipbus.services.syncer.placed_keys import PlacedKeys, read_placed_keys
 from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import MAX_ANNOUNCEMENT_BYTES
-from skipbus.shared.protocol.envelopes import VERSIONS, EnvelopeType
+from skipbus.shared.protocol.envelopes import VERSION, EnvelopeType
 
 MAX_EVENTS = 50_000
 MAX_ACKNOWLEDGED = 1_000
@@ -129,7 +129,7 @@ def pack_capabilities(announcement: bytes | None, *, request: bool) -> bytes:
 def pack_complaint(number: int, reason: str, explanation: str) -> bytes:
     """Tells a sender that its envelope is refused."""
     told = printable(explanation)[:MAX_EXPLANATION]
-    return encoding.pack({"number": number, "reason": reason, "explanation": told, "versions": list(VERSIONS)})
+    return encoding.pack({"number": number, "reason": reason, "explanation": told, "versions": [VERSION]})
 
 
 def printable(text: str) -> str:

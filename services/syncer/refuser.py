@@ -47,9 +47,6 @@ class Refuser:
         if refusal.reason == "bad_signature" and self._directory.is_bus_peer(header.sender):
             # Its announcement, if it answers, shows with which identity it signs: operators must be told both.
             self._replies.ask(header.sender)
-        if refusal.reason == "unknown_session" and self._directory.pin(header.sender) is not None:
-            # It seems not to know which epochs there are here.
-            self._replies.tell(header.sender)
 
     def _tell_sender(self, refusal: Refusal) -> None:
         header, claim = refusal.header, refusal.claim

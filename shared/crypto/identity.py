@@ -17,7 +17,6 @@ PUBLIC_KEY_BYTES = 2592
 CONTEXT_ANNOUNCEMENT = b"skipbus announcement 1"
 CONTEXT_WRAPPING_KEY = b"skipbus wrapping key 1"
 CONTEXT_ENVELOPE = b"skipbus envelope 1"
-CONTEXT_SESSION_KEY = b"skipbus session key 1"
 
 
 class Identity:

@@ -20,7 +20,6 @@ from skipbus.shared.protocol.system_ids import validate_system_id
 T = TypeVar("T")
 VERSION = 1
 MAX_ANNOUNCEMENT_BYTES = 1024 * 1024
-_MAX_VERSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,6 @@ class Announcement:
     issued_ms: int
     algorithm: str
     epochs: tuple[PublicEpoch, ...]
-    envelope_versions: tuple[int, ...] = (1,)
-    """Which envelopes all of its syncers read."""
 
 
 def sign_announcement(announcement: Announcement, identity: Identity) -> bytes:
@@ -49,7 +46,6 @@ def sign_announcement(announcement: Announcement, identity: Identity) -> bytes:
                 [e.epoch_id, e.span.starts_ms, e.span.ends_ms, e.span.destroy_ms, e.public_key]
                 for e in announcement.epochs
             ],
-            "envelope_versions": list(announcement.envelope_versions),
         }
     )
     return encoding.pack([body, identity.sign(body, CONTEXT_ANNOUNCEMENT)])
@@ -90,15 +86,7 @@ def _from_fields(fields: dict[str, object]) -> Announcement:
         _time_ms(fields["issued_ms"]),
         _typed(fields["algorithm"], str),
         tuple(_epoch(entry) for entry in epochs),
-        # Earlier releases do not say it.
-        tuple(_versions(fields.get("envelope_versions", [1]))),
     )
-
-
-def _versions(value: object) -> list[int]:
-    if not isinstance(value, list) or len(value) > _MAX_VERSIONS or not all(type(one) is int for one in value):
-        raise TypeError("envelope_versions")
-    return value
 
 
 def _epoch(entry: list[object]) -> PublicEpoch:

@@ -1,29 +1,23 @@
 """Envelopes: one authentic, dated and numbered message between two KPs. Pure; the wire format is docs/protocol.md.
 
-The bytes are MessagePack ``[protected, payload, proof]``, each a byte string. ``protected`` is
-``[version, type, sender, target, number, date_ms]``; the proof covers both byte strings as they
-stand, so nothing is ever packed again in order to be verified. In version 1 it is the sender's signature; in version 2
-an authenticator, with the session key that the sender has signed once (``shared/sessions.py``). A receiver reads the
-protected part, finds the sender's pinned identity, verifies, and only then looks into the payload.
+The bytes are MessagePack ``[protected, payload, signature]``, each a byte string. ``protected`` is
+``[version, type, sender, target, number, date_ms]``; the sender's signature covers both byte strings as they
+stand, so nothing is ever packed again in order to be verified. A receiver reads the protected part, finds the
+sender's pinned identity, verifies, and only then looks into the payload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity, verify
-from skipbus.shared.errors import EnvelopeRefused, SealBroken, TakesLong
+from skipbus.shared.errors import EnvelopeRefused, SealBroken
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.system_ids import validate_system_id
 
 VERSION = 1
-SESSION_VERSION = 2
-# What this release reads.
-VERSIONS = (VERSION, SESSION_VERSION)
 MAX_ENVELOPE_BYTES = 4 * 1024 * 1024
 MAX_AGE_MS = 3_600_000
 _MAX_NUMBER = 2**63
@@ -57,41 +51,16 @@ class Header:
 class SignedEnvelope:
     """An envelope as it came: the header is read, nothing is verified yet."""
 
-    version: int
     header: Header
     protected: bytes
     payload: bytes
-    proof: bytes
-
-    def signed_bytes(self) -> bytes:
-        """What the proof covers."""
-        return _signed_bytes(self.protected, self.payload)
-
-
-class Sessions(Protocol):
-    """Knows session keys; ``skipbus.shared.sessions.SessionBook`` does."""
-
-    def check(self, envelope: SignedEnvelope, sender_public_key: bytes, now_ms: int, *, quickly: bool = False) -> None:
-        """Returns where the envelope is authenticated by a session key of that identity's. Raises EnvelopeRefused.
-
-        With ``quickly`` a session key that was not opened before raises TakesLong.
-        """
+    signature: bytes
 
 
 def sign_envelope(header: Header, payload: bytes, identity: Identity) -> bytes:
-    """The envelope's bytes, ready for the bus, with a signature of its own."""
-    protected = _protected(VERSION, header)
+    """The envelope's bytes, ready to be sent."""
+    protected = encoding.pack([VERSION, header.type.value, header.sender, header.target, header.number, header.date_ms])
     return encoding.pack([protected, payload, identity.sign(_signed_bytes(protected, payload), CONTEXT_ENVELOPE)])
-
-
-def session_envelope(header: Header, payload: bytes, mac: Callable[[bytes], bytes], session: bytes) -> bytes:
-    """The same under a session key: ``mac`` makes its authenticator, ``session`` is the key, sealed and signed."""
-    protected = _protected(SESSION_VERSION, header)
-    return encoding.pack([protected, payload, encoding.pack([mac(_signed_bytes(protected, payload)), session])])
-
-
-def _protected(version: int, header: Header) -> bytes:
-    return encoding.pack([version, header.type.value, header.sender, header.target, header.number, header.date_ms])
 
 
 def read_envelope(data: bytes) -> SignedEnvelope:
@@ -102,16 +71,16 @@ def read_envelope(data: bytes) -> SignedEnvelope:
     if len(data) > MAX_ENVELOPE_BYTES:
         raise EnvelopeRefused("too_large", f"an envelope has {len(data)} bytes, more than {MAX_ENVELOPE_BYTES}")
     try:
-        protected, payload, proof = encoding.unpack(data, max_items=3)
-        version, header = _read_header(protected)
+        protected, payload, signature = encoding.unpack(data, max_items=3)
+        header = _read_header(protected)
     except (ValueError, TypeError) as error:
         raise EnvelopeRefused("malformed", "an envelope is malformed") from error
-    if not (isinstance(payload, bytes) and isinstance(proof, bytes)):
+    if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
         raise EnvelopeRefused("malformed", "an envelope is malformed")
-    return SignedEnvelope(version, header, protected, payload, proof)
+    return SignedEnvelope(header, protected, payload, signature)
 
 
-def _read_header(protected: object) -> tuple[int, Header]:
+def _read_header(protected: object) -> Header:
     if not isinstance(protected, bytes):
         raise TypeError("protected")
     fields = encoding.unpack(protected, max_items=16)
@@ -121,9 +90,8 @@ def _read_header(protected: object) -> tuple[int, Header]:
     # Only a number is ever repeated in a sentence: whatever else stands here may be deep, or as large as the envelope.
     if type(version) is not int:
         raise TypeError("version")
-    if version not in VERSIONS:
-        readable = " and ".join(map(str, VERSIONS))
-        raise EnvelopeRefused("unknown_version", f"an envelope has version {version}; this release reads {readable}")
+    if version != VERSION:
+        raise EnvelopeRefused("unknown_version", f"an envelope has version {version}; this release reads {VERSION}")
     _, kind, sender, target, number, date_ms = fields
     if type(number) is not int or type(date_ms) is not int or not 0 <= number < _MAX_NUMBER:
         raise TypeError("number or date")
@@ -133,7 +101,7 @@ def _read_header(protected: object) -> tuple[int, Header]:
         known_type = EnvelopeType(kind)
     except ValueError as error:
         raise EnvelopeRefused("unknown_type", f"an envelope has the unknown type {kind[:32]!r}") from error
-    return version, Header(known_type, validate_system_id(sender), validate_system_id(target), number, date_ms)
+    return Header(known_type, validate_system_id(sender), validate_system_id(target), number, date_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,25 +129,16 @@ def read_claim(data: bytes) -> Claim | None:
         return None
 
 
-def check_envelope(
-    envelope: SignedEnvelope,
-    local_id: str,
-    sender_public_key: bytes,
-    now_ms: int,
-    sessions: Sessions | None = None,
-    *,
-    quickly: bool = False,
-) -> None:
-    """Returns when the envelope is for ``local_id``, fresh, and authentic: its sender's pinned identity stands for it.
+def check_envelope(envelope: SignedEnvelope, local_id: str, sender_public_key: bytes, now_ms: int) -> None:
+    """Returns when the envelope is for ``local_id``, fresh, and signed by its sender's pinned identity.
 
-    Raises EnvelopeRefused: wrong_target, bad_signature, unknown_session, malformed, too_old, from_future. That the
-    number is new is checked by the inbox, in the transaction that has the envelope's effect. Without ``sessions``
-    an envelope must have a signature of its own. With ``quickly`` whatever needs a signature verified raises TakesLong.
+    Raises EnvelopeRefused: wrong_target, bad_signature, too_old, from_future. Whether the number is new is checked
+    with the inbox, in the transaction that applies the envelope.
     """
     header = envelope.header
     if header.target != local_id:
         raise EnvelopeRefused("wrong_target", f"an envelope from {header.sender} is for {header.target}")
-    _check_proof(envelope, sender_public_key, now_ms, sessions, quickly=quickly)
+    _check_signature(envelope, sender_public_key)
     if header.date_ms < now_ms - MAX_AGE_MS:
         age_seconds = (now_ms - header.date_ms) // 1000
         raise EnvelopeRefused("too_old", f"an envelope from {header.sender} is {age_seconds} s old")
@@ -191,18 +150,10 @@ def check_envelope(
         )
 
 
-def _check_proof(
-    envelope: SignedEnvelope, public_key: bytes, now_ms: int, sessions: Sessions | None, *, quickly: bool
-) -> None:
-    if envelope.version == SESSION_VERSION:
-        if sessions is None:
-            raise EnvelopeRefused("bad_signature", "an envelope has no signature of its own, which is needed here")
-        sessions.check(envelope, public_key, now_ms, quickly=quickly)
-        return
-    if quickly:
-        raise TakesLong
+def _check_signature(envelope: SignedEnvelope, public_key: bytes) -> None:
     try:
-        verify(public_key, envelope.proof, envelope.signed_bytes(), CONTEXT_ENVELOPE)
+        signed = _signed_bytes(envelope.protected, envelope.payload)
+        verify(public_key, envelope.signature, signed, CONTEXT_ENVELOPE)
     except SealBroken as error:
         raise EnvelopeRefused("bad_signature", f"an envelope is not signed by {envelope.header.sender}") from error
 

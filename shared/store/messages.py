@@ -31,21 +31,18 @@ from skipbus.shared.store.schema import PEERS as P
 
 # A peer that is away for longer than this misses what was to be told; its keys have expired long since.
 OUTBOX_LIFETIME_MS = 24 * 3_600_000
-SHORT_PAYLOAD_BYTES = 8 * 1024
 INBOX_LIFETIME_MS = OUTBOX_LIFETIME_MS + MAX_AGE_MS + 2 * MAX_CLOCK_SKEW_MS
 
 
 @dataclass(frozen=True)
 class OutboxEntry:
-    """An outbox row that is in no envelope yet; ``payload`` is None where it is long and stays in the store."""
+    """An outbox row that is in no envelope yet; its payload stays in the store until the row is put into one."""
 
     id: int
     peer_id: str
     type: str
     items: int
     payload_bytes: int
-    payload: bytes | None = None
-    token: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,38 @@ def insert_outbox(
 
 
 # --- outbox: numbered, sent and acknowledged by the syncer
+
+
+_UNSENT_ROWS = (
+    select(O.c.id, O.c.peer_id, O.c.type, O.c["items"], func.length(O.c.payload))
+    .with_hint(O, "FORCE INDEX (outbox_unsent)")
+    .where(O.c.local_id == bindparam("local_id"), O.c.envelope_no.is_(None), O.c.sent_ms.is_(None))
+    .order_by(O.c.id)
+    .limit(bindparam("most"))
+    .with_for_update(skip_locked=True)
+)
+
+
+def claim_unsent_rows(connection: Connection, local_id: str, limit: int) -> list[OutboxEntry]:
+    """The oldest rows that are in no envelope, locked until the transaction ends. Index outbox_unsent.
+
+    Rows that another transaction has locked are skipped: a writer that has not committed yet delays nobody.
+    """
+    rows = connection.execute(_UNSENT_ROWS, {"local_id": local_id, "most": limit})
+    return [OutboxEntry(*row) for row in rows]
+
+
+_NUMBER_ROWS = (
+    update(O)
+    .with_hint("FORCE INDEX (PRIMARY)")
+    .where(O.c.id.in_(bindparam("row_ids", expanding=True)))
+    .values(envelope_no=bindparam("number"))
+)
+
+
+def update_numbered(connection: Connection, row_ids: Sequence[int], number: int) -> None:
+    """Makes one envelope of rows that ``claim_unsent_rows`` has locked. Primary key."""
+    connection.execute(_NUMBER_ROWS, {"row_ids": row_ids, "number": number})
 
 
 def fetch_envelopes(connection: Connection, local_id: str) -> list[OutboxEnvelope]:

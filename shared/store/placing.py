@@ -7,7 +7,7 @@ or a small table would be scanned and rows of others locked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.store.literals import hex_list, hexes, name
@@ -25,17 +25,13 @@ KEY_PLACED = "key.placed"
 KEY_STOCKED = "key.stocked"
 
 
-def commit_placing(
-    wrapping_keys: Sequence[SealedWrappingKey],
-    rows: Sequence[OutboxRow],
-    meanwhile: Callable[[], None] | None = None,
-) -> Steps[None]:
+def commit_placing(wrapping_keys: Sequence[SealedWrappingKey], rows: Sequence[OutboxRow]) -> Steps[None]:
     """Inserts the wrapping keys that are new and the rows with sealed keys, and commits.
 
-    ``meanwhile`` as in ``commit``. Raises CommitUnknown or StoreRefused; after any of them the connection must go.
+    Raises CommitUnknown or StoreRefused; after any of them the connection must go.
     """
     first = [insert_wrapping_keys(wrapping_keys)] if wrapping_keys else []
-    return commit([*first, insert_outbox_rows(rows)], meanwhile)
+    return commit([*first, insert_outbox_rows(rows)])
 
 
 def fetch_waiting_tokens(tokens: Collection[bytes]) -> Steps[set[bytes]]:

@@ -36,7 +36,6 @@ from skipbus.services.api.links.refill import StockMaker
 from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, StockRequest
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import NotPlaced, Overloaded, PeerNotReady, SkipbusError, StoreUnavailable
-from skipbus.shared.hints import AHEAD_SECONDS, Hint, pack_hint
 from skipbus.shared.protocol import encoding
 from skipbus.shared.store.steps import run_steps
 from tests.integration.cutting_proxy import Cut, CuttingProxy
@@ -153,39 +152,6 @@ async def test_keys_whose_commit_was_interrupted_are_placed_once(ends: Ends, pro
     assert sorted(answer.issued.key_id for answer in answers) == sorted(i.hex() for i in ends.told("key.placed"))
     rows = ends.store.rows("SELECT token, items FROM outbox")
     assert {(answer.placement.token, len(answer.placement.keys)) for answer in answers} == set(rows)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_row_with_one_key_is_told_of_while_it_is_committed_and_is_what_it_was_said_to_be(
-    ends: Ends, count: int
-) -> None:
-    heard: list[Hint] = []
-
-    def tell(hint: Hint) -> bool:
-        heard.append(hint)
-        return True
-
-    batch = PlaceBatch(ends.alice.sealer, TTL_SECONDS, requests(count), tell)
-    with ends.store.connect() as connection:
-        placed = [expect(answer, PlacedKey) for answer in run_steps(connection, batch.run())]
-    rows = ends.store.rows("SELECT peer_id, token, payload FROM outbox")
-    if count > 1:
-        # They wait together, and are looked for.
-        assert heard == []
-        assert not placed[0].placement.is_told()
-        return
-    assert [tuple(hint) for hint in heard] == rows
-    assert pack_hint(heard[0]) is not None
-    assert placed[0].placement.told is not None
-
-
-def test_who_was_told_long_before_the_commit_is_told_again() -> None:
-    placement = Placement(b"t" * 16, BOB, time.monotonic())
-    assert not placement.is_told()
-    placement.told = time.monotonic()
-    assert placement.is_told()
-    placement.told -= 2 * AHEAD_SECONDS
-    assert not placement.is_told()
 
 
 def test_several_peers_of_one_batch_have_a_row_and_a_token_each(ends: Ends) -> None:

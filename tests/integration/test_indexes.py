@@ -19,7 +19,6 @@ from sqlalchemy import Connection, event
 
 from sandbox.servers import Database, MariaDbServer
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
-from skipbus.shared.hints import Hint
 from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store import (
     expiry,
@@ -33,7 +32,6 @@ from skipbus.shared.store import (
     placing,
     processes,
     received,
-    relaying,
     stock,
     stock_kept,
     wrapping_keys,
@@ -48,7 +46,7 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(expiry, glances, keys, messages, peers, placing, processes, received, relaying, stock, stock_kept),
+    *(expiry, glances, keys, messages, peers, placing, processes, received, stock, stock_kept),
     *(key_records, outbox, wrapping_keys),
 )
 
@@ -77,6 +75,8 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_expired_held": lambda c: expiry.delete_expired_held(c, KP, NOW_MS, 100),
     "delete_expired_withdrawn": lambda c: expiry.delete_expired_withdrawn(c, KP, NOW_MS, 100),
     "insert_outbox": lambda c: messages.insert_outbox(c, KP, PEER, "key.issued", b"\x90", 0, NOW_MS),
+    "claim_unsent_rows": lambda c: messages.claim_unsent_rows(c, KP, 500),
+    "update_numbered": lambda c: messages.update_numbered(c, [5, 6], 77),
     "fetch_envelopes": lambda c: messages.fetch_envelopes(c, KP),
     "fetch_payloads": lambda c: messages.fetch_payloads(c, KP, PEER, 7),
     "fetch_waiting": lambda c: messages.fetch_waiting(c, KP, PEER),
@@ -167,12 +167,6 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_stocked": lambda c: run_steps(
         c, stock.commit_stocked([RECORD], [WRAPPING_KEY], ROW._replace(token=b"p" * 16))
     ),
-    "claim_unnumbered": lambda c: run_steps(c, relaying.claim_unnumbered(KP, 500)),
-    "fetch_claimed_payloads": lambda c: run_steps(c, relaying.fetch_claimed_payloads([5, 6])),
-    "commit_numbered": lambda c: run_steps(
-        c, relaying.commit_numbered(KP, [relaying.Numbered(PEER, 77, [5, 6], {"issued": 1})])
-    ),
-    "commit_told": lambda c: run_steps(c, relaying.commit_told(KP, Hint(PEER, b"t" * 16, b"p"), 77)),
     "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
     "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
     "look_at_stock": lambda c: glances.look_at_stock(c, KP, [PEER, "KP_19"], NOW_MS),

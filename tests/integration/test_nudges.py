@@ -14,8 +14,7 @@ from sandbox.servers import RabbitMqServer
 from skipbus.shared.bus import Bus, Delivery
 from skipbus.shared.bus_names import NUDGES, nudge_routing_key
 from skipbus.shared.errors import BusUnavailable
-from skipbus.shared.hints import MAX_HINT_BYTES
-from skipbus.shared.nudges import FOR_SYNCER, MAX_NUDGE_BYTES, NudgeKind, ProcessBus
+from skipbus.shared.nudges import FOR_SYNCER, MAX_ITEM_BYTES, MAX_NUDGE_BYTES, NudgeKind, ProcessBus
 from skipbus.shared.protocol import encoding
 from skipbus.shared.secret import Secret
 
@@ -78,23 +77,23 @@ async def test_what_is_told_without_a_word_more_is_not_lost_beside_what_others_s
     async with api_and_syncer(rabbitmq, "KP Nudge.3") as (here, ear):
         for _ in range(2):
             here.nudge(NudgeKind.OUTBOX)
-            here.nudge(NudgeKind.OUTBOX, [b"hint"])
+            here.nudge(NudgeKind.OUTBOX, [b"first"])
             await ear.wait(2)
-            assert ear.heard == [(NudgeKind.OUTBOX, [b"hint"]), (NudgeKind.OUTBOX, [])]
+            assert ear.heard == [(NudgeKind.OUTBOX, [b"first"]), (NudgeKind.OUTBOX, [])]
             ear.heard.clear()
-        here.nudge(NudgeKind.OUTBOX, [b"hint"])
+        here.nudge(NudgeKind.OUTBOX, [b"first"])
         here.nudge(NudgeKind.OUTBOX, [b"last"])
-        assert await ear.wait(1) == [(NudgeKind.OUTBOX, [b"hint", b"last"])]
+        assert await ear.wait(1) == [(NudgeKind.OUTBOX, [b"first", b"last"])]
 
 
 async def test_long_items_are_told_in_as_many_nudges_as_they_take(rabbitmq: RabbitMqServer) -> None:
     async with api_and_syncer(rabbitmq, "KP Nudge.4") as (here, ear):
-        items = [n.to_bytes(MAX_HINT_BYTES) for n in range(1, 601)]
+        items = [n.to_bytes(MAX_ITEM_BYTES) for n in range(1, 601)]
         here.nudge(NudgeKind.OUTBOX, items)
         while sum(len(heard) for _, heard in ear.heard) < len(items):
             await ear.wait(len(ear.heard) + 1)
         assert [one for _, heard in ear.heard for one in heard] == items
-        assert len(ear.heard) > MAX_HINT_BYTES * len(items) / MAX_NUDGE_BYTES
+        assert len(ear.heard) > MAX_ITEM_BYTES * len(items) / MAX_NUDGE_BYTES
 
 
 async def test_a_nudge_takes_milliseconds(rabbitmq: RabbitMqServer) -> None:

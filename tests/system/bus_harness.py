@@ -47,21 +47,11 @@ from skipbus.shared.crypto.sealing import make_wrapping_key
 from skipbus.shared.peers_config import identity_line
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, read_announcement, sign_announcement
-from skipbus.shared.protocol.envelopes import (
-    VERSION,
-    EnvelopeType,
-    Header,
-    SignedEnvelope,
-    read_envelope,
-    session_envelope,
-    sign_envelope,
-)
-from skipbus.shared.sessions import SessionKey
+from skipbus.shared.protocol.envelopes import EnvelopeType, Header, SignedEnvelope, read_envelope, sign_envelope
 from tests.system.harness import ALICE, BOB, Key, Lab, Place, rows
 from tests.waiting import wait_for
 
 T = TypeVar("T")
-Session = tuple[SessionKey, bytes]
 KEY_TTL_MS = 3_600_000
 HEALED_SECONDS = 30.0
 # Stock is counted once a second.
@@ -85,13 +75,12 @@ class Voice:
         """How it stands in the configuration of a key provider; without stock unless that is said."""
         return BusPeer(self.id, identity_line(self.identity.public_key), stock, endpoint)
 
-    def announcement(self, versions: tuple[int, ...] = (VERSION,)) -> bytes:
-        """Its own; ``versions`` are the envelopes that it says it reads."""
+    def announcement(self) -> bytes:
         at_ms = now_ms()
         span = EpochSpan(at_ms - 60_000, at_ms + KEY_TTL_MS, at_ms + 2 * KEY_TTL_MS)
         epoch = PublicEpoch(self.epoch_id, span, self.epoch_key.public_bytes())
         return sign_announcement(
-            Announcement(self.id, self.identity.public_key, at_ms, "test", (epoch,), versions), self.identity
+            Announcement(self.id, self.identity.public_key, at_ms, "test", (epoch,)), self.identity
         )
 
     def says(
@@ -110,18 +99,8 @@ class Voice:
         header = Header(kind, sender_id or self.id, target_id, fresh if number is None else number, now_ms() - age_ms)
         return sign_envelope(header, payload, signer or self.identity)
 
-    def says_in_session(
-        self, session: Session, target_id: str, kind: EnvelopeType, payload: bytes, *, sender_id: str | None = None
-    ) -> bytes:
-        """The same under a session key, whoever's it is."""
-        number = now_ms() * 1000 + secrets.randbelow(1000)
-        key, sealed = session
-        return session_envelope(
-            Header(kind, sender_id or self.id, target_id, number, now_ms()), payload, key.mac, sealed
-        )
-
-    def announces(self, target_id: str, versions: tuple[int, ...] = (VERSION,)) -> bytes:
-        body = self.announcement(versions)
+    def announces(self, target_id: str) -> bytes:
+        body = self.announcement()
         return self.says(target_id, EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False))
 
     def beats(self, target_id: str) -> bytes:

@@ -186,6 +186,16 @@ def test_an_injected_acknowledgement_produces_no_answer(scene: Scene) -> None:
     )
 
 
+def test_a_recorded_acknowledgement_with_another_number_produces_no_answer(scene: Scene) -> None:
+    with scene.admin.diverting(scene.alice_id) as tap, asking(scene) as (asked, _):
+        recorded = tap.wait(EnvelopeType.KEY_STORED, scene.bob_id)
+        tap.deliver(recorded)
+        assert asked.result(20).status == 200
+    scene.remember(asked.result())
+    protected, _, signature = encoding.unpack(recorded)
+    assert_no_answer(scene, lambda number: encoding.pack([protected, encoding.pack({"numbers": [number]}), signature]))
+
+
 def test_an_injected_nudge_produces_no_answer(scene: Scene) -> None:
     """He knows every token, and tells KP_Alice's api over the nudges' exchange that they were stored."""
     with scene.admin.diverting(scene.bob_id) as tap, asking(scene) as (asked, _):

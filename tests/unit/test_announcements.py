@@ -53,7 +53,7 @@ def test_what_was_signed_is_what_is_read() -> None:
 
 
 def test_an_announcement_without_epochs_is_read() -> None:
-    bare = replace(ANNOUNCEMENT, epochs=(), envelope_versions=(1, 2))
+    bare = replace(ANNOUNCEMENT, epochs=())
     assert read_announcement(sign_announcement(bare, IDENTITY)) == bare
 
 
@@ -128,9 +128,6 @@ def test_an_unknown_version_is_refused_by_its_number(version: object) -> None:
         {"epochs": [epoch_entry(starts=2)]},
         {"epochs": [epoch_entry(destroy=1)]},
         {"epochs": [epoch_entry(ends="2")]},
-        {"envelope_versions": 2},
-        {"envelope_versions": [1, True]},
-        {"envelope_versions": [1] * 17},
     ],
     ids=lambda changes: str(changes)[:40],
 )
@@ -140,15 +137,10 @@ def test_a_malformed_field_is_refused_even_when_it_is_signed(changes: dict[str, 
 
 
 def test_a_missing_field_is_refused() -> None:
-    for name in FIELDS.keys() - {"envelope_versions"}:
+    for name in FIELDS:
         body = encoding.pack({key: value for key, value in FIELDS.items() if key != name})
         with pytest.raises(SealBroken, match="malformed"):
             read_announcement(signed(body))
-
-
-def test_an_announcement_of_an_earlier_release_says_that_envelopes_of_version_1_are_read() -> None:
-    body = encoding.pack({key: value for key, value in FIELDS.items() if key != "envelope_versions"})
-    assert read_announcement(signed(body)).envelope_versions == (1,)
 
 
 def test_an_announcement_without_end_is_refused_before_it_is_read() -> None:

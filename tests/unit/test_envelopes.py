@@ -18,15 +18,11 @@ from hypothesis import strategies as st
 
 from skipbus.services.syncer.payloads import read_payload
 from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
-from skipbus.shared.crypto.epochs import EpochSpan
-from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity
-from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
 from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import (
     MAX_ENVELOPE_BYTES,
-    SESSION_VERSION,
     Claim,
     EnvelopeType,
     Header,
@@ -34,10 +30,8 @@ from skipbus.shared.protocol.envelopes import (
     check_envelope,
     read_claim,
     read_envelope,
-    session_envelope,
     sign_envelope,
 )
-from skipbus.shared.sessions import SessionBook
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "envelopes").glob("*.json"))
 IDENTITY = Identity.generate()
@@ -51,12 +45,11 @@ def load(path: Path) -> dict[str, Any]:
     return vector
 
 
-def receive(vector: dict[str, Any], folder: Path) -> SignedEnvelope:
-    """What a receiver does with the bytes, in its order; ``folder`` is for its keyring."""
+def receive(vector: dict[str, Any]) -> SignedEnvelope:
+    """What a receiver does with the bytes, in its order."""
     envelope = read_envelope(bytes.fromhex(vector["envelope"]))
     sender_public_key = bytes.fromhex(vector["sender_public_key"])
-    sessions = SessionBook(keyring_of(vector, folder)) if "session_epochs" in vector else None
-    check_envelope(envelope, vector["local_id"], sender_public_key, vector["now_ms"], sessions)
+    check_envelope(envelope, vector["local_id"], sender_public_key, vector["now_ms"])
     payload = read_payload(envelope.header.type, envelope.payload)
     if isinstance(payload, PlacedKeys):
         epochs = OwnEpochs(frozenset)
@@ -64,16 +57,6 @@ def receive(vector: dict[str, Any], folder: Path) -> SignedEnvelope:
         judge = PlacedKeysJudge(lambda _: vector["link"] == "bus", epochs)
         judge.check(envelope.header, payload, sender_public_key, vector["now_ms"])
     return envelope
-
-
-def keyring_of(vector: dict[str, Any], folder: Path) -> Keyring:
-    """The receiver's, with the private halves that the vector has."""
-    keyring = Keyring.create(folder / "keyring", vector["local_id"])
-    for epoch_id, destroy_ms, private_key in vector["session_epochs"]:
-        span = EpochSpan(destroy_ms - 2, destroy_ms - 1, destroy_ms)
-        key = HybridPrivateKey.from_bytes(bytes.fromhex(private_key))
-        keyring.write_epoch(PrivateEpoch(bytes.fromhex(epoch_id), span, key))
-    return keyring
 
 
 def in_hex(value: object) -> object:
@@ -88,14 +71,14 @@ def in_hex(value: object) -> object:
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
-def test_a_vector_is_read_as_it_says(path: Path, tmp_path: Path) -> None:
+def test_a_vector_is_read_as_it_says(path: Path) -> None:
     vector = load(path)
     if vector["expect"] != "accepted":
         with pytest.raises(EnvelopeRefused) as caught:
-            receive(vector, tmp_path)
+            receive(vector)
         assert caught.value.reason == vector["expect"]
         return
-    envelope = receive(vector, tmp_path)
+    envelope = receive(vector)
     assert asdict(envelope.header) == vector["header"]
     assert in_hex(encoding.unpack(envelope.payload)) == vector["payload"]
 
@@ -110,10 +93,7 @@ def test_the_signed_part_of_an_envelope_is_made_as_the_vectors_have_it() -> None
         vector = load(path)
         if vector["expect"] == "accepted":
             pinned = read_envelope(bytes.fromhex(vector["envelope"]))
-            if pinned.version == SESSION_VERSION:
-                made = read_envelope(session_envelope(pinned.header, pinned.payload, lambda _: b"", b""))
-            else:
-                made = read_envelope(sign_envelope(pinned.header, pinned.payload, IDENTITY))
+            made = read_envelope(sign_envelope(pinned.header, pinned.payload, IDENTITY))
             assert (made.protected, made.payload) == (pinned.protected, pinned.payload)
 
 

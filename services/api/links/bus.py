@@ -26,7 +26,6 @@ from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, Stock
 from skipbus.shared.config import Settings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import Overloaded, PeerNotReady
-from skipbus.shared.hints import Hint, pack_hint
 from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import every
 from skipbus.shared.nudges import NudgeKind, ProcessBus
@@ -61,7 +60,7 @@ class BusLinks:
         self._sealers = [Sealer(local_id, keyring.identity, directory) for _ in range(2)]
         # Of the stock lane alone.
         self._opener = StockOpener(keyring, directory)
-        self._lanes = _make_lanes(settings, self._sealers[0], self._opener, self._tell_ahead)
+        self._lanes = _make_lanes(settings, self._sealers[0], self._opener)
         self._settler = Settler(self._lanes.settle, settings.sync_timeout_seconds, settings.max_queue)
         self._arrivals = Arrivals(settings.retrieve_wait_seconds)
         maker = StockMaker(settings.mysql, local_id, settings.key_ttl_seconds, self._sealers[1])
@@ -148,22 +147,13 @@ class BusLinks:
     async def _place(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
         self._settler.check_room()
         placed = await self._lanes.place.submit(IssueRequest(target_id, size_bits, correlation_id))
-        if not placed.placement.is_told():
-            self._tell_outbox()
+        self._tell_outbox()
         await self._settler.settle(placed.placement)
         metrics.count_issued(target_id, "on_demand")
         return placed.issued
 
     def _tell_outbox(self) -> None:
         self.bus.nudge(NudgeKind.OUTBOX)
-
-    def _tell_ahead(self, hint: Hint) -> bool:
-        """While its row is committed: the syncer may get ready. Whether it was told."""
-        item = pack_hint(hint)
-        if item is None:
-            return False
-        self.bus.nudge(NudgeKind.OUTBOX, [item])
-        return True
 
     def _on_nudge(self, kind: NudgeKind, items: Sequence[bytes]) -> None:
         match kind:
@@ -201,16 +191,11 @@ def not_usable_over_bus(target_id: str, *, identity_changed: bool) -> PeerNotRea
     )
 
 
-def _make_lanes(settings: Settings, sealer: Sealer, opener: StockOpener, tell_ahead: Callable[[Hint], bool]) -> _Lanes:
+def _make_lanes(settings: Settings, sealer: Sealer, opener: StockOpener) -> _Lanes:
     local_id, ttl_seconds = settings.local_system_id, settings.key_ttl_seconds
     max_batch = min(settings.max_batch, MAX_BATCH)
     return _Lanes(
-        place=make_lane(
-            settings,
-            "place",
-            functools.partial(PlaceBatch, sealer, ttl_seconds, tell=tell_ahead),
-            max_batch=max_batch,
-        ),
+        place=make_lane(settings, "place", functools.partial(PlaceBatch, sealer, ttl_seconds), max_batch=max_batch),
         stock=make_lane(
             settings, "stock", functools.partial(StockClaimBatch, opener, ttl_seconds), max_batch=max_batch
         ),

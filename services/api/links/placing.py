@@ -15,17 +15,15 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from typing import Protocol
 
 from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer, no_entropy
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, WrappingKey
 from skipbus.shared.errors import SkipbusError
-from skipbus.shared.hints import AHEAD_SECONDS, TOKEN_BYTES, Hint
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.keys import new_key_id
@@ -42,6 +40,7 @@ from skipbus.shared.store.steps import Steps
 
 # Records in one row; an envelope takes 2,000.
 MAX_BATCH = 500
+_TOKEN_BYTES = 16
 # Of the sync timeout. The syncer withdraws what nobody has settled after three of them.
 LATE_AFTER_TIMEOUTS = 2
 
@@ -58,25 +57,19 @@ class Outcome(Enum):
 class Placement:
     """The keys of one ``key.placed`` row: the row's token, and what a withdrawal says of the keys.
 
-    ``told`` is the monotonic time at which the syncer was told of it ahead of the commit. ``outcome`` is there once it
-    is settled, ``refused`` where the peer is said to have refused it.
+    ``outcome`` is there once it is settled, ``refused`` where the peer is said to have refused it.
     """
 
     token: bytes
     peer_id: str
     begun: float
     keys: list[tuple[bytes, int, str]] = field(default_factory=list)
-    told: float | None = None
     outcome: Outcome | None = None
     refused: bool = False
 
     def is_late(self, sync_timeout_seconds: float) -> bool:
         """Whether the syncer may be about to withdraw the row, so that its absence no longer means "placed"."""
         return time.monotonic() - self.begun > LATE_AFTER_TIMEOUTS * sync_timeout_seconds
-
-    def is_told(self) -> bool:
-        """Once it is committed: whether the syncer finds it without being told again (``skipbus.shared.hints``)."""
-        return self.told is not None and time.monotonic() - self.told <= AHEAD_SECONDS
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -106,18 +99,10 @@ class _Row:
 class PlaceBatch:
     """One transaction that sends several keys on their way."""
 
-    def __init__(
-        self,
-        sealer: Sealer,
-        key_ttl_seconds: int,
-        requests: Sequence[IssueRequest],
-        tell: Callable[[Hint], bool] = lambda _hint: False,
-    ) -> None:
-        """``tell`` is called with a row alone while it is committed, and says whether the syncer was told of it."""
+    def __init__(self, sealer: Sealer, key_ttl_seconds: int, requests: Sequence[IssueRequest]) -> None:
         self._sealer = sealer
         self._ttl_ms = key_ttl_seconds * 1000
         self._requests = requests
-        self._tell = tell
         # Each run's tokens and answers: an interrupted commit may land late, when the next run is on its way.
         self._runs: list[tuple[set[bytes], list[PlacedKey | SkipbusError]]] = []
 
@@ -132,8 +117,7 @@ class PlaceBatch:
         self._runs.append(({row.placement.token for row in rows.values()}, answers))
         unstored = [row.current.unstored for row in rows.values() if row.current.unstored]
         outbox_rows = [self._outbox_row(row, at_ms) for row in rows.values()]
-        tell = partial(self._tell_ahead, rows, outbox_rows) if len(self._requests) == 1 else None
-        yield from commit_placing(unstored, outbox_rows, tell)
+        yield from commit_placing(unstored, outbox_rows)
         for row in rows.values():
             row.current.unstored = None
         return answers
@@ -162,17 +146,11 @@ class PlaceBatch:
         row.placement.keys.append((key_id, expires_ms, request.correlation_id))
         return PlacedKey(IssuedKey(key_id.hex(), key.hex()), row.placement)
 
-    def _tell_ahead(self, rows: Mapping[str, _Row], outbox_rows: Sequence[OutboxRow]) -> None:
-        for outbox_row in outbox_rows:
-            placement = rows[outbox_row.peer_id].placement
-            if self._tell(Hint(placement.peer_id, placement.token, outbox_row.payload)):
-                placement.told = time.monotonic()
-
     def _new_row(self, peer_id: str, at_ms: int, used: Mapping[str, _WrappingKeyInUse]) -> _Row:
         # Asking the sealer raises for all but a peer that has become usable since.
         current = used.get(peer_id) or self._sealer.wrapping_key_for(peer_id, at_ms)
         # The clock starts before the commit: what matters is that it starts no later than the syncer's.
-        placement = Placement(secrets.token_bytes(TOKEN_BYTES), peer_id, time.monotonic())
+        placement = Placement(secrets.token_bytes(_TOKEN_BYTES), peer_id, time.monotonic())
         return _Row(current, placement)
 
     def _outbox_row(self, row: _Row, at_ms: int) -> OutboxRow:
