@@ -23,13 +23,13 @@ from aio_pika.abc import AbstractConnection, AbstractExchange, AbstractIncomingM
 
 from sandbox.servers import Database
 from sandbox.sites import Sites
-from skipbus.shared.bus_names import ENVELOPES
+from skipbus.shared.broker.names import ENVELOPES
 
 # An envelope with one key: a sealed and signed wrapping key (6.4 kB), a record, the envelope's own signature (4.6 kB).
 _ENVELOPE_BYTES = 11_200
 _ACKNOWLEDGEMENT_BYTES = 4_800
 _ROW_BYTES = 250
-_NUDGES = "bench.nudges"
+_NOTIFICATIONS = "bench.notifications"
 _TABLE = "bench_link"
 _RECEIVE_SECONDS = 10.0
 # The brokers tell each other what is bound a moment after it was.
@@ -152,7 +152,7 @@ async def _transient(connection: AbstractConnection, key: str) -> _Way:
     """From a process to another one at the same site."""
     arrivals: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
     channel = await connection.channel(publisher_confirms=False)
-    exchange = await channel.declare_exchange(_NUDGES, aio_pika.ExchangeType.TOPIC, auto_delete=True)
+    exchange = await channel.declare_exchange(_NOTIFICATIONS, aio_pika.ExchangeType.TOPIC, auto_delete=True)
     queue = await channel.declare_queue(exclusive=True, auto_delete=True)
     await queue.bind(exchange, key)
     await queue.consume(arrivals.put, no_ack=True)

@@ -15,7 +15,7 @@ import aio_pika
 from sandbox.key_provider import BusPeer
 from sandbox.processes import SandboxError
 from skipbus.services.syncer.payloads import pack_capabilities, pack_heartbeat
-from skipbus.shared.bus_names import ENVELOPES, live_routing_key, routing_key
+from skipbus.shared.broker.names import ENVELOPES, live_routing_key, routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey

@@ -378,6 +378,8 @@ class RabbitMqServer(Server):
             f"default_user = {self.user}\n"
             f"default_pass = {self.password}\n"
             "disk_free_limit.absolute = 20MB\n"
+            # As in every shipped configuration.
+            "max_message_size = 4259840\n"
             # Quorum queues reserve their write-ahead log's full size on disk.
             "raft.wal_max_size_bytes = 33554432\n" + self._write_definitions(),
         )

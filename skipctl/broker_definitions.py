@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from skipbus.ctl.shipped import read_shipped
-from skipbus.shared.bus_names import encode_id
+from skipbus.shared.broker.names import encode_id
 
 # Where a site's broker finds its files; Compose mounts them there.
 BROKER_FILES = "/run/skipbus"
@@ -59,7 +59,7 @@ def own_names(system_id: str) -> str:
     """The pattern of what a syncer may configure, write and read."""
     # encode_id leaves only characters that mean nothing in a pattern.
     own = re.escape(encode_id(system_id))
-    return rf"^skipbus\.(envelopes|dead|nudges|(kp|live|dead)\.{own}|nudges\.{own}\..*)$"
+    return rf"^skipbus\.(envelopes|dead|notifications|(kp|live|dead)\.{own}|notifications\.{own}\..*)$"
 
 
 def _user(account: str, password: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from skipbus.shared.bus_names import encode_id
+from skipbus.shared.broker.names import encode_id
 from skipbus.shared.config_sources import read_regular_file
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.errors import OperatorError

@@ -13,7 +13,7 @@ from pathlib import Path
 from skipbus.ctl.broker_definitions import BROKER_FILES, SiteDefinitions, upstream_uri
 from skipbus.ctl.handover import Handover, account_for, parse_broker
 from skipbus.ctl.site_folder import read_environment, replace
-from skipbus.shared.bus_names import encode_id
+from skipbus.shared.broker.names import encode_id
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.peers_config import parse_identity_line, peer_block, read_peers
 

@@ -122,7 +122,7 @@ def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLinks) ->
     return SyncEndpoint(
         settings.local_system_id,
         directory,
-        links.bus.publish_envelope,
+        links.publisher,
         body_timeout_seconds=settings.header_timeout_seconds,
     )
 

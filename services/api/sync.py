@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -22,9 +21,11 @@ from skipbus.services.api import metrics
 from skipbus.services.api.access_log import Entry
 from skipbus.services.api.responses import RouteError, json_response
 from skipbus.services.api.server import Connection
+from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.errors import BusUnavailable, EnvelopeRefused, Overloaded
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import (
+    MAX_AGE_MS,
     MAX_ENVELOPE_BYTES,
     VERSION,
     EnvelopeType,
@@ -46,13 +47,6 @@ _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
 _STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401}
 
 
-class Publish(Protocol):
-    """Puts an envelope into this KP's own queue; raises BusUnavailable."""
-
-    def __call__(self, body: bytes, *, live: bool = False) -> Awaitable[None]:
-        """Returns once the broker has it."""
-
-
 class SyncRefused(RouteError):
     """An envelope that is not taken in; the reason is one of the syncer's."""
 
@@ -67,11 +61,11 @@ class SyncEndpoint:
     """Of one event loop."""
 
     def __init__(
-        self, local_id: str, directory: PeerDirectory, publish: Publish, *, body_timeout_seconds: float
+        self, local_id: str, directory: PeerDirectory, publisher: Publisher, *, body_timeout_seconds: float
     ) -> None:
         self._local_id = local_id
         self._directory = directory
-        self._publish = publish
+        self._publisher = publisher
         self._body_timeout_seconds = body_timeout_seconds
         self._room = _Room()
         self._checks = asyncio.Semaphore(_CHECKS_AT_ONCE)
@@ -95,6 +89,12 @@ class SyncEndpoint:
             await self._publish(body, live=envelope.header.type in _LIVE)
         except BusUnavailable as error:
             raise RouteError(503, "the broker of this key provider did not take the envelope; send it again") from error
+
+    async def _publish(self, body: bytes, *, live: bool) -> None:
+        """Puts the envelope into this KP's own queue and returns once the broker has it. Raises BusUnavailable."""
+        taken = await self._publisher.publish(self._local_id, body, lifetime_ms=None if live else MAX_AGE_MS)
+        if not taken and not live:
+            raise BusUnavailable("the broker has no queue for this key provider: its syncer has never run")
 
     def _readable(self, body: bytes, entry: Entry) -> SignedEnvelope:
         try:

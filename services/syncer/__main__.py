@@ -32,7 +32,10 @@ from skipbus.services.syncer.refuser import Refuser
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.stock import StockWatch
 from skipbus.services.syncer.watch import PeerWatch
-from skipbus.shared.bus import Bus
+from skipbus.shared.broker.connection import BrokerConnection, NeedsOperator
+from skipbus.shared.broker.consuming import Consumer, QueueWithoutLeader
+from skipbus.shared.broker.notifications import FOR_SYNCER, Notifier
+from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, config_from_argv
 from skipbus.shared.crypto.keyring import Keyring
@@ -73,10 +76,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     remote_ids = RemoteSystemIds(settings.remote_system_ids, local_id)
     directory = PeerDirectory(engine, local_id, remote_ids, keyring.pins, settings.peers)
     wake_up = asyncio.Event()
-    bus = Bus(settings.rabbitmq_url, local_id, f"skip-syncer {local_id}", lambda _kind, _items: wake_up.set())
+    consumer, publisher = Consumer(local_id), Publisher()
+    notifier = Notifier(local_id, lambda _kind, _items: wake_up.set(), FOR_SYNCER)
+    broker = BrokerConnection(settings.rabbitmq_url, f"skip-syncer {local_id}", [consumer, notifier, publisher])
     numbers = Numbers()
     links = _https_links(settings, stop.is_set)
-    outgoing = Outgoing(bus, keyring.identity, local_id, numbers, links)
+    outgoing = Outgoing(publisher, keyring.identity, local_id, numbers, links)
     hop = Hop()
     watch = PeerWatch(settings, engine, keyring, directory, hop)
     leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers), hop)
@@ -85,19 +90,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     heartbeats = Heartbeats(settings, directory, leader, outgoing, replies)
     effects = Effects(engine, local_id, {p.system_id for p in settings.bus_peers})
     refusals = Refusals(directory)
-    complaints = Complaints(bus, effects, relay, refusals)
+    complaints = Complaints(notifier, effects, relay, refusals)
     outgoing.on_refusal = complaints.hear_answer
     examiner = Examiner(local_id, directory, keyring.epoch_ids)
     refuser = Refuser(local_id, directory, refusals, replies, watch.clocks)
     inbox = Inbox(
-        Intake(bus, settings.heartbeat_seconds), directory, examiner, effects, relay, replies, complaints, refuser
+        Intake(consumer, settings.heartbeat_seconds), directory, examiner, effects, relay, replies, complaints, refuser
     )
     stock = StockWatch(settings, engine, leader, hop, lambda: complaints.tell(Aftermath(stock_changed=True)))
-    signs = SignsOfLife(engine, local_id, bus)
+    signs = SignsOfLife(engine, local_id, broker, publisher)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)
 
     try:
-        async with bus.connected(), asyncio.TaskGroup() as tasks:
+        async with broker.connected(), asyncio.TaskGroup() as tasks:
             tasks.create_task(every(stop, _TICK_SECONDS, "store", watch.tick), name="watch")
             # The watch's first reading brings the schema up to date, so everything else waits for it.
             if await _either(watch.ready, stop):
@@ -125,17 +130,21 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 class SignsOfLife:
     """Tells the store, and so /health, that this process works and whether it has the broker."""
 
-    def __init__(self, engine: Engine, local_id: str, bus: Bus) -> None:
+    def __init__(self, engine: Engine, local_id: str, broker: BrokerConnection, publisher: Publisher) -> None:
         self._engine = engine
         self._local_id = local_id
-        self._bus = bus
+        self._broker = broker
+        self._publisher = publisher
         self._instance = f"{socket.gethostname()}:{os.getpid()}"
 
     async def give(self) -> None:
         """One sign. Raises StoreUnavailable, StoreRefused."""
-        up = self._bus.answers
+        up = self._broker.up.is_set() and not self._publisher.silent
+        fault = self._broker.fault
         metrics.BUS_UP.set(up)
-        await asyncio.to_thread(self._write, "ok" if up else "broker away")
+        metrics.QUEUE_WITHOUT_LEADER.set(isinstance(fault, QueueWithoutLeader))
+        detail = "ok" if up else str(fault) if isinstance(fault, NeedsOperator) else "broker away"
+        await asyncio.to_thread(self._write, detail)
 
     def _write(self, detail: str) -> None:
         with driver_errors(), self._engine.begin() as connection:

@@ -16,11 +16,10 @@ from skipbus.services.syncer.outbox import Relay
 from skipbus.services.syncer.outgoing import Letter
 from skipbus.services.syncer.payloads import Complaint
 from skipbus.services.syncer.refusals import Refusals
-from skipbus.shared.bus import Bus
+from skipbus.shared.broker.notifications import NotificationKind, Notifier
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError
 from skipbus.shared.logs import get_logger
-from skipbus.shared.nudges import NudgeKind
 
 # The same envelope may be accepted when it is sent again with a new date.
 _PASSING = frozenset({"too_old", "from_future"})
@@ -32,8 +31,8 @@ _log = get_logger("complaints")
 class Complaints:
     """Hears complaints on the event loop; ``run`` writes down those that came by HTTPS."""
 
-    def __init__(self, bus: Bus, effects: Effects, relay: Relay, refusals: Refusals) -> None:
-        self._bus = bus
+    def __init__(self, notifier: Notifier, effects: Effects, relay: Relay, refusals: Refusals) -> None:
+        self._notifier = notifier
         self._effects = effects
         self._relay = relay
         self._refusals = refusals
@@ -54,16 +53,16 @@ class Complaints:
             self._answers.put_nowait((letter.target, complaint))
 
     def tell(self, aftermath: Aftermath) -> None:
-        """Nudges the other processes of this KP after a commit."""
+        """Notifies the other processes of this KP after a commit."""
         for kind, items in (
-            (NudgeKind.STORED, aftermath.stored),
-            (NudgeKind.REFUSED, aftermath.refused),
-            (NudgeKind.ARRIVED, aftermath.arrived),
+            (NotificationKind.STORED, aftermath.stored),
+            (NotificationKind.REJECTED, aftermath.refused),
+            (NotificationKind.ARRIVED, aftermath.arrived),
         ):
             if items:
-                self._bus.nudge(kind, items)
+                self._notifier.notify(kind, items)
         if aftermath.stock_changed:
-            self._bus.nudge(NudgeKind.STOCK)
+            self._notifier.notify(NotificationKind.STOCK)
             self._relay.wake()
 
     def finish(self) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from skipbus.services.syncer.payloads import Capabilities, Payload, read_payload
 from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
-from skipbus.shared.bus_bodies import LeftOut
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused
@@ -21,7 +20,6 @@ from skipbus.shared.logs import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.envelopes import (
-    MAX_ENVELOPE_BYTES,
     Claim,
     EnvelopeType,
     Header,
@@ -106,8 +104,6 @@ class Examiner:
         Raises StoreUnavailable, only where a sender had to be looked up.
         """
         header = None
-        if isinstance(body, LeftOut):
-            return Refusal("too_large", None, f"a message has {body.octets} bytes, more than {MAX_ENVELOPE_BYTES}")
         try:
             envelope = read_envelope(body)
             header = envelope.header

@@ -24,7 +24,7 @@ from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Comp
 from skipbus.services.syncer.placed_keys import PlacedKeys
 from skipbus.services.syncer.refuser import Refuser
 from skipbus.services.syncer.replies import Replies
-from skipbus.shared.bus import PREFETCH, Delivery
+from skipbus.shared.broker.consuming import PREFETCH, Delivery
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import StoreRefused, StoreUnavailable
 from skipbus.shared.lifecycle import pause

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 
-from skipbus.shared.bus import PREFETCH, Bus, Delivery
+from skipbus.shared.broker.consuming import PREFETCH, Consumer, Delivery
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 
 # Half of what the broker hands out unacknowledged, so that other live envelopes still get through.
@@ -26,17 +26,17 @@ _MAX_HEARTBEAT_BYTES = 16 * 1024
 class Intake:
     """Of one inbox."""
 
-    def __init__(self, bus: Bus, heartbeat_seconds: float) -> None:
-        self._bus = bus
+    def __init__(self, consumer: Consumer, heartbeat_seconds: float) -> None:
+        self._consumer = consumer
         self._gather_seconds = min(MAX_GATHER_SECONDS, GATHER_SHARE * heartbeat_seconds)
         self._gathered: list[Delivery] = []
         self._due_at = 0.0
 
     async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
-        """As ``Bus.next_deliveries``; an empty list also where only heartbeats came, which are for a later call."""
+        """As ``Consumer.next_deliveries``; an empty list also where only heartbeats came: they are for a later call."""
         if self._gathered:
             wait_seconds = min(wait_seconds, max(0.0, self._due_at - time.monotonic()))
-        urgent = [one for one in await self._bus.next_deliveries(limit, wait_seconds) if not self._gather(one)]
+        urgent = [one for one in await self._consumer.next_deliveries(limit, wait_seconds) if not self._gather(one)]
         # Judged at each call: heartbeats must not wait for a pause in what is urgent.
         if len(self._gathered) < MAX_GATHERED and time.monotonic() < self._due_at:
             return urgent
@@ -46,7 +46,7 @@ class Intake:
     async def stop(self) -> None:
         """Takes in no more; what was delivered already is still given out, at once."""
         self._gather_seconds = self._due_at = 0.0
-        await self._bus.stop_consuming()
+        await self._consumer.stop()
 
     def _gather(self, delivery: Delivery) -> bool:
         """Whether it is kept for a later call."""

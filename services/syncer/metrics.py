@@ -29,6 +29,11 @@ REFUSED_BY_PEER = Counter(
 OUTBOX = Gauge("skipbus_outbox_envelopes", "Envelopes that wait for their acknowledgement.", registry=REGISTRY)
 ELECTED = Gauge("skipbus_syncer_elected", "1 where this syncer relays and sends heartbeats.", registry=REGISTRY)
 BUS_UP = Gauge("skipbus_bus_up", "1 while the broker is connected.", registry=REGISTRY)
+QUEUE_WITHOUT_LEADER = Gauge(
+    "skipbus_queue_without_leader",
+    "1 while this key provider's quorum queue has no leader, which an operator must look into.",
+    registry=REGISTRY,
+)
 PEERS = Gauge("skipbus_peers", "Peers by what their heartbeats say.", ["status"], registry=REGISTRY)
 
 # What this release refuses envelopes for. A peer may say anything, and must not make labels of it.

@@ -6,8 +6,8 @@ of what this KP did are added to in the transaction that numbers, so an event co
 
 Which envelopes wait for an acknowledgement is kept in memory, because looking through all of them every second
 would cost more the longer a peer is away. Memory may be behind the store, never ahead of it: an envelope whose
-rows are gone is dropped when its turn comes. What is new is sent as soon as a nudge tells of it; what is due again
-is looked for once a second. How often something was sent is written down afterwards, if it still waits then.
+rows are gone is dropped when its turn comes. What is new is sent as soon as a notification tells of it; what is due
+again is looked for once a second. How often something was sent is written down afterwards, if it still waits then.
 """
 
 from __future__ import annotations

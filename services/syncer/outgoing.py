@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.answers import Answer, Posted
 from skipbus.services.syncer.numbers import Numbers
-from skipbus.shared.bus import Bus
-from skipbus.shared.bus_sending import Unconfirmed
+from skipbus.shared.broker.publishing import Publisher, Unconfirmed
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import BusUnavailable
@@ -69,14 +68,14 @@ class Outgoing:
 
     def __init__(
         self,
-        bus: Bus,
+        publisher: Publisher,
         identity: Identity,
         local_id: str,
         numbers: Numbers,
         links: Mapping[str, HttpsLink] | None = None,
     ) -> None:
         """``links`` are the ways to peers not reached by the bus."""
-        self._bus = bus
+        self._publisher = publisher
         self._identity = identity
         self._local_id = local_id
         self.numbers = numbers
@@ -93,11 +92,11 @@ class Outgoing:
         if link is not None:
             return not link.resting
         # Signing what is kept for a peer that is left out would be in vain.
-        return self._bus.up.is_set() and not self._bus.is_left_out(peer_id)
+        return self._publisher.ready and not self._publisher.is_left_out(peer_id)
 
     def is_reachable(self, peer_id: str) -> bool:
         """Whether there is a way to the peer at all; one with an endpoint may be tried at any time."""
-        return peer_id in self._links or self._bus.up.is_set()
+        return peer_id in self._links or self._publisher.ready
 
     async def send(self, letters: Sequence[Letter]) -> list[Outcome]:
         """Dates, signs and sends; what became of each. Raises nothing for a broker or a peer that is away."""
@@ -126,7 +125,7 @@ class Outgoing:
     async def _publish(self, letter: Letter, envelope: bytes) -> Outcome:
         lifetime_ms = None if letter.type in _LIVE else MAX_AGE_MS
         try:
-            taken = await self._bus.publish(letter.target, envelope, lifetime_ms=lifetime_ms)
+            taken = await self._publisher.publish(letter.target, envelope, lifetime_ms=lifetime_ms)
         except BusUnavailable as error:
             _log.debug("envelope not confirmed", type=letter.type, peer=letter.target, reason=str(error))
             return Outcome.HELD_UP if isinstance(error, Unconfirmed) else Outcome.LOST

@@ -10,7 +10,7 @@ from skipbus.services.syncer.clocks import Clocks
 from skipbus.services.syncer.examination import Refusal
 from skipbus.services.syncer.refusals import Refusals
 from skipbus.services.syncer.replies import Replies
-from skipbus.shared.bus import Delivery
+from skipbus.shared.broker.consuming import Delivery
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType
 

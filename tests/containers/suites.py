@@ -39,7 +39,7 @@ BUS = (
     "front",
     "https_link",
     "intake",
-    "nudges",
+    "notifications",
     "peer_trust",
     "syncer_exchange",
     "syncer_refusals",

@@ -21,7 +21,7 @@ from sqlalchemy import Engine, func, select
 
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import Database
-from skipbus.shared.bus_names import (
+from skipbus.shared.broker.names import (
     ENVELOPES,
     dead_queue_name,
     live_queue_name,

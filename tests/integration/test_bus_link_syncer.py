@@ -24,13 +24,13 @@ from skipbus.services.syncer.payloads import (
     pack_complaint,
     read_payload,
 )
+from skipbus.shared.broker.notifications import NotificationKind
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
-from skipbus.shared.nudges import NudgeKind, ProcessBus
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import VERSION, EnvelopeType, check_envelope, read_envelope
-from skipbus.shared.secret import Secret
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from tests.integration.broker_process import BrokerProcess
 from tests.integration.bus_rig import KEY_TTL_MS, Placed, Site, Sites, seal
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, TestBus, bus_of, fresh_number, signed
 from tests.waiting import wait_for
@@ -123,16 +123,16 @@ class Ears:
     """An api process's ear at a site."""
 
     def __init__(self, site: Site, url: str) -> None:
-        self.heard: list[tuple[NudgeKind, bytes]] = []
-        self.bus = ProcessBus(Secret(url), site.kp.id, "test", self._hear)
-
+        self.heard: list[tuple[NotificationKind, bytes]] = []
+        self.process = BrokerProcess(url, site.kp.id, self._hear)
+        self.notify = self.process.notifier.notify
         self._more = asyncio.Event()
 
-    def _hear(self, kind: NudgeKind, items: Sequence[bytes]) -> None:
+    def _hear(self, kind: NotificationKind, items: Sequence[bytes]) -> None:
         self.heard += [(kind, item) for item in items or [b""]]
         self._more.set()
 
-    async def wait(self, kind: NudgeKind, item: bytes, seconds: float = 10.0) -> None:
+    async def wait(self, kind: NotificationKind, item: bytes, seconds: float = 10.0) -> None:
         async with asyncio.timeout(seconds):
             while (kind, item) not in self.heard:
                 self._more.clear()
@@ -154,21 +154,19 @@ def test_keys_on_demand_are_stored_sealed_and_open_only_for_their_target(scene: 
     bob.rig.wait_count(bob.kp, alice.kp, "inbound_issued", inbound + 3)
 
 
-async def test_a_nudge_sends_keys_at_once_and_tells_both_apis(scene: Scene, rabbitmq: RabbitMqServer) -> None:
+async def test_a_notification_sends_keys_at_once_and_tells_both_apis(scene: Scene, rabbitmq: RabbitMqServer) -> None:
     here, there = Ears(scene.alice, rabbitmq.url), Ears(scene.bob, rabbitmq.url)
-    async with here.bus.connected(), there.bus.connected():
-        await here.bus.up.wait()
-        await there.bus.up.wait()
+    async with here.process.connected(), there.process.connected():
         times = []
         for _ in range(20):
             placed = await asyncio.to_thread(scene.alice.place, scene.bob)
             started = time.perf_counter()
-            here.bus.nudge(NudgeKind.OUTBOX)
-            await here.wait(NudgeKind.STORED, placed.token)
+            here.notify(NotificationKind.OUTBOX)
+            await here.wait(NotificationKind.STORED, placed.token)
             times.append(time.perf_counter() - started)
             assert not scene.alice.waits(placed)
-            await there.wait(NudgeKind.ARRIVED, placed.records[0].key_id)
-        # Far below the second that passes without nudges.
+            await there.wait(NotificationKind.ARRIVED, placed.records[0].key_id)
+        # Far below the second that passes without notifications.
         assert sorted(times)[10] < 0.3, times
 
 
@@ -389,10 +387,9 @@ async def test_a_refusal_is_told_to_the_operator_and_to_whoever_waits(scene: Sce
     announcement = signed(carol.kp, alice.kp, EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False))
     await asyncio.to_thread(bus.publish, alice.kp, announcement)
     ears = Ears(alice, rabbitmq.url)
-    async with ears.bus.connected():
-        await ears.bus.up.wait()
+    async with ears.process.connected():
         placed = await asyncio.to_thread(alice.place, carol)
-        ears.bus.nudge(NudgeKind.OUTBOX)
+        ears.notify(NotificationKind.OUTBOX)
         number = None
         async with asyncio.timeout(10):
             while number is None:
@@ -400,7 +397,7 @@ async def test_a_refusal_is_told_to_the_operator_and_to_whoever_waits(scene: Sce
                 number = next((row.envelope_no for row in rows if row.token == placed.token), None)
         refusal = pack_complaint(number, "unknown_version", "this release\nreads \x1b[31mversion 1")
         await asyncio.to_thread(bus.publish, alice.kp, signed(carol.kp, alice.kp, REFUSED, refusal))
-        await ears.wait(NudgeKind.REFUSED, placed.token)
+        await ears.wait(NotificationKind.REJECTED, placed.token)
     row = alice.rig.peer(alice.kp, carol.kp)
     assert row is not None
     assert row.last_refusal == "unknown_version: this release?reads ?[31mversion 1"

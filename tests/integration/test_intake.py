@@ -13,10 +13,11 @@ from skipbus.services.syncer.effects import Effects, Verdict
 from skipbus.services.syncer.examination import Accepted
 from skipbus.services.syncer.intake import MAX_GATHER_SECONDS, MAX_GATHERED, Intake
 from skipbus.services.syncer.payloads import Heartbeat, pack_acknowledgement, pack_heartbeat
-from skipbus.shared.bus import Bus, Delivery
+from skipbus.shared.broker.connection import BrokerConnection
+from skipbus.shared.broker.consuming import Consumer, Delivery
+from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
-from skipbus.shared.nudges import ProcessBus
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.secret import Secret
 from skipbus.shared.store.messages import fetch_peer_rows
@@ -42,23 +43,24 @@ def acknowledgement(number: int) -> bytes:
 async def intake(rabbitmq: RabbitMqServer, interval_seconds: float = INTERVAL_SECONDS) -> AsyncIterator[Handed]:
     # A queue of each test's own: nothing of an earlier one is ever in it.
     url, local_id = Secret(rabbitmq.url), f"{ALICE}.{secrets.token_hex(3)}"
-    bus, sender = Bus(url, local_id, "test"), ProcessBus(url, local_id, "test", lambda _kind, _items: None)
-    async with bus.connected(), sender.connected():
-        await bus.up.wait()
-        await sender.up.wait()
-        yield Handed(Intake(bus, interval_seconds), sender)
+    consumer, publisher = Consumer(local_id), Publisher()
+    broker = BrokerConnection(url, "test", [consumer, publisher])
+    async with broker.connected():
+        await broker.up.wait()
+        yield Handed(Intake(consumer, interval_seconds), publisher, local_id)
 
 
 class Handed:
     """What an inbox would be handed, and when."""
 
-    def __init__(self, made: Intake, sender: ProcessBus) -> None:
+    def __init__(self, made: Intake, publisher: Publisher, local_id: str) -> None:
         self.intake = made
-        self._sender = sender
+        self._publisher = publisher
+        self._local_id = local_id
 
     async def come(self, *bodies: bytes) -> None:
         for body in bodies:
-            await self._sender.publish_envelope(body, live=True)
+            assert await self._publisher.publish(self._local_id, body, lifetime_ms=None)
 
     async def next(self) -> list[Delivery]:
         """The next deliveries that are not none, answered."""

@@ -1,4 +1,4 @@
-"""Queues and brokers that answer nobody: a KP makes its own queue anew, nothing is lost, nobody else is held up.
+"""Queues and brokers that answer nobody: a KP raises an alarm, deletes nothing, and nobody else is held up.
 
 RabbitMQ writes down half a second late that a quorum queue exists. One that was made just before a SIGKILL comes back
 as a name that answers nobody; that is how these tests break a queue, each on a broker of its own.
@@ -13,20 +13,25 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import aio_pika
 import pytest
 
+from sandbox.ports import LOOPBACK, free_port
 from sandbox.servers import Database, RabbitMqServer
-from skipbus.shared.broker import SETTLED_SECONDS
-from skipbus.shared.bus import CONSUME_SECONDS, REMAKE_AFTER_TRIES, _declare_exchanges, _declare_queues
-from skipbus.shared.bus_names import queue_name
+from skipbus.shared.broker.consuming import (
+    CONSUME_SECONDS,
+    declare_queues,
+)
+from skipbus.shared.broker.names import queue_name
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig, bus_of
 from tests.waiting import wait_for
 
 ISSUED = EnvelopeType.KEY_ISSUED
 WRITTEN_SECONDS = 3.0
+METRIC = "skipbus_queue_without_leader"
 
 
 # Each needs a broker of its own, which it looks into and stops.
@@ -63,32 +68,56 @@ def break_queue(broker: RabbitMqServer, kp: Kp) -> None:
 async def _make_queues_and_kill(broker: RabbitMqServer, kp: Kp) -> None:
     connection = await aio_pika.connect(broker.url)
     channel = await connection.channel()
-    await _declare_queues(channel, await _declare_exchanges(channel), kp.id)
+    await declare_queues(channel, kp.id)
     broker.kill()
 
 
-def evaluate(broker: RabbitMqServer, expression: str) -> None:
-    """Has the node do something that no client can ask for."""
+def rabbitmqctl(broker: RabbitMqServer, *arguments: str) -> str:
+    """What an operator does on the broker's host."""
     environ = {name: value for name, value in broker.environ.items() if name != "detached"}
     command = Path(broker.program).with_name("rabbitmqctl")
-    subprocess.run([command, "eval", expression], env=environ, check=True, capture_output=True, timeout=60)
+    done = subprocess.run([command, *arguments], env=environ, check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout
 
 
-def test_a_queue_that_lost_its_leader_is_made_anew_and_what_was_told_meanwhile_arrives_once(
+def has_queue(broker: RabbitMqServer, kp: Kp) -> bool:
+    return f"\n{queue_name(kp.id)}\n" in rabbitmqctl(broker, "list_queues", "--silent", "name")
+
+
+def alarm(metrics_port: int) -> float:
+    """The metric by which an operator is paged."""
+    with urlopen(f"http://{LOOPBACK}:{metrics_port}/metrics", timeout=10) as answer:
+        (line,) = [line for line in answer.read().decode().splitlines() if line.startswith(f"{METRIC} ")]
+    return float(line.split()[1])
+
+
+def test_a_queue_without_a_leader_is_an_alarm_until_an_operator_deletes_it_and_nothing_is_lost(
     rig: Rig, broker: RabbitMqServer
 ) -> None:
-    alice, bob = rig.add("KP_Alice", "KP_Bob"), rig.add("KP_Bob", "KP_Alice")
+    metrics_port = free_port()
+    alice = rig.add("KP_Alice", "KP_Bob")
+    bob = rig.add("KP_Bob", "KP_Alice", SKIP_METRICS_PORT=str(metrics_port))
     alice.process.start("syncer")
     wait_log(alice, "broker connected")
     time.sleep(WRITTEN_SECONDS)
     break_queue(broker, bob)
     rig.tell(alice, bob, ISSUED, 2)
     bob.process.start("syncer")
-    wait_log(bob, "queue without a leader: made anew")
+    fault = f"queue without a leader: {queue_name(bob.id)}"
+    wait_log(bob, fault)
+    assert "rabbitmq-queues quorum_status" in bob.log
+    wait_for(lambda: rig.sign_of_life(bob) == fault, timeout_seconds=TIMEOUT_SECONDS)
+    assert alarm(metrics_port) == 1
+    # For as long as nobody acts: one alarm, further attempts, and the queue stays.
+    time.sleep(3 * CONSUME_SECONDS)
+    assert has_queue(broker, bob)
+    assert bob.log.count(fault) == 1
+    rabbitmqctl(broker, "delete_queue", queue_name(bob.id))
     rig.wait_count(bob, alice, "inbound_issued", 2)
     rig.wait_outbox_empty(alice)
     rig.wait_online(alice, bob)
-    assert bob.log.count("made anew") == 1
+    wait_for(lambda: rig.sign_of_life(bob) == "ok", timeout_seconds=TIMEOUT_SECONDS)
+    assert alarm(metrics_port) == 0
     assert "Traceback" not in alice.log + bob.log
 
 
@@ -111,12 +140,13 @@ def test_a_peer_whose_queue_answers_nobody_holds_up_no_other(rig: Rig, broker: R
     wait_for(lambda: len(rig.outbox(alice)) == 40, timeout_seconds=10)
     assert carol.log.count('"event":"peer offline"') <= 1, "heartbeats were held up too"
 
+    rabbitmqctl(broker, "delete_queue", queue_name(bob.id))
     bob.process.start("syncer")
     rig.wait_count(bob, alice, "inbound_issued", 40)
     rig.wait_outbox_empty(alice)
 
 
-def test_what_lay_in_a_queue_that_was_made_anew_comes_again_and_counts_once(rig: Rig) -> None:
+def test_what_lay_in_a_queue_that_was_deleted_comes_again_and_counts_once(rig: Rig) -> None:
     alice, bob = rig.add("KP_Alice", "KP_Bob"), rig.add("KP_Bob", "KP_Alice")
     for kp in (alice, bob):
         kp.process.start("syncer")
@@ -137,25 +167,24 @@ async def delete_queue(url: str, kp: Kp) -> None:
         await (await connection.channel()).queue_delete(queue_name(kp.id))
 
 
-def test_a_queue_that_loses_its_leader_later_is_left_to_its_cluster(rig: Rig, broker: RabbitMqServer) -> None:
+def test_a_queue_that_finds_its_leader_again_ends_the_alarm_by_itself(rig: Rig, broker: RabbitMqServer) -> None:
     alice, bob = rig.add("KP_Alice", "KP_Bob"), rig.add("KP_Bob", "KP_Alice")
     for kp in (alice, bob):
         kp.process.start("syncer")
     rig.wait_online(alice, bob)
-    time.sleep(SETTLED_SECONDS + 1)
+    time.sleep(WRITTEN_SECONDS)
     alice.process.stop("syncer")
     # As a server of a cluster is that waits for the others: there, and without an answer to anybody.
     server = f"'%2F_{queue_name(bob.id)}'"
-    evaluate(broker, f"sys:suspend({server}).")
-    evaluate(broker, 'rabbit_networking:close_all_connections("test").')
-    wait_log(bob, "queue without a leader: has its cluster lost the majority?")
-    time.sleep(CONSUME_SECONDS * (REMAKE_AFTER_TRIES + 1))
-    assert "made anew" not in bob.log
-    evaluate(broker, f"sys:resume({server}).")
+    rabbitmqctl(broker, "eval", f"sys:suspend({server}).")
+    rabbitmqctl(broker, "eval", 'rabbit_networking:close_all_connections("test").')
+    wait_log(bob, "queue without a leader")
+    time.sleep(2 * CONSUME_SECONDS)
+    rabbitmqctl(broker, "eval", f"sys:resume({server}).")
     alice.process.start("syncer")
     rig.tell(alice, bob, ISSUED, 1)
     rig.wait_count(bob, alice, "inbound_issued", 1)
-    assert "made anew" not in bob.log
+    wait_for(lambda: rig.sign_of_life(bob) == "ok", timeout_seconds=TIMEOUT_SECONDS)
 
 
 def test_a_broker_that_hangs_is_told_in_the_log_and_in_the_sign_of_life(rig: Rig, broker: RabbitMqServer) -> None:

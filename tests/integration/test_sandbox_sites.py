@@ -16,7 +16,7 @@ from sandbox.cable import Cable, Kind
 from sandbox.federation import Account, Upstream, definitions
 from sandbox.ports import LOOPBACK
 from sandbox.servers import RabbitMqServer
-from skipbus.shared.bus_names import queue_name, routing_key
+from skipbus.shared.broker.names import queue_name, routing_key
 from tests.system.bus_harness import BrokerAdmin
 from tests.waiting import wait_for
 

@@ -32,7 +32,7 @@ from sandbox.key_provider import BusPeer, KeyProvider
 from sandbox.ports import LOOPBACK, free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_heartbeat
-from skipbus.shared.bus_names import (
+from skipbus.shared.broker.names import (
     ENVELOPES,
     dead_queue_name,
     live_routing_key,
@@ -195,6 +195,16 @@ class BrokerAdmin:
         for body in bodies:
             self._do(self._publish(ENVELOPES, key, body))
 
+    def publish_alone(self, exchange: str, key: str, body: bytes) -> None:
+        """Publishes over a channel of its own, which the broker closes where it refuses the message."""
+
+        async def publish() -> None:
+            async with self._connection.channel() as channel:
+                to = await channel.get_exchange(exchange, ensure=False)
+                await to.publish(aio_pika.Message(body), key)
+
+        self._do(publish())
+
     def put(self, queue: str, *bodies: bytes) -> None:
         """Puts messages straight into a queue."""
         for body in bodies:
@@ -208,7 +218,7 @@ class BrokerAdmin:
 
         self._do(send())
 
-    def nudge(self, exchange: str, key: str, body: bytes) -> None:
+    def notify(self, exchange: str, key: str, body: bytes) -> None:
         """Publishes to the key providers' transient exchange, which is there already where one of them runs."""
 
         async def publish() -> None:

@@ -17,11 +17,11 @@ from typing import Any
 from sandbox.client import Answer, get
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import write_private
-from skipbus.shared.bus_names import NUDGES, nudge_routing_key
+from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key
+from skipbus.shared.broker.notifications import NotificationKind
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings, Secret
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
-from skipbus.shared.nudges import NudgeKind
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import read_announcement
 from skipbus.shared.store.engine import make_engine
@@ -54,7 +54,7 @@ class PlayedLink:
         self._callers = ThreadPoolExecutor(64)
 
     def start(self) -> None:
-        """Both processes; returns when Alice can seal to Carol and hears nudges."""
+        """Both processes; returns when Alice can seal to Carol and hears notifications."""
         for role in ("janitor", "api"):
             self.alice.start(role)
         self.alice.wait_healthy(60)
@@ -133,15 +133,15 @@ class PlayedLink:
             self.rows("UPDATE stock SET placed_ms = %s WHERE token = %s", now_ms(), token)
             self.rows("DELETE FROM outbox WHERE token = %s", token)
 
-    def nudge(self, kind: NudgeKind, *items: bytes) -> None:
-        self.admin.nudge(NUDGES, nudge_routing_key(ALICE, kind.value), encoding.pack(list(items)))
+    def notify(self, kind: NotificationKind, *items: bytes) -> None:
+        self.admin.notify(NOTIFICATIONS, notification_routing_key(ALICE, kind.value), encoding.pack(list(items)))
 
     def store_all(self, kind: str, count: int = 1) -> list[tuple[bytes, list[Any]]]:
-        """Waits for rows of a type and acknowledges them, nudge and all."""
+        """Waits for rows of a type and acknowledges them, notification and all."""
         rows = self.wait_outbox(kind, count)
         tokens = [token for token, _ in rows]
         self.acknowledge(*tokens)
-        self.nudge(NudgeKind.STORED if kind == "key.placed" else NudgeKind.STOCK, *tokens)
+        self.notify(NotificationKind.STORED if kind == "key.placed" else NotificationKind.STOCK, *tokens)
         return rows
 
     @contextmanager
@@ -157,8 +157,8 @@ class PlayedLink:
                         seen.extend(entries)
                     self.acknowledge(*(token for token, _ in rows))
                     if rows:
-                        nudge = NudgeKind.STORED if kind == "key.placed" else NudgeKind.STOCK
-                        self.nudge(nudge, *(token for token, _ in rows if kind == "key.placed"))
+                        notification = NotificationKind.STORED if kind == "key.placed" else NotificationKind.STOCK
+                        self.notify(notification, *(token for token, _ in rows if kind == "key.placed"))
                 time.sleep(0.005)
 
         player = threading.Thread(target=run)

@@ -15,7 +15,7 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared.bus_names import NUDGES, nudge_routing_key
+from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.protocol import encoding
@@ -196,8 +196,8 @@ def test_a_recorded_acknowledgement_with_another_number_produces_no_answer(scene
     assert_no_answer(scene, lambda number: encoding.pack([protected, encoding.pack({"numbers": [number]}), signature]))
 
 
-def test_an_injected_nudge_produces_no_answer(scene: Scene) -> None:
-    """He knows every token, and tells KP_Alice's api over the nudges' exchange that they were stored."""
+def test_an_injected_notification_produces_no_answer(scene: Scene) -> None:
+    """He knows every token, and tells KP_Alice's api over the notifications' exchange that they were stored."""
     with scene.admin.diverting(scene.bob_id) as tap, asking(scene) as (asked, _):
         placed_by(scene, tap)
         tokens = [
@@ -205,28 +205,28 @@ def test_an_injected_nudge_produces_no_answer(scene: Scene) -> None:
         ]
         assert tokens
         for _ in range(20):
-            scene.admin.nudge(NUDGES, nudge_routing_key(scene.alice_id, "stored"), encoding.pack(tokens))
+            scene.admin.notify(NOTIFICATIONS, notification_routing_key(scene.alice_id, "stored"), encoding.pack(tokens))
             time.sleep(0.05)
         assert asked.result(20).status == 500
     wait_delivered(scene)
     scene.assert_goes_on()
 
 
-@pytest.mark.parametrize("kind", ["outbox", "stored", "refused", "arrived", "stock", "none such"])
+@pytest.mark.parametrize("kind", ["outbox", "stored", "rejected", "arrived", "stock", "none such"])
 @pytest.mark.parametrize(
     "body", [b"", b"\xc1", bytes(200_000), encoding.pack([b"x" * 65]), encoding.pack([bytes(16)] * 1000)], ids=len
 )
-def test_injected_garbage_among_the_nudges_harms_nothing(scene: Scene, kind: str, body: bytes) -> None:
+def test_injected_garbage_among_the_notifications_harms_nothing(scene: Scene, kind: str, body: bytes) -> None:
     for kp in (scene.alice, scene.bob):
         for _ in range(20):
-            scene.admin.nudge(NUDGES, nudge_routing_key(kp.system_id, kind), body)
+            scene.admin.notify(NOTIFICATIONS, notification_routing_key(kp.system_id, kind), body)
     scene.lab.assert_retrievable(scene.issue())
 
 
 def test_an_injected_refusal_takes_no_key_back_that_was_answered(scene: Scene) -> None:
     key = scene.issue()
     tokens = [secrets.token_bytes(16) for _ in range(10)]
-    scene.admin.nudge(NUDGES, nudge_routing_key(scene.alice_id, "refused"), encoding.pack(tokens))
+    scene.admin.notify(NOTIFICATIONS, notification_routing_key(scene.alice_id, "refused"), encoding.pack(tokens))
     scene.assert_goes_on()
     scene.lab.assert_retrievable(key)
 

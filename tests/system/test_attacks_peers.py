@@ -15,7 +15,7 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared.bus_names import queue_name
+from skipbus.shared.broker.names import queue_name
 from skipbus.shared.clock import now_ms
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared.nudges import NudgeKind
+from skipbus.shared.broker.notifications import NotificationKind
 from tests.system.bus_harness import sealed_keys
 from tests.system.conftest import new_lab
 from tests.system.harness import Lab, ask
@@ -70,7 +70,7 @@ def test_a_key_is_answered_only_once_the_peer_has_acknowledged_it(link: PlayedLi
     time.sleep(0.4)
     assert not asking.done()
     link.acknowledge(token)
-    link.nudge(NudgeKind.STORED, token)
+    link.notify(NotificationKind.STORED, token)
     answer = asking.result(10)
     assert answer.status == 200
     assert answer.body["keyId"] == key_id.hex()
@@ -86,11 +86,11 @@ def test_a_key_of_any_size_opens_at_the_peer_as_it_was_answered(link: PlayedLink
     assert len(answer.body["key"]) * 4 == int(size)
 
 
-def test_a_forged_nudge_is_not_taken_for_an_acknowledgement(link: PlayedLink) -> None:
+def test_a_forged_notification_is_not_taken_for_an_acknowledgement(link: PlayedLink) -> None:
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     for _ in range(5):
-        link.nudge(NudgeKind.STORED, token)
+        link.notify(NotificationKind.STORED, token)
         time.sleep(0.1)
     assert not asking.done()
     assert asking.result(10).status == 500
@@ -114,11 +114,11 @@ def test_a_key_that_was_withdrawn_is_never_answered_though_an_acknowledgement_co
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     assert asking.result(10).status == 500
-    link.nudge(NudgeKind.STORED, token)
+    link.notify(NotificationKind.STORED, token)
     assert len(link.outbox("key.withdrawn")) == 1
 
 
-def test_without_any_nudge_an_acknowledgement_is_seen_within_a_second(link: PlayedLink) -> None:
+def test_without_any_notification_an_acknowledgement_is_seen_within_a_second(link: PlayedLink) -> None:
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     link.acknowledge(token)
@@ -142,7 +142,7 @@ def test_a_refused_envelope_is_told_at_once_and_its_keys_are_withdrawn(new_link:
     seconds = stopwatch()
     asking = link.asking()
     ((token, ((key_id, *_),)),) = link.wait_outbox("key.placed")
-    link.nudge(NudgeKind.REFUSED, token)
+    link.notify(NotificationKind.REJECTED, token)
     answer = asking.result(20)
     assert seconds() < 5
     assert answer.status == 500
@@ -154,7 +154,7 @@ def test_a_refusal_that_is_forged_does_not_undo_an_acknowledgement(link: PlayedL
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     link.acknowledge(token)
-    link.nudge(NudgeKind.REFUSED, token)
+    link.notify(NotificationKind.REJECTED, token)
     assert asking.result(10).status == 200
     assert link.outbox("key.withdrawn") == []
 
@@ -176,7 +176,7 @@ def test_when_the_api_stops_a_caller_who_waits_is_still_answered(new_link: NewLi
     link.alice.processes["api"].terminate()
     time.sleep(0.5)
     link.acknowledge(token)
-    link.nudge(NudgeKind.STORED, token)
+    link.notify(NotificationKind.STORED, token)
     assert asking.result(10).status == 200
 
 
@@ -246,7 +246,7 @@ def test_a_peer_that_never_acknowledges_gets_no_more_than_the_high_mark(new_link
     link = new_link(stock=10)
     link.wait_outbox("key.stocked")
     for _ in range(5):
-        link.nudge(NudgeKind.STOCK)
+        link.notify(NotificationKind.STOCK)
         time.sleep(1)
     assert len(link.told("key.stocked")) == 10
 
@@ -308,14 +308,14 @@ def test_a_key_that_is_asked_for_before_it_has_come_is_answered_when_it_comes(ne
     time.sleep(0.5)
     assert not asking.done()
     link.bring(load)
-    link.nudge(NudgeKind.ARRIVED, load.records[0][0])
+    link.notify(NotificationKind.ARRIVED, load.records[0][0])
     seconds = stopwatch()
     answer = asking.result(10)
     assert seconds() < 3
     assert (answer.status, answer.body.get("key")) == (200, load.keys[0].key)
 
 
-def test_without_any_nudge_a_key_that_has_come_meanwhile_is_found_at_the_deadline(link: PlayedLink) -> None:
+def test_without_any_notification_a_key_that_has_come_meanwhile_is_found_at_the_deadline(link: PlayedLink) -> None:
     load = sealed_keys(link.carol, link.alice, link.lab.places[0])
     asking = link.retrieving(load.records[0][0])
     time.sleep(0.3)
@@ -328,7 +328,7 @@ def test_a_key_that_never_comes_is_refused_after_the_wait(link: PlayedLink) -> N
     key_id = secrets.token_bytes(16)
     asking = link.retrieving(key_id)
     for _ in range(10):
-        link.nudge(NudgeKind.ARRIVED, key_id)
+        link.notify(NotificationKind.ARRIVED, key_id)
     assert asking.result(10).status == 400
     assert 0.9 < seconds() < 3
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.shared.bus_names import live_routing_key, queue_name, routing_key
+from skipbus.shared.broker.names import live_routing_key, queue_name, routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity
 from skipbus.shared.protocol import encoding

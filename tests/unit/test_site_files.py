@@ -12,7 +12,7 @@ from skipbus.ctl.__main__ import main
 from skipbus.ctl.broker_definitions import SiteDefinitions, definitions, own_names, password_hash, upstream_uri
 from skipbus.ctl.provision import ROLES, statements
 from skipbus.ctl.shipped import read_shipped
-from skipbus.shared.bus_names import dead_queue_name, live_queue_name, queue_name
+from skipbus.shared.broker.names import dead_queue_name, live_queue_name, queue_name
 from skipbus.shared.errors import OperatorError
 
 

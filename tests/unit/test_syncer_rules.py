@@ -16,7 +16,7 @@ from skipbus.services.syncer.payloads import Events, pack_events, read_payload
 from skipbus.services.syncer.placed_keys import OwnEpochs
 from skipbus.services.syncer.row_types import counter_when_numbered, envelope_type, keys_expire_ms, urgency
 from skipbus.services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
-from skipbus.shared.bus_names import encode_id, live_routing_key, queue_name, routing_key
+from skipbus.shared.broker.names import encode_id, live_routing_key, queue_name, routing_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType
 from skipbus.shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, OutboxEntry

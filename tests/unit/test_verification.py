@@ -15,7 +15,6 @@ from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
 from skipbus.services.syncer.metrics import REASONS
 from skipbus.services.syncer.payloads import pack_acknowledgement
 from skipbus.services.syncer.placed_keys import pack_placed_keys
-from skipbus.shared.bus_bodies import LeftOut
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan
 from skipbus.shared.crypto.hpke import HybridPrivateKey
@@ -96,7 +95,7 @@ def test_what_is_in_order_is_accepted(body: Callable[[], bytes]) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda: LeftOut.of(5 * 2**20), "too_large"),
+        (lambda: bytes(5 * 2**20), "too_large"),
         (lambda: signed()[:-1], "malformed"),
         (lambda: b"", "malformed"),
         (lambda: signed(b"\x90"), "malformed_payload"),

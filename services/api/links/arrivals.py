@@ -1,8 +1,8 @@
 """Retrieval ahead of arrival: an encryptor may ask for a key of a bus peer's before the bus has brought it.
 
-Whoever waits holds neither a thread nor a connection to the store, only an entry here. A nudge names the keyIds that
-have come; it is the reason for another try, and the store decides. The number of those who wait is bounded: beyond it
-a caller is told at once that the key is not there.
+Whoever waits holds neither a thread nor a connection to the store, only an entry here. A notification names the keyIds
+that have come; it is the reason for another try, and the store decides. The number of those who wait is bounded: beyond
+it a caller is told at once that the key is not there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 from skipbus.shared.errors import KeyNotAvailable
 
 MAX_WAITING = 10_000
-# Anybody with an account at the local broker can send nudges; each may cost one look into the store, up to so many.
+# Anybody with an account at the local broker can send notifications; each may cost one query, up to so many.
 _MAX_TRIES = 4
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Arrivals:
             with contextlib.suppress(KeyNotAvailable):
                 return await attempt()
         await asyncio.sleep(deadline - self._loop.time())
-        # Without nudges, while the broker is away, this is the only look after the first.
+        # Without notifications, while the broker is away, this is the only look after the first.
         return await attempt()
 
     @contextmanager

@@ -1,7 +1,7 @@
 """The bus links of an api process: keys for peers that have a store of their own.
 
-Puts together what a bus link takes (placing on demand, stock, settling, arrivals, nudges) behind two methods, ``issue``
-and ``claim``. A process whose peers are all in its own store makes none of this: no lane, no thread, no broker.
+Puts together what a bus link takes (placing on demand, stock, settling, arrivals, notifications) behind two methods,
+``issue`` and ``claim``. A process whose peers are all in its own store makes none of this.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from skipbus.services.api.links.confirmation import Settler
 from skipbus.services.api.links.placing import MAX_BATCH, Outcome, PlaceBatch, PlacedKey, SettleBatch, Settlement
 from skipbus.services.api.links.refill import StockKeeper, StockMaker, low_mark
 from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, StockRequest
+from skipbus.shared.broker.connection import BrokerConnection
+from skipbus.shared.broker.notifications import FOR_API, NotificationKind, Notifier
+from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.config import Settings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import Overloaded, PeerNotReady
 from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import every
-from skipbus.shared.nudges import NudgeKind, ProcessBus
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS
 
@@ -65,7 +67,9 @@ class BusLinks:
         self._arrivals = Arrivals(settings.retrieve_wait_seconds)
         maker = StockMaker(settings.mysql, local_id, settings.key_ttl_seconds, self._sealers[1])
         self._keeper = StockKeeper(settings, maker, hop, self._tell_outbox)
-        self.bus = ProcessBus(settings.rabbitmq_url, local_id, f"skip-api {local_id}", self._on_nudge)
+        self._notifier = Notifier(local_id, self._on_notification, FOR_API)
+        self.publisher = Publisher()
+        self._broker = BrokerConnection(settings.rabbitmq_url, f"skip-api {local_id}", [self.publisher, self._notifier])
 
     def covers(self, system_id: str) -> bool:
         """Whether keys travel to and from this KP over a bus."""
@@ -95,7 +99,7 @@ class BusLinks:
     async def running(self) -> AsyncIterator[None]:
         """Keeps a connection to the broker for as long as the block runs; gives everything back at its end."""
         try:
-            async with self.bus.connected():
+            async with self._broker.connected():
                 yield
         finally:
             await self._close()
@@ -128,7 +132,7 @@ class BusLinks:
 
     def warnings(self) -> list[str]:
         """What works still and should be looked at."""
-        if self.bus.up.is_set():
+        if self._broker.up.is_set():
             return []
         return ["the broker is away: keys for peers over a bus come from stock only, while that lasts"]
 
@@ -141,7 +145,7 @@ class BusLinks:
         if self._keeper.note_taken(target_id):
             # Whichever api process is the elected one makes more; it may be this one.
             self._keeper.wake()
-            self.bus.nudge(NudgeKind.STOCK)
+            self._notifier.notify(NotificationKind.STOCK)
         return key
 
     async def _place(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
@@ -153,17 +157,17 @@ class BusLinks:
         return placed.issued
 
     def _tell_outbox(self) -> None:
-        self.bus.nudge(NudgeKind.OUTBOX)
+        self._notifier.notify(NotificationKind.OUTBOX)
 
-    def _on_nudge(self, kind: NudgeKind, items: Sequence[bytes]) -> None:
+    def _on_notification(self, kind: NotificationKind, items: Sequence[bytes]) -> None:
         match kind:
-            case NudgeKind.STORED:
+            case NotificationKind.STORED:
                 self._settler.stored(items)
-            case NudgeKind.REFUSED:
+            case NotificationKind.REJECTED:
                 self._settler.refused(items)
-            case NudgeKind.ARRIVED:
+            case NotificationKind.ARRIVED:
                 self._arrivals.arrived(items)
-            case NudgeKind.STOCK:
+            case NotificationKind.STOCK:
                 self._keeper.wake()
             case _:
                 pass

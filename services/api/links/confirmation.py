@@ -1,8 +1,8 @@
 """Waits for placements to be settled, many callers on one: no thread and no connection is held for any of them.
 
-A nudge says that it is worth looking; without nudges each placement is looked up once a second. At the timeout, or when
-the peer has refused the envelope, the placement is taken back. Where the store cannot be asked then, its caller is told
-so, and the keys are owed: they are withdrawn once the store is back.
+A notification says that it is worth looking; without one each placement is looked up once a second. At the timeout,
+or when the peer has refused the envelope, the placement is taken back. Where the store cannot be asked then, its
+caller is told so, and the keys are owed: they are withdrawn once the store is back.
 """
 
 from __future__ import annotations

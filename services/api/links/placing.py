@@ -2,7 +2,7 @@
 
 A batch commits one ``key.placed`` outbox row for each peer, with the keys sealed to it. The syncer carries it, and the
 row goes when the peer has acknowledged. So "the row is gone" is what may be answered with 200, and it is always looked
-up in the store: a nudge is only the reason to look.
+up in the store: a notification is only the reason to look.
 
 Who gives up takes the row away in the same transaction that looks for it. Either it was there: then the keys are
 withdrawn, and told to the peer, which may have them already. Or it was gone: then they are placed. A row whose api has

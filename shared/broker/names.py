@@ -11,7 +11,7 @@ import re
 
 ENVELOPES = "skipbus.envelopes"
 DEAD_LETTERS = "skipbus.dead"
-NUDGES = "skipbus.nudges"
+NOTIFICATIONS = "skipbus.notifications"
 
 _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -37,20 +37,20 @@ def queue_name(system_id: str) -> str:
 
 
 def live_queue_name(system_id: str) -> str:
-    """The KP's queue for what is not kept; it is there only while the KP listens."""
+    """The KP's queue for what is not kept; it exists only while the KP listens."""
     return f"skipbus.live.{encode_id(system_id)}"
 
 
 def dead_queue_name(system_id: str) -> str:
-    """Where envelopes lie that the KP refused, for an operator to look at."""
+    """The queue of the envelopes that the KP rejected, for an operator to read."""
     return f"skipbus.dead.{encode_id(system_id)}"
 
 
-def nudge_routing_key(system_id: str, kind: str) -> str:
-    """Where the KP's own processes tell each other that something of this kind changed."""
+def notification_routing_key(system_id: str, kind: str) -> str:
+    """Where the KP's own processes notify each other that something of this kind changed."""
     return f"{encode_id(system_id)}.{kind}"
 
 
-def nudge_queue_name(system_id: str, process: str) -> str:
-    """One process's queue for nudges; it goes with the process's connection."""
-    return f"skipbus.nudges.{encode_id(system_id)}.{process}"
+def notification_queue_name(system_id: str, process: str) -> str:
+    """One process's queue for notifications; it goes with the process's connection."""
+    return f"skipbus.notifications.{encode_id(system_id)}.{process}"
