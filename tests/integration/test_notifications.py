@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 import aio_pika
 import pytest
@@ -45,15 +44,6 @@ def process(
     rabbitmq: RabbitMqServer, local_id: str, ear: Ear, kinds: frozenset[NotificationKind] = FOR_API
 ) -> BrokerProcess:
     return BrokerProcess(rabbitmq.url, local_id, ear, kinds)
-
-
-@asynccontextmanager
-async def api_and_syncer(rabbitmq: RabbitMqServer, local_id: str) -> AsyncIterator[tuple[BrokerProcess, Ear]]:
-    """An api, and what the syncer of the same KP hears."""
-    ear = Ear()
-    api, syncer = process(rabbitmq, local_id, Ear()), process(rabbitmq, local_id, ear, kinds=FOR_SYNCER)
-    async with api.connected(), syncer.connected():
-        yield api, ear
 
 
 async def test_processes_of_one_kp_hear_each_other_and_no_other_kp(rabbitmq: RabbitMqServer) -> None:
