@@ -81,6 +81,8 @@ class KeyProvider:
         self.tls: TlsFiles | None = None
         # What only one of the processes is told, such as its metrics port.
         self.environ_of: dict[str, dict[str, str]] = {}
+        # What the interpreter runs a process's module by. The bench puts a profiler there.
+        self.run_module: Sequence[str] = ("-m",)
         self.environ = self._write_environ(remote_ids, mysql, rabbitmq) | dict(env_overrides or {})
 
     def serve_tls(self, port: int) -> None:
@@ -118,7 +120,7 @@ class KeyProvider:
         running = self.processes.get(role)
         if running is not None and running.running:
             return running
-        command = [sys.executable, "-m", f"skipbus.services.{role}"]
+        command = [sys.executable, *self.run_module, f"skipbus.services.{role}"]
         environ = self.environ | self.environ_of.get(role, {})
         child = Child(command, environ=environ, log=self.log_of(role), cwd=self.root)
         self.processes[role] = child

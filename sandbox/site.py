@@ -64,9 +64,14 @@ class Site:
         self.mysql.wait_ready()
         self.rabbitmq.wait_ready()
 
+    def make_key_providers(self) -> None:
+        """Once the servers run: KP_Alice and KP_Bob, not started."""
+        self.key_providers = [self._key_provider(ALICE, BOB), self._key_provider(BOB, ALICE)]
+
     def start_key_providers(self) -> None:
         """Both at the same time; returns when both are healthy."""
-        self.key_providers = [self._key_provider(ALICE, BOB), self._key_provider(BOB, ALICE)]
+        if not self.key_providers:
+            self.make_key_providers()
         for key_provider in self.key_providers:
             key_provider.start_all()
         for key_provider in self.key_providers:

@@ -104,10 +104,15 @@ class Sites:
         for server in servers:
             server.wait_ready()
 
-    def start_key_providers(self) -> None:
-        """Both at the same time; returns when both are healthy."""
+    def make_key_providers(self) -> None:
+        """Once the servers run: KP_Alice and KP_Bob, each in the other's configuration, not started."""
         self.key_providers = [half.key_provider(tls=self._tls) for half in self.halves]
         introduce(*self.key_providers, stock=self._stock)
+
+    def start_key_providers(self) -> None:
+        """Both at the same time; returns when both are healthy."""
+        if not self.key_providers:
+            self.make_key_providers()
         for key_provider in self.key_providers:
             key_provider.start_all()
         for key_provider in self.key_providers:
