@@ -158,9 +158,8 @@ def test_a_pair_whose_image_is_missing_leaves_nothing(image: str) -> None:
     assert _everything() == before
 
 
-def test_the_example_of_the_readme_runs_and_has_at_most_12_lines(image: str, tmp_path: Path) -> None:
-    section = (REPOSITORY / "README.md").read_text().partition("## The testkit")[2]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+def test_the_example_of_the_documentation_runs_and_has_at_most_12_lines(image: str, tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", (REPOSITORY / "docs" / "testkit.md").read_text(), re.DOTALL)
     assert found is not None
     assert len(found[1].splitlines()) <= 12
     (tmp_path / "test_example.py").write_text(found[1])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from skipbus.services.api.tls import context as tls_context
 from skipbus.services.api.tls import openssl
 from skipbus.services.api.tls.callers import CallerBook
-from skipbus.services.api.tls.certificates import Certificate
+from skipbus.services.api.tls.material import Certificate
 from skipbus.services.api.tls.psk import OfferedPsk, parse_offered
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""TLS in the api process: contexts, pre-shared keys, certificates, who is calling, and why a handshake was refused.
+"""TLS in the api process: contexts, pre-shared keys, certificates, callers, and the reasons of refused handshakes.
 
-Only ``openssl`` reaches below Python's ssl module; ``self_check`` proves first, in a process of its own, that it may.
+Only ``openssl`` calls OpenSSL below Python's ssl module. ``self_check`` first tries this in a child process.
 """

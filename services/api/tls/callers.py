@@ -1,9 +1,9 @@
-"""Who is calling: the PSK identity or the certificate's names, and which remote systems it may ask for.
+"""The caller of a connection: its PSK identity or certificate names, and which remote systems it may ask for.
 
-Rules: worked out once a connection, never for a request. Without a table of identities in the TOML file everybody who
-got through the handshake may ask for every remoteSystemID of the configured list. With one, a caller may ask for
-what the patterns that match one of its names allow together, and a caller that none matches may ask for nothing. A
-certificate's names are its subject as RFC 4514 writes it, its common names and its subject alternative names.
+Rules: the caller is determined once for each connection, never for a request. Without a table of identities in the
+TOML file every caller that finished the handshake may ask for every configured remoteSystemID. With a table, a caller
+may ask for what all patterns that match one of its names allow together, and for nothing if no pattern matches.
+A certificate's names are its subject (RFC 4514), its common names and its subject alternative names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 
 _MAX_SHOWN = 256
-# What cryptography raises for certificates that OpenSSL does not mind; only some of it is a ValueError.
+# What cryptography raises for certificates that OpenSSL accepts; only some of these are ValueErrors.
 _UNREADABLE = (
     ValueError,
     UnsupportedAlgorithm,
@@ -33,9 +33,9 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is at the other end of a TLS connection. ``allowed`` is None where nothing is limited.
+    """The other end of a TLS connection. ``allowed`` is None if nothing is limited.
 
-    ``names`` are what patterns of identities are compared with; none for a caller who has proved none.
+    Patterns of identities are compared with ``names``, which is empty for a caller that proved no name.
     """
 
     shown: str
@@ -72,7 +72,7 @@ class CallerBook:
         try:
             subject, names = certificate_names(x509.load_der_x509_certificate(der))
         except _UNREADABLE:
-            # OpenSSL let through what cryptography cannot read: it has proved something, but has no name.
+            # OpenSSL accepted what cryptography cannot read: the caller has proved a certificate, but has no name.
             return Caller("unreadable certificate", "certificate", self._allowed(()))
         shown = "; ".join([subject, *(f"{kind}:{name}" for kind, name in names if kind != "CN")])
         all_names = (subject, *(name for _, name in names))

@@ -1,9 +1,9 @@
-"""The server's TLS context: which protocols, suites and groups are spoken, and which certificates shown.
+"""The server's TLS context: protocols, suites, groups and certificates.
 
-The suites are the draft's Table 1, those that routers offer besides, and modern ones for everybody else, strongest and
-forward secret first. What is not in the list is not spoken: nothing below 128 bits, no SHA-1 but the draft's own
-``DHE-PSK-AES256-CBC-SHA``, no renegotiation, no compression, no resumption. OpenSSL's security level 2 stays: level 3
-would refuse the suites without forward secrecy that routers have.
+The suites are those of the draft's Table 1, those that routers offer in addition, and modern ones for other clients,
+strongest and forward secret first. Not supported: anything below 128 bits, SHA-1 except the draft's own
+``DHE-PSK-AES256-CBC-SHA``, renegotiation, compression, resumption. OpenSSL's security level stays 2, because level 3
+refuses the suites without forward secrecy that routers use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from skipbus.services.api.tls import openssl, psk
 from skipbus.services.api.tls.callers import CallerBook
-from skipbus.services.api.tls.handshakes import TlsContext
+from skipbus.services.api.tls.handshake import TlsContext
 from skipbus.services.api.tls.self_check import PskModes
 from skipbus.shared.config import TlsSettings
 from skipbus.shared.errors import OperatorError
@@ -26,7 +26,7 @@ CERTIFICATE_SUITES = (
     "ECDHE-RSA-AES256-GCM-SHA384",
     "ECDHE-ECDSA-CHACHA20-POLY1305",
     "ECDHE-RSA-CHACHA20-POLY1305",
-    # The draft's, for whoever has nothing better.
+    # The draft's suite, for clients that have nothing better.
     "AES256-SHA256",
 )
 PSK_SUITES = (
@@ -40,15 +40,15 @@ PSK_SUITES = (
     "DHE-PSK-AES256-CBC-SHA",
 )
 _TLS_1_3_SUITES = b"TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256"
-# The hybrid group first, where OpenSSL has it (3.5); whoever records today reads nothing tomorrow. The slash has a
-# client that can do it, but began with another group, begin again. Older releases understand neither.
+# The hybrid group first, if OpenSSL has it (3.5): a quantum computer cannot decrypt recorded traffic later. The slash
+# asks a client that supports it, but began with another group, to begin again. Older releases support neither.
 _GROUPS = ("X25519MLKEM768/X25519:secp384r1:secp256r1:ffdhe3072", "X25519:secp384r1:secp256r1:ffdhe3072")
 _SIGNATURES = (
     "ecdsa_secp384r1_sha384:ecdsa_secp521r1_sha512:ecdsa_secp256r1_sha256:ed25519:ed448:"
     "rsa_pss_rsae_sha384:rsa_pss_rsae_sha512:rsa_pss_rsae_sha256:rsa_pss_pss_sha384:rsa_pss_pss_sha512:rsa_pss_pss_sha256:"
     "rsa_pkcs1_sha384:rsa_pkcs1_sha512:rsa_pkcs1_sha256"
 )
-# Neither SHA-1 nor SHA-224. ML-DSA where OpenSSL has it (3.5): the question mark passes over what is not known.
+# Neither SHA-1 nor SHA-224. ML-DSA if OpenSSL has it (3.5): the question mark skips an unknown algorithm.
 _SIGNATURE_LISTS = (f"?mldsa87:?mldsa65:?mldsa44:{_SIGNATURES}", _SIGNATURES)
 # RFC 7919's group of 3072 bits, 128 bits of security, for the DHE suites of TLS 1.2.
 _DH_GROUP = Path(__file__).with_name("ffdhe3072.pem")
@@ -64,7 +64,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a context is made of, beside the files."""
+    """What a context needs in addition to the files."""
 
     settings: TlsSettings
     callers: CallerBook
@@ -72,14 +72,14 @@ class Recipe:
 
 
 def make_context(recipe: Recipe, keys: PskKeys) -> TlsContext:
-    """A context over the present files. Raises OperatorError with the file that is wrong."""
+    """A context with the current files. Raises OperatorError with the file that is wrong."""
     settings, modes = recipe.settings, recipe.modes
     context = TlsContext(ssl.PROTOCOL_TLS_SERVER)
     context.keys, context.callers = keys, recipe.callers
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= _OPTIONS
     context.num_tickets = 0
-    # Only who has a pre-shared key offers its suites, and may have no certificate: they come first.
+    # Only clients with a pre-shared key offer these suites, and they may have no certificate: these come first.
     context.set_ciphers(":".join([*_psk_suites(settings, modes), *_certificate_suites(settings)]))
     context.load_dh_params(str(_DH_GROUP))
     _load_certificates(context, settings)
@@ -101,7 +101,7 @@ def _psk_suites(settings: TlsSettings, modes: PskModes) -> Sequence[str]:
 def _load_certificates(context: TlsContext, settings: TlsSettings) -> None:
     for chain, key in zip(settings.cert_files, settings.key_files, strict=True):
         try:
-            # Without a password at hand, OpenSSL would ask for one at the terminal and wait.
+            # Without a password callback, OpenSSL would ask at the terminal and wait.
             context.load_cert_chain(chain, key, password=_no_password)
         except (OSError, ValueError) as error:
             raise OperatorError(
@@ -112,7 +112,7 @@ def _load_certificates(context: TlsContext, settings: TlsSettings) -> None:
             context.load_verify_locations(authorities)
         except (OSError, ValueError) as error:
             raise OperatorError(f"{authorities}: {_words(error)} (SKIP_TLS_CLIENT_CA_FILE)") from error
-        # Whoever has shown a pre-shared key is not asked for a certificate: OpenSSL never does with those suites.
+        # A client with a pre-shared key is not asked for a certificate: OpenSSL never asks with those suites.
         context.verify_mode = ssl.CERT_REQUIRED
 
 
@@ -130,7 +130,7 @@ def _go_beyond_ssl(context: TlsContext) -> None:
     library = openssl.library()
     library.forget_sessions(context)
     library.SSL_CTX_set_ciphersuites(openssl.context_pointer(context), _TLS_1_3_SUITES)
-    # The first list that this OpenSSL understands; where it understands none, its own, which security level 2 bounds.
+    # The first list that this OpenSSL supports; if it supports none, its own list, which security level 2 bounds.
     any(library.set_groups(context, groups) for groups in _GROUPS)
     any(library.set_signature_algorithms(context, names) for names in _SIGNATURE_LISTS)
 
@@ -141,7 +141,7 @@ def _serve_psk(context: TlsContext, settings: TlsSettings, modes: PskModes) -> N
     elif modes.standard:
         psk.install_standard(context)
         if not settings.cert_files:
-            # A client that offers both versions must get the one that works.
+            # A client that offers both versions must get the version that works.
             context.maximum_version = ssl.TLSVersion.TLSv1_2
     elif not settings.cert_files:
         raise OperatorError(f"{modes.fault}, and no certificate is configured to serve TLS with")

@@ -1,12 +1,11 @@
-"""The TLS port: accepts, bounds what one address may have, and shakes hands, one task a connection.
+"""The TLS port: accepts connections, bounds them for each address, and runs one handshake task for each connection.
 
-The event loop's own servers take a context once and say nothing about a handshake that failed. Here every connection
-gets the context of its moment, and every refused one its line in the log. When the handshake is done the connection
-is aiohttp's, like one of the plain port.
+The event loop's own servers take a context once and do not report a failed handshake. Here every connection gets the
+current context, and every refused handshake a log line. After the handshake aiohttp serves the connection.
 
-A file descriptor that is not a connection's must be free for the store: handshakes count as connections, and beyond
-the limit the oldest handshake makes room. So whoever begins many and ends none drives out himself, and nobody who has
-shown who he is. When there are no files all the same, accepting pauses.
+File descriptors must stay free for the store, so handshakes count as connections. Beyond the limit the oldest
+unfinished handshake is ended: a client that starts many handshakes displaces only unfinished ones. If file descriptors
+run out all the same, accepting pauses. All api processes of one KP share the port; another KP's port is refused.
 """
 
 from __future__ import annotations
@@ -14,14 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
+import http.client
 import socket
 import ssl
 from collections import Counter
 from typing import Any
 
 from skipbus.services.api.server import BoundedServer, Connection
-from skipbus.services.api.tls import port_taken, refusals
-from skipbus.services.api.tls.handshakes import ACCEPTED, Accepted
+from skipbus.services.api.tls import reasons
+from skipbus.services.api.tls.handshake import ACCEPTED, Accepted
 from skipbus.services.api.tls.material import Material
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.logs import get_logger
@@ -30,11 +31,14 @@ _BACKLOG = 4096
 _ACCEPTS_AT_A_TIME = 64
 _PAUSE_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 2.0
+_ASK_SECONDS = 2.0
+_MARK_HEADER = "X-KP"
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
 _log = get_logger("tls")
 
 
 class TlsListener:
-    """Hands connections to ``server`` once their handshake is done."""
+    """Passes connections to ``server`` after their handshake."""
 
     def __init__(
         self,
@@ -49,17 +53,17 @@ class TlsListener:
         self._material = material
         self._timeout_seconds = handshake_timeout_seconds
         self._max_per_address = max_connections_per_address
-        self._plain_answer = port_taken.plain_answer(system_id)
+        self._plain_answer = _plain_http_answer(system_id)
         self._system_id = system_id
         self._sockets: list[socket.socket] = []
-        # In the order in which they began, with their clients' addresses.
+        # In the order of their start, with the clients' addresses.
         self._handshakes: dict[asyncio.Task[None], str] = {}
         self._of_address: Counter[str] = Counter()
         self._crowded: set[str] = set()
 
     async def listen(self, host: str, port: int) -> None:
-        """Binds and accepts from now on. Raises OperatorError, also where the port is another key provider's."""
-        await asyncio.to_thread(port_taken.refuse_foreign, host, port, self._system_id)
+        """Binds and starts to accept. Raises OperatorError, also if another key provider uses the port."""
+        await asyncio.to_thread(_check_owner, host, port, self._system_id)
         try:
             for family, _, _, _, address in socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -76,11 +80,11 @@ class TlsListener:
 
     @property
     def handshaking(self) -> bool:
-        """Whether a connection has yet to end its handshake."""
+        """Whether a handshake is unfinished."""
         return bool(self._handshakes)
 
     def stop_accepting(self) -> None:
-        """No new connections; those that the kernel took already are served, and handshakes go on."""
+        """No new connections; those that the kernel has accepted are served, and handshakes continue."""
         for bound in self._sockets:
             self._accept(bound)
             with contextlib.suppress(RuntimeError):
@@ -89,7 +93,7 @@ class TlsListener:
         self._sockets.clear()
 
     def close(self) -> None:
-        """No new connections, and none that are still shaking hands; the others are the server's."""
+        """No new connections, and unfinished handshakes end; finished connections belong to the server."""
         self.stop_accepting()
         for handshake in list(self._handshakes):
             handshake.cancel()
@@ -105,7 +109,7 @@ class TlsListener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # Out of files or memory: whoever waits in the backlog is served when others have gone.
+                # Out of file descriptors or memory: clients in the backlog are served when others have gone.
                 _log.error("cannot accept", reason=error.strerror or str(error))
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(bound)
@@ -126,7 +130,7 @@ class TlsListener:
 
     def _ended(self, handshake: asyncio.Task[None], *, accepted: socket.socket, address: str) -> None:
         self._handshakes.pop(handshake, None)
-        # One that is cancelled before its first step never sees it: what it holds is given back here.
+        # A task that is cancelled before its first step runs no cleanup of its own: it is done here.
         if handshake.cancelled():
             accepted.close()
             self._release(address)
@@ -134,7 +138,7 @@ class TlsListener:
     def _make_room(self) -> None:
         while self._handshakes and self._is_full():
             oldest = next(iter(self._handshakes))
-            refusals.log_refusal(self._handshakes.pop(oldest), refusals.CROWDED_OUT)
+            reasons.log_refusal(self._handshakes.pop(oldest), reasons.CROWDED_OUT)
             oldest.cancel()
 
     def _is_full(self) -> bool:
@@ -143,14 +147,14 @@ class TlsListener:
     def _has_room(self, address: str) -> bool:
         if self._of_address[address] < self._max_per_address:
             return True
-        # One line when it begins, not one for every connection of whoever does this.
+        # One line when it starts, not one for each connection of this address.
         if address not in self._crowded:
             self._crowded.add(address)
-            refusals.log_refusal(address, refusals.TOO_MANY, limit=self._max_per_address)
+            reasons.log_refusal(address, reasons.TOO_MANY, limit=self._max_per_address)
         return False
 
     async def _shake_hands(self, accepted: socket.socket, address: str) -> None:
-        ACCEPTED.set(Accepted(address, accepted, refusals.log_failure, self._plain_answer))
+        ACCEPTED.set(Accepted(address, accepted, reasons.log_failure, self._plain_answer))
         release = functools.partial(self._release, address)
         made = self._server()
         if not isinstance(made, Connection):
@@ -163,20 +167,20 @@ class TlsListener:
                 ssl_handshake_timeout=self._timeout_seconds,
                 ssl_shutdown_timeout=_SHUTDOWN_SECONDS,
             )
-        except Exception as error:  # noqa: BLE001 -- whatever it was, the address gets its place back
+        except Exception as error:  # noqa: BLE001 -- after any error the address must get its place back
             release()
-            self._tell(address, error)
+            self._log_failure(address, error)
         else:
             made.when_lost(release)
             _acknowledge(accepted)
 
-    def _tell(self, address: str, error: Exception) -> None:
+    def _log_failure(self, address: str, error: Exception) -> None:
         if isinstance(error, ssl.SSLError):
-            return  # the handshake itself has told why
+            return  # the handshake has logged its reason
         if isinstance(error, ConnectionAbortedError | TimeoutError):
-            refusals.log_refusal(address, refusals.TIMEOUT.format(seconds=self._timeout_seconds))
+            reasons.log_refusal(address, reasons.TIMEOUT.format(seconds=self._timeout_seconds))
         elif isinstance(error, OSError):
-            refusals.log_refusal(address, refusals.GONE)
+            reasons.log_refusal(address, reasons.GONE)
         else:
             _log.error("handshake failed", client=address, exc_info=error)
 
@@ -188,9 +192,9 @@ class TlsListener:
 
 
 def _acknowledge(accepted: socket.socket) -> None:
-    """Lets a client go on at once that waits, by Nagle's rule, for its last message to be acknowledged.
+    """Acknowledges the client's last message immediately, because Nagle's algorithm makes the client wait for it.
 
-    In TLS 1.3 the server has nothing to say after the handshake, and the kernel would wait 40 ms to say only that.
+    In TLS 1.3 the server sends nothing after the handshake, so the kernel would delay the acknowledgement by 40 ms.
     """
     with contextlib.suppress(OSError):
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -200,7 +204,7 @@ def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.soc
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Every api process of a KP binds the same port; the kernel spreads connections over them.
+        # Every api process of a KP binds the same port; the kernel distributes connections.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -211,3 +215,56 @@ def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.soc
         bound.close()
         raise
     return bound
+
+
+def _plain_http_answer(system_id: str) -> bytes:
+    """The answer to HTTP without TLS, with a hash of the id by which the KP's own processes recognise the port."""
+    body = b'{"error":"this port speaks HTTPS only"}'
+    return (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json; charset=utf-8\r\nConnection: close\r\n"
+        b"%b: %b\r\nContent-Length: %d\r\n\r\n%b" % (_MARK_HEADER.encode(), _mark(system_id).encode(), len(body), body)
+    )
+
+
+def _check_owner(host: str, port: int, system_id: str) -> None:
+    """Raises OperatorError if a program that is not this key provider listens there. Blocks for some seconds at most.
+
+    Without this check the kernel would let another key provider of the same user join the port.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return  # the bind fails with a better reason
+    for family, _, _, _, address in found:
+        if not _is_taken(family, address):
+            continue
+        if _mark_of(_ANY_ADDRESS.get(str(address[0]), str(address[0])), port) != _mark(system_id):
+            raise OperatorError(
+                f"{host}:{port} is taken by another program or key provider: set SKIP_TLS_PORT to another port"
+            )
+
+
+def _is_taken(family: socket.AddressFamily, address: tuple[object, ...]) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # With SO_REUSEADDR only a listening socket blocks the bind, not closed connections.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError:
+            return True
+    return False
+
+
+def _mark_of(host: str, port: int) -> str | None:
+    connection = http.client.HTTPConnection(host, port, timeout=_ASK_SECONDS)
+    try:
+        connection.request("GET", "/capabilities")
+        return connection.getresponse().getheader(_MARK_HEADER)
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def _mark(system_id: str) -> str:
+    return hashlib.sha384(b"skipbus TLS port\0" + system_id.encode()).hexdigest()[:32]

@@ -1,33 +1,62 @@
 """The certificates and pre-shared keys in use, read again on SIGHUP and when their files change.
 
-Rules: connections that exist go on with what they began with. New files take effect together, once they lie still for
-a second, or at once on SIGHUP; what cannot be used is reported once, stands in /health, and the old material stays.
-Keys that were taken out of the file end no connection: nothing but a restart does.
-Leaves to others: what a context is made of (``skipbus.services.api.tls.context``).
+Rules: open connections keep what they started with; only a restart ends them. New files take effect together when
+they have not changed for a second, or immediately on SIGHUP. If a file cannot be used, this is logged once and shown
+in /health, and the old files stay in use. The end of a certificate is warned of 30, 7 and 1 days ahead, and when it
+has come: for the server's own, and for the client authorities, because all certificates below one end with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from skipbus.services.api.tls.certificates import Certificate, read_authorities, read_certificates, utc_now
+from cryptography import x509
+
 from skipbus.services.api.tls.context import Recipe, make_context
-from skipbus.services.api.tls.handshakes import TlsContext
+from skipbus.services.api.tls.handshake import TlsContext
 from skipbus.shared.config import TlsSettings
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.lifecycle import pause_to_beat
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.psk_file import PskKeys, read_psk_file
 
-_LOOK_SECONDS = 1.0
+_CHECK_SECONDS = 1.0
 _log = get_logger("tls")
-# What tells one version of a file from another; None for a file that is not there.
+# Distinguishes versions of a file; None if there is no file.
 Stamp = tuple[int, int, int] | None
+# Days ahead of the end; each is logged once, and /health shows the warning from then on.
+WARNED_DAYS = (30, 7, 1, 0)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One certificate: its name for the operator, and its end."""
+
+    name: str
+    ends_at: datetime
+
+    def warned_days(self, now: datetime) -> int | None:
+        """The latest of ``WARNED_DAYS`` that has come; None while the end is far."""
+        return min((days for days in WARNED_DAYS if now >= self.ends_at - timedelta(days=days)), default=None)
+
+    def warning(self, now: datetime) -> str | None:
+        """A sentence, if the end is near."""
+        if self.warned_days(now) is None:
+            return None
+        at = self.ends_at.strftime("%Y-%m-%dT%H:%M:%SZ")
+        if now >= self.ends_at:
+            return f"the certificate {self.name} has expired at {at}"
+        left = self.ends_at - now
+        days = f"{left.days} days" if left.days >= 2 else f"{int(left.total_seconds() // 3600)} hours"
+        return f"the certificate {self.name} expires in {days}, at {at}"
 
 
 class Material:
-    """What TLS is served with. ``context`` is the one for new connections."""
+    """The files in use. ``context`` is the one for new connections."""
 
     def __init__(self, recipe: Recipe) -> None:
         """Reads everything. Raises OperatorError."""
@@ -42,8 +71,8 @@ class Material:
         self._take(self._read())
 
     def warnings(self) -> list[str]:
-        """What an operator should look at, in sentences."""
-        ends = [certificate.warning(utc_now()) for certificate in self._certificates]
+        """Sentences for the operator."""
+        ends = [certificate.warning(datetime.now(UTC)) for certificate in self._certificates]
         return [
             text
             for text in (self._recipe.modes.fault if self._recipe.settings.psk_files else None, self._fault, *ends)
@@ -51,13 +80,13 @@ class Material:
         ]
 
     async def watch(self, stop: asyncio.Event, hangup: asyncio.Event) -> None:
-        """Looks at the files every second, and at once after ``hangup``, until ``stop``."""
-        while await pause_to_beat(stop, _LOOK_SECONDS) or hangup.is_set():
+        """Checks the files every second, and immediately after ``hangup``, until ``stop``."""
+        while await pause_to_beat(stop, _CHECK_SECONDS) or hangup.is_set():
             if stop.is_set():
                 return
             self.warn_of_ends()
             stamps = await asyncio.to_thread(self._stamps)
-            # A pair of files is not replaced in one step: only what lay still for one look is read.
+            # A pair of files is not replaced in one step: it is read when it did not change since the last check.
             settled, self._seen = stamps == self._seen, stamps
             if hangup.is_set() or (settled and stamps != self._loaded):
                 hangup.clear()
@@ -65,10 +94,10 @@ class Material:
                 await self.reload()
 
     async def reload(self) -> None:
-        """Reads everything again; the old stays where that fails."""
+        """Reads everything again; if that fails, the old files stay in use."""
         try:
             self._take(await asyncio.to_thread(self._read))
-        except Exception as error:  # noqa: BLE001 -- no file, whatever is in it, may end a process that serves
+        except Exception as error:  # noqa: BLE001 -- no content of a file may end a process that serves
             reason = str(error) if isinstance(error, OperatorError) else f"{type(error).__name__}: {error}"
             self._fault = f"the old TLS files stay in use: {reason}"
             _log.error("tls files refused", reason=reason)
@@ -76,8 +105,8 @@ class Material:
         _log.info("tls files read again", psk_identities=self.psk_count, certificates=len(self._certificates))
 
     def warn_of_ends(self) -> None:
-        """Logs each warning of an end once."""
-        now = utc_now()
+        """Logs each warning about the end of a certificate once."""
+        now = datetime.now(UTC)
         for certificate in self._certificates:
             days = certificate.warned_days(now)
             if days is not None and self._warned.get(certificate, days + 1) > days:
@@ -113,3 +142,36 @@ def _stamp(path: Path) -> Stamp:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def read_certificates(paths: tuple[Path, ...]) -> tuple[Certificate, ...]:
+    """One entry for each chain, with its earliest end. Raises OperatorError."""
+    return tuple(Certificate(str(path), min(map(_end, _read_pem(path)))) for path in paths)
+
+
+def read_authorities(paths: tuple[Path, ...]) -> tuple[Certificate, ...]:
+    """One entry for each authority in the files: the others stay valid when one ends. Unreadable ones are left out."""
+    return tuple(authority for path in paths for authority in _authorities(path))
+
+
+def _authorities(path: Path) -> Iterator[Certificate]:
+    try:
+        certificates = _read_pem(path)
+    except OperatorError as error:
+        # OpenSSL has accepted the file and verifies with it, so this must not stop the process.
+        _log.warning("ends of authorities not watched", reason=str(error))
+        return
+    for certificate in certificates:
+        subject = certificate.subject.rfc4514_string()[:100]
+        yield Certificate(f"{path} ({ascii(subject)[1:-1]})", _end(certificate))
+
+
+def _read_pem(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError, x509.InvalidVersion) as error:
+        raise OperatorError(f"{path}: no certificate can be read from it") from error
+
+
+def _end(certificate: x509.Certificate) -> datetime:
+    return certificate.not_valid_after_utc

@@ -1,9 +1,8 @@
-"""What Python's ssl module does not offer, called in the very OpenSSL that it uses, through ctypes.
+"""Functions that Python's ssl module does not offer, called through ctypes in the same OpenSSL.
 
-Owns the prototypes, the way from an ``SSLContext`` to its ``SSL_CTX``, and the proof that this way is right. The
-pointer is the first field of CPython's context object. Whoever calls here has asked ``self_check`` before: it tries
-everything in a child process, so that an interpreter that is built differently costs a mode and not the service.
-Leaves to others: what the callbacks decide (``skipbus.services.api.tls.psk``).
+Owns the prototypes, the way from an ``SSLContext`` to its ``SSL_CTX``, and the check that this way is right. The
+pointer is the first field of CPython's context object. ``self_check`` tries everything in a child process first, so
+that an interpreter with another layout costs one mode and not the service.
 """
 
 from __future__ import annotations
@@ -54,16 +53,16 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Unsupported(Exception):
-    """This interpreter is not built as expected; the message says in what."""
+    """This interpreter is not built as expected; the message says how it differs."""
 
 
 class Library:
-    """The OpenSSL that the ssl module is linked with. Functions have their own names."""
+    """The OpenSSL that the ssl module is linked with. Functions keep their C names."""
 
     def __init__(self) -> None:
         path = getattr(_ssl, "__file__", None)
         try:
-            # Symbols are looked up in the module and in what it is linked with, never in another copy of OpenSSL.
+            # Symbols are looked up in the module and its libraries, never in another copy of OpenSSL.
             library = ctypes.CDLL(path)
             for name, (result, arguments) in _PROTOTYPES.items():
                 function = getattr(library, name)
@@ -76,7 +75,7 @@ class Library:
         raise AttributeError(name)
 
     def new_psk_session(self, ssl_pointer: int, key: bytes, cipher_id: bytes) -> int | None:
-        """A TLS 1.3 session that stands for an external pre-shared key (RFC 8446, 4.2.11). The caller owns it."""
+        """A TLS 1.3 session for an external pre-shared key (RFC 8446, 4.2.11). The caller owns it."""
         session: int | None = self.SSL_SESSION_new()
         if session is None:
             return None
@@ -106,28 +105,28 @@ class Library:
         return ctypes.string_at(start, length.value) if start.value and length.value else b""
 
     def cipher_name(self, ssl_pointer: int, cipher_id: bytes) -> str:
-        """The suite's name in the standards, or its number where OpenSSL has none."""
+        """The suite's standard name, or its number if OpenSSL has no name."""
         cipher = self.SSL_CIPHER_find(ssl_pointer, cipher_id)
         name = self.SSL_CIPHER_standard_name(cipher) if cipher is not None else None
         return name.decode() if name else f"0x{cipher_id.hex().upper()}"
 
     def forget_sessions(self, context: ssl.SSLContext) -> None:
-        """No session is kept for resumption: whoever connects shows again who it is, and nothing grows."""
+        """No session is kept for resumption: every client authenticates again, and nothing grows."""
         self.SSL_CTX_ctrl(context_pointer(context), _SET_SESSION_CACHE_MODE, 0, None)
 
     def set_groups(self, context: ssl.SSLContext, groups: str) -> bool:
-        """The key exchange groups in order of preference; whether this OpenSSL understands the whole list."""
+        """Sets the key exchange groups in order of preference; False if this OpenSSL does not support the list."""
         return self._set_list(context, _SET_GROUPS_LIST, groups)
 
     def set_signature_algorithms(self, context: ssl.SSLContext, algorithms: str) -> bool:
-        """What may be signed with, by both sides; whether this OpenSSL understands the whole list."""
+        """Sets the signature algorithms of both sides; False if this OpenSSL does not support the list."""
         return self._set_list(context, _SET_SIGALGS_LIST, algorithms)
 
     def _set_list(self, context: ssl.SSLContext, command: int, names: str) -> bool:
-        # OpenSSL 3.5 takes an empty list, older releases do not.
+        # OpenSSL 3.5 accepts an empty list, older releases do not.
         if names and self.SSL_CTX_ctrl(context_pointer(context), command, 0, names.encode()) == 1:
             return True
-        # What is left in this thread's queue would be taken for the failure of whatever connection comes next.
+        # An error left in this thread's queue would count as a failure of the next connection.
         self.ERR_clear_error()
         return False
 
@@ -146,11 +145,11 @@ def context_pointer(context: ssl.SSLContext) -> int:
 
 
 def prove_pointer() -> None:
-    """Raises Unsupported unless what ``context_pointer`` finds answers as the context does, twice differently."""
+    """Raises Unsupported unless OpenSSL's options at ``context_pointer`` equal Python's, for two different values."""
     for option in (ssl.OP_NO_TICKET, ssl.OP_NO_TICKET | ssl.OP_SINGLE_DH_USE | ssl.OP_NO_TLSv1_1):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.options |= option
         pointer = context_pointer(context)
-        # The width is cut to what Python tells: some releases sign-extend it.
+        # Only the low 32 bits are compared: some Python releases sign-extend the value.
         if not pointer or (library().SSL_CTX_get_options(pointer) ^ context.options) & 0xFFFFFFFF:
             raise Unsupported("the interpreter's SSLContext is not laid out as expected")

@@ -1,6 +1,6 @@
-"""Where the plain port is served: on this host alone, unless an operator takes it upon himself.
+"""The address of the plain port: loopback, unless the operator allows another one.
 
-Keys go over it in the clear. stunnel on the same host may use it; nobody else should.
+Keys are not encrypted on this port. stunnel on the same host may use it; nobody else should.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _log = get_logger("api")
 
 
 def plain_host(settings: Settings) -> str:
-    """The host to bind the plain port to; says so where it is not the configured one, or is open."""
+    """The host to bind the plain port to. Logs a warning if it is not the configured one, or not loopback."""
     if is_loopback(settings.host):
         return settings.host
     if settings.allow_plaintext:
@@ -32,7 +32,7 @@ def plain_host(settings: Settings) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host can reach it. A name other than localhost may be anything."""
+    """Whether only this host can reach it. A name other than localhost may be any address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,12 +1,10 @@
-"""Pre-shared keys in the handshake: the three callbacks that OpenSSL makes, one set for the whole process.
+"""Pre-shared keys in the handshake: three OpenSSL callbacks, one set for the whole process.
 
-TLS 1.2 asks for a key by its identity. TLS 1.3 asks for a session; it stands for the key and for one hash, and the
-client has fixed the hash by its binder. So the ClientHello is looked at first, and the suite chosen to fit:
-``TLS_AES_256_GCM_SHA384`` for a binder of 48 bytes, as the draft requires (Table 1), and suites with SHA-256 for one
-of 32 bytes, all that the clients of stunnel and ``openssl s_client -psk`` can do.
-
-Nothing may be raised through C, and nothing may be freed that C still points to: the callbacks catch everything, and
-live as long as the module.
+TLS 1.2 asks for a key by its identity. TLS 1.3 asks for a session, which is for one key and one hash; the client has
+fixed the hash by its binder. So the ClientHello is read first, and the suite chosen to fit it:
+``TLS_AES_256_GCM_SHA384`` for a binder of 48 bytes (draft Table 1), suites with SHA-256 for a binder of 32 bytes
+(stunnel as a client, ``openssl s_client -psk``). No exception may pass through C, and nothing may be freed that C still
+uses: the callbacks catch everything and live as long as the module.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from skipbus.services.api.tls.handshakes import TlsContext, TlsObject, current
+from skipbus.services.api.tls.handshake import TlsContext, TlsObject, current
 from skipbus.services.api.tls.openssl import (
     TLS_1_3,
     ClientHelloCallback,
@@ -31,11 +29,11 @@ from skipbus.shared.protocol.psk_file import shown_identity
 
 _PRE_SHARED_KEY = 41
 _ILLEGAL_PARAMETER, _UNKNOWN_PSK_IDENTITY = 47, 115
-# Clients offer one or two. OpenSSL asks for each in turn, and one ClientHello has room for nine thousand: that would
-# be a tenth of a second of the event loop for anybody who sends it.
+# Clients offer one or two. OpenSSL asks for each in turn, and a ClientHello has room for nine thousand, which would
+# block the event loop for a tenth of a second.
 _MAX_OFFERED = 16
 _SUCCESS, _FAILURE = 1, 0
-# By the length of the binder: the suites that the connection may take, and the one that the session is made for.
+# By the length of the binder: the suites that the connection may use, and the suite of the session.
 _SUITES = {
     48: (b"TLS_AES_256_GCM_SHA384", b"\x13\x02"),
     32: (b"TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256", b"\x13\x01"),
@@ -52,7 +50,7 @@ class OfferedPsk:
 
 
 def install(context: TlsContext) -> None:
-    """Makes the context serve pre-shared keys, in TLS 1.2 and 1.3."""
+    """Makes the context serve pre-shared keys in TLS 1.2 and 1.3."""
     pointer = context_pointer(context)
     library().SSL_CTX_set_client_hello_cb(pointer, _ON_CLIENT_HELLO, None)
     library().SSL_CTX_set_psk_server_callback(pointer, _ON_PSK_1_2)
@@ -65,7 +63,7 @@ def install_standard(context: TlsContext) -> None:
 
 
 def parse_offered(extension: bytes) -> Iterator[OfferedPsk]:
-    """What a client offers. Raises ValueError or struct.error for what is not well-formed."""
+    """The keys that a client offers. Raises ValueError or struct.error for malformed bytes."""
     identities, binders = _split(extension)
     for (identity, age), binder in zip(_identities(identities), _binders(binders), strict=True):
         yield OfferedPsk(identity, age, len(binder))
@@ -115,7 +113,7 @@ def _key_of(handshake: TlsObject, identity: bytes) -> bytes | None:
     return key
 
 
-def _look_at_hello(ssl_pointer: int, alert: Any) -> int:  # noqa: ANN401 -- a pointer of C
+def _read_client_hello(ssl_pointer: int, alert: Any) -> int:  # noqa: ANN401 -- a pointer of C
     handshake = current()
     if handshake is None:
         return _SUCCESS
@@ -127,7 +125,7 @@ def _look_at_hello(ssl_pointer: int, alert: Any) -> int:  # noqa: ANN401 -- a po
     try:
         offered = list(islice(parse_offered(extension), _MAX_OFFERED + 1))
     except (ValueError, struct.error):
-        # OpenSSL refuses it in its own words.
+        # OpenSSL refuses it with its own reason.
         return _SUCCESS
     if len(offered) > _MAX_OFFERED:
         handshake.refusal = f"more than {_MAX_OFFERED} pre-shared keys offered at once"
@@ -140,13 +138,13 @@ def _look_at_hello(ssl_pointer: int, alert: Any) -> int:  # noqa: ANN401 -- a po
 
 
 def _choose_suites(handshake: TlsObject, ssl_pointer: int, offered: list[OfferedPsk]) -> bool:
-    """Whether the handshake may go on."""
+    """Whether the handshake may continue."""
     for psk in offered:
         if psk.identity in handshake.keys and psk.binder_bytes in _SUITES:
             handshake.binder_bytes = psk.binder_bytes
             library().SSL_set_ciphersuites(ssl_pointer, _SUITES[psk.binder_bytes][0])
             return True
-    # A ticket of another server, which has an age, is no pre-shared key: it is passed over, as RFC 8446 wants it.
+    # A ticket of another server has an age and is not a pre-shared key: it is ignored, as RFC 8446 requires.
     external = next((psk for psk in offered if psk.ticket_age == 0), None)
     if external is not None:
         _note_unknown(handshake, external.identity)
@@ -155,7 +153,7 @@ def _choose_suites(handshake: TlsObject, ssl_pointer: int, offered: list[Offered
 
 def _on_client_hello(ssl_pointer: int, alert: Any, _argument: int | None) -> int:  # noqa: ANN401 -- a pointer of C
     try:
-        return _look_at_hello(ssl_pointer, alert)
+        return _read_client_hello(ssl_pointer, alert)
     except BaseException as error:  # noqa: BLE001 -- nothing may be raised through C
         _note_failure(error)
         return _FAILURE
@@ -164,7 +162,7 @@ def _on_client_hello(ssl_pointer: int, alert: Any, _argument: int | None) -> int
 def _on_psk_1_2(ssl_pointer: int, identity: bytes | None, room: int, room_bytes: int) -> int:
     try:
         handshake = current()
-        # TLS 1.3 asks here too, for SHA-256 alone; the other callback has answered it already.
+        # TLS 1.3 also calls this one, for SHA-256 only; the other callback has answered already.
         if handshake is None or library().SSL_version(ssl_pointer) == TLS_1_3:
             return 0
         key = _key_of(handshake, identity or b"")
@@ -183,7 +181,7 @@ def _on_psk_1_3(ssl_pointer: int, start: int, length: int, found: Any) -> int:  
         handshake = current()
         identity = ctypes.string_at(start, length)
         if handshake is None or not handshake.binder_bytes or identity not in handshake.keys:
-            # Not ours: the next identity may be, or a certificate will do.
+            # Unknown: the next identity may be known, or the client has a certificate.
             return _SUCCESS
         key = _key_of(handshake, identity)
         session = key and library().new_psk_session(ssl_pointer, key, _SUITES[handshake.binder_bytes][1])
@@ -201,7 +199,7 @@ def _standard_callback(identity: str | None) -> bytes:
     return b"" if handshake is None else _key_of(handshake, (identity or "").encode()) or b""
 
 
-# C holds these for as long as there is a context.
+# C uses these as long as there is a context.
 _ON_CLIENT_HELLO = ClientHelloCallback(_on_client_hello)
 _ON_PSK_1_2 = PskServerCallback(_on_psk_1_2)
 _ON_PSK_1_3 = FindSessionCallback(_on_psk_1_3)

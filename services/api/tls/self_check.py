@@ -1,8 +1,8 @@
-"""Whether pre-shared keys work in this interpreter: tried in a child process first, because a wrong guess crashes.
+"""Tries pre-shared keys in a child process first, because a wrong pointer would crash the interpreter.
 
-The child proves the way to OpenSSL's context and then does whole handshakes in memory, TLS 1.2 and TLS 1.3 with
-``TLS_AES_256_GCM_SHA384``, with the code that serves clients. If it does not end well, TLS 1.3 with pre-shared keys is
-off; TLS 1.2 goes on by the standard library where that can do it (Python 3.13), and certificates in any case.
+The child checks the pointer to OpenSSL's context and then runs whole handshakes in memory, TLS 1.2 and TLS 1.3 with
+``TLS_AES_256_GCM_SHA384``, with the code that serves clients. If the child fails, TLS 1.3 with pre-shared keys is off.
+TLS 1.2 goes on by the standard library if it can (Python 3.13), and certificates in any case.
 
 ``python -m skipbus.services.api.tls.self_check`` is the child; it prints what is wrong and exits with 1.
 """
@@ -29,7 +29,7 @@ _HOME = Path(skipbus.__file__).parents[1]
 
 @dataclass(frozen=True)
 class PskModes:
-    """How pre-shared keys are served: ``native`` both versions, ``standard`` TLS 1.2 only. ``fault``: why not both."""
+    """How pre-shared keys are served: ``native`` is both versions, ``standard`` TLS 1.2 only; ``fault`` says why."""
 
     native: bool
     standard: bool
@@ -42,7 +42,7 @@ class PskModes:
 
 
 def find_psk_modes() -> PskModes:
-    """Asks a child process; takes about 0.2 s."""
+    """Runs the child process; takes about 0.2 s."""
     fault = _ask_child()
     if fault is None:
         return PskModes(native=True, standard=False, fault=None)
@@ -66,7 +66,7 @@ def _ask_child() -> str | None:
 
 
 def main() -> int:
-    """The child: exit code 0 when everything works here, else 1 and a sentence."""
+    """The child: exit code 0 if everything works, else 1 and a sentence."""
     from skipbus.services.api.tls.openssl import Unsupported, prove_pointer  # noqa: PLC0415 -- only the child may load it
 
     try:
@@ -82,7 +82,7 @@ def main() -> int:
 def _try_handshake(version: ssl.TLSVersion) -> None:
     from skipbus.services.api.tls import openssl, psk  # noqa: PLC0415 -- only the child may load it
     from skipbus.services.api.tls.callers import CallerBook  # noqa: PLC0415
-    from skipbus.services.api.tls.handshakes import TlsContext  # noqa: PLC0415
+    from skipbus.services.api.tls.handshake import TlsContext  # noqa: PLC0415
     from skipbus.shared.protocol.psk_file import PskKeys  # noqa: PLC0415
 
     identity, key = _NAME, secrets.token_bytes(48)
@@ -127,7 +127,7 @@ def _step(step: Callable[[], None]) -> bool:
 
 
 def _offer_key(openssl: Any, context: ssl.SSLContext, identity: bytes, key: bytes) -> list[object]:  # noqa: ANN401 -- a module
-    """Makes a client context offer the key in both versions; what is returned has to outlive it."""
+    """Makes a client context offer the key in both versions. The returned objects must outlive it."""
     library, pointer = openssl.library(), openssl.context_pointer(context)
     identity_buffer = ctypes.create_string_buffer(identity)
 
@@ -143,7 +143,7 @@ def _offer_key(openssl: Any, context: ssl.SSLContext, identity: bytes, key: byte
         return len(key)
 
     callbacks = openssl.UseSessionCallback(use_session), openssl.PskClientCallback(use_key)
-    # OpenSSL's client wants its context and its sessions to have one name.
+    # OpenSSL's client requires the same id context for its context and its sessions.
     library.SSL_CTX_set_session_id_context(pointer, _NAME, len(_NAME))
     library.SSL_CTX_set_psk_use_session_callback(pointer, callbacks[0])
     library.SSL_CTX_set_psk_client_callback(pointer, callbacks[1])

@@ -1,4 +1,4 @@
-"""TLS as the api's main program sees it: made when it is configured, started, watched and closed."""
+"""The TLS port for the api's main program: started if it is configured, watched and closed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = get_logger("tls")
 
 
 class Tls:
-    """The TLS port of one api process; nothing at all where TLS is not configured."""
+    """The TLS port of one api process; does nothing if TLS is not configured."""
 
     def __init__(self, settings: Settings) -> None:
         """Reads certificates and keys. Raises OperatorError."""
@@ -31,7 +31,7 @@ class Tls:
         return self._material.warnings() if self._material is not None else []
 
     async def listen(self, server: BoundedServer) -> None:
-        """Serves from now on. Raises OperatorError."""
+        """Starts to serve. Raises OperatorError."""
         if self._material is None:
             return
         tls = self._settings.tls
@@ -47,23 +47,23 @@ class Tls:
     async def watch(self, stop: asyncio.Event) -> None:
         """Reads files again on SIGHUP and when they change, until ``stop``."""
         hangup = asyncio.Event()
-        # Without TLS too: SIGHUP ends no process that has nothing to read again.
+        # Without TLS too, so that SIGHUP does not end the process.
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.set)
         if self._material is not None:
             await self._material.watch(stop, hangup)
 
     @property
     def handshaking(self) -> bool:
-        """Whether a connection has yet to end its handshake."""
+        """Whether a handshake is unfinished."""
         return self._listener is not None and self._listener.handshaking
 
     def stop_accepting(self) -> None:
-        """Accepts no more, and lets handshakes end."""
+        """Accepts no new connections; handshakes continue."""
         if self._listener is not None:
             self._listener.stop_accepting()
 
     def close(self) -> None:
-        """Accepts no more, and ends handshakes."""
+        """Accepts no new connections, and ends handshakes."""
         if self._listener is not None:
             self._listener.close()
 

@@ -1,8 +1,8 @@
-"""One handshake as the server sees it: the ssl objects of Python's module, with a memory.
+"""One handshake of the server: Python's ssl objects, with the state that the callbacks need.
 
-``TlsObject`` is what the event loop makes for each connection. OpenSSL calls back in the middle of its
-``do_handshake``, in the same thread; ``current()`` is how the callbacks find it, since C hands them no object of
-ours. What they note (the identity, what was offered, why not) is read when the handshake has ended, once.
+The event loop makes one ``TlsObject`` for each connection. OpenSSL calls back inside its ``do_handshake``, in the
+same thread. The callbacks get no object from C, so they find the connection with ``current()``. What they store (the
+identity, the offered suites, the reason of a refusal) is read once, when the handshake has ended.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def current() -> TlsObject | None:
 
 @dataclass
 class Accepted:
-    """A connection that was accepted: whose it is, and who is told why its handshake failed."""
+    """An accepted connection: its client's address, and the callback for a failed handshake."""
 
     address: str
     socket: socket
     on_failure: Callable[[TlsObject, ssl.SSLError], None] = field(repr=False)
-    # What a client that speaks HTTP without TLS is told.
+    # The answer to a client that uses HTTP without TLS.
     plain_answer: bytes = b""
 
 
-# Set while the event loop makes a connection's ssl object, which is the only way to hand it something.
+# Set while the event loop makes a connection's ssl object: there is no other way to pass it anything.
 ACCEPTED: ContextVar[Accepted | None] = ContextVar("accepted", default=None)
 
 
@@ -65,11 +65,11 @@ class TlsObject(ssl.SSLObject):
     callers: CallerBook
 
     def do_handshake(self) -> None:
-        """Goes on with the handshake; a refusal is reported and its alert sent before the error goes on."""
+        """Continues the handshake. A refusal is reported, and its alert sent, before the error is raised."""
         _RUNNING.handshake = self
         try:
             super().do_handshake()
-            self._settle()
+            self._check_identity()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except ssl.SSLError as error:
@@ -77,11 +77,11 @@ class TlsObject(ssl.SSLObject):
             raise
         finally:
             _RUNNING.handshake = None
-            # It points to memory that OpenSSL frees with the connection.
+            # OpenSSL frees this memory with the connection.
             self.pointer = 0
 
-    def _settle(self) -> None:
-        """Keeps the identity only where the key was what the handshake stood on, and lets no one in without one."""
+    def _check_identity(self) -> None:
+        """Keeps the identity only if its key was used. A session without an identity is refused."""
         cipher = self.cipher()
         on_psk = self.session_reused if self.version() == "TLSv1.3" else cipher is not None and "PSK" in cipher[0]
         if not on_psk:
@@ -94,28 +94,28 @@ class TlsObject(ssl.SSLObject):
         if self.accepted is None:
             return
         self.accepted.on_failure(self, error)
-        # The event loop drops what OpenSSL has left to say, but the alert is what the client's operator sees.
-        last_words = self.outgoing.read() if self.outgoing is not None else b""
+        # The event loop drops what OpenSSL still wants to send, but the client's operator needs the alert.
+        alert = self.outgoing.read() if self.outgoing is not None else b""
         if error.reason == "HTTP_REQUEST":
-            last_words = self.accepted.plain_answer
+            alert = self.accepted.plain_answer
         with contextlib.suppress(OSError):
-            self.accepted.socket.send(last_words, MSG_DONTWAIT | MSG_NOSIGNAL)
+            self.accepted.socket.send(alert, MSG_DONTWAIT | MSG_NOSIGNAL)
 
     @cached_property
     def caller(self) -> Caller:
-        """Who has connected; worked out once."""
+        """The client; determined once."""
         return self.callers.identify(self.psk_identity, self.getpeercert(binary_form=True))
 
 
 class TlsContext(ssl.SSLContext):
-    """A server's context, with the keys and the table of identities that its connections are judged by."""
+    """A server's context, with the pre-shared keys and the table of identities."""
 
     keys: PskKeys
     callers: CallerBook
     sslobject_class = TlsObject
 
     def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **options: Any) -> TlsObject:  # noqa: ANN401 -- handed through
-        """As the event loop calls it for a new connection."""
+        """Called by the event loop for a new connection."""
         made = super().wrap_bio(incoming, outgoing, *args, **options)
         assert isinstance(made, TlsObject)  # noqa: S101 -- for the type checker
         made.accepted, made.outgoing = ACCEPTED.get(), outgoing
@@ -125,10 +125,10 @@ class TlsContext(ssl.SSLContext):
 
 
 def _shorten(made: TlsObject, incoming: ssl.MemoryBIO) -> None:
-    """Has the event loop call C for each request, without the methods of Python's that only hand on to it.
+    """Lets the event loop call the C methods directly, without Python's methods that only pass on the call.
 
-    uvloop reads 256 KiB at a time. OpenSSL never gives more than a record, and where the heap has no such block free,
-    growing and shrinking it took ten times as long as the reading: 11 instead of 0.7 microseconds.
+    uvloop reads 256 KiB at a time, but OpenSSL returns at most one record. Allocating and shrinking such a block took
+    ten times as long as reading: 11 instead of 0.7 microseconds.
     """
     inner = vars(made)["_sslobj"]
     vars(made).update(read=Reader(inner.read, incoming).read, write=inner.write, pending=inner.pending)

@@ -1,7 +1,7 @@
-"""Why a handshake was refused, in one log line that a person can act on.
+"""The reason of a refused handshake, in one log line that an operator can act on.
 
-Owns the sentences for what OpenSSL says. What the client offered is told where no suite fits. Nothing here is ever
-shown to the client but the alert that OpenSSL chose; no key is at hand here.
+Owns the sentences for OpenSSL's errors. If no suite fits, the line lists what the client offered. The client gets only
+the alert that OpenSSL chose. No key is available here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 
 from skipbus.services.api.tls import openssl
-from skipbus.services.api.tls.handshakes import TlsObject
+from skipbus.services.api.tls.handshake import TlsObject
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.psk_file import shown_identity
 
@@ -24,7 +24,7 @@ _WRONG_KEY = frozenset(
         "BLOCK_CIPHER_PAD_IS_WRONG",
         "TLSV1_ALERT_DECRYPT_ERROR",
         "SSLV3_ALERT_BAD_RECORD_MAC",
-        # OpenSSL 3.2 and later say this on top of the record's own reason, and Python tells only what is on top.
+        # OpenSSL 3.2 and later put this above the record's own reason, and Python shows only the topmost.
         "RECORD_LAYER_FAILURE",
     }
 )
@@ -49,7 +49,7 @@ CROWDED_OUT = "crowded out: SKIP_MAX_CONNECTIONS is reached, and this handshake 
 
 
 def log_failure(handshake: TlsObject, error: ssl.SSLError) -> None:
-    """The line for a handshake that OpenSSL has ended. Only from within the handshake."""
+    """Logs a handshake that OpenSSL has ended. Only inside the handshake."""
     reason = explain(handshake, error)
     fields: dict[str, object] = {}
     if handshake.psk_identity is not None:
@@ -60,7 +60,7 @@ def log_failure(handshake: TlsObject, error: ssl.SSLError) -> None:
 
 
 def log_refusal(address: str, reason: str, **fields: object) -> None:
-    """One line for one refused handshake."""
+    """Logs one refused handshake."""
     _log.warning("handshake refused", client=address, reason=reason, **fields)
 
 
@@ -79,10 +79,10 @@ def explain(handshake: TlsObject, error: ssl.SSLError) -> str:
 
 
 def offered_names(handshake: TlsObject) -> list[str]:
-    """The suites in the ClientHello, without those that only signal something."""
+    """The suites in the ClientHello, without signalling values."""
     offered = handshake.offered
     ids = [offered[i : i + 2] for i in range(0, len(offered) - 1, 2)]
-    # RFC 8701's random numbers, and the two that stand for renegotiation and for a fallback.
+    # Without GREASE (RFC 8701) and the two values for renegotiation and fallback.
     real = [i for i in ids if i not in (b"\x00\xff", b"\x56\x00") and not (i[0] == i[1] and i[0] & 0x0F == 0x0A)]
     if not handshake.pointer:
         return [f"0x{i.hex().upper()}" for i in real[:_MAX_OFFERED]]
@@ -90,7 +90,7 @@ def offered_names(handshake: TlsObject) -> list[str]:
 
 
 def _alert(reason: str) -> str | None:
-    """What the client said when it was the one that refused."""
+    """The client's alert, if the client ended the handshake."""
     _, marker, alert = reason.partition("_ALERT_")
     return f"the client refused, with the alert {_words(alert)}" if marker else None
 
