@@ -30,7 +30,7 @@ from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.store import messages, peers
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.processes import fetch_processes
-from skipbus.shared.store.stock import fetch_stock_levels
+from skipbus.shared.store.stock import fetch_stock_level
 
 ENDPOINT_TIMEOUT_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 256 * 1024
@@ -155,7 +155,7 @@ class _Reader:
         if peer.link != "bus" or not peer.stock:
             return None
         usable_until_ms = now_ms() + self._settings.key_ttl_seconds * 500
-        return fetch_stock_levels(self._connection, self._local_id, peer.system_id, usable_until_ms).placed
+        return fetch_stock_level(self._connection, self._local_id, peer.system_id, usable_until_ms).placed
 
 
 def _own_complaints(settings: Settings) -> list[str]:

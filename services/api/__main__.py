@@ -74,7 +74,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         settings, "issue", functools.partial(IssueBatch, sealer, settings.key_ttl_seconds), prepared=PREPARED
     )
     claim: Lane[ClaimRequest, ClaimedKey] = make_lane(settings, "claim", functools.partial(ClaimBatch, opener))
-    links = BusLinks(settings, keyring, directory, hop) if settings.bus_peers else None
+    links = BusLinks(settings, keyring, directory, engine) if settings.bus_peers else None
     skip = SkipMethods(settings, directory, issue, claim, links)
     tls = Tls(settings)
     sync = _make_sync(settings, directory, links) if links is not None else None

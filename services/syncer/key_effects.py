@@ -19,7 +19,7 @@ from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import Header
-from skipbus.shared.store import messages, received, stock_kept
+from skipbus.shared.store import messages, received, stock
 from skipbus.shared.store.messages import EnvelopeRow
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 
@@ -94,7 +94,7 @@ class KeyEffects:
             return 0
         received.insert_received_keys(self._connection, wanted)
         if placed.stock:
-            received.insert_stock_held(self._connection, self._local_id, header.sender, wanted)
+            stock.insert_stock_held(self._connection, self._local_id, header.sender, wanted)
             return 0
         self.aftermath.arrived += [record.key_id for record in wanted]
         return len(wanted)
@@ -102,7 +102,7 @@ class KeyEffects:
     def release_stock(self, header: Header, events: Events) -> None:
         """The source has given these out of its stock."""
         key_ids = [entry[0] for entry in events.entries]
-        received.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
+        stock.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
 
     def withdraw(self, header: Header, events: Events) -> int:
         """The source takes these back; how many of them were issued on demand and still here."""
@@ -110,7 +110,7 @@ class KeyEffects:
         keys = [(entry[0], min(entry[1], latest_ms)) for entry in events.entries]
         key_ids = [key_id for key_id, _ in keys]
         received.insert_withdrawn_keys(self._connection, self._local_id, header.sender, keys)
-        held = received.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
+        held = stock.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
         deleted = received.delete_withdrawn_records(self._connection, self._local_id, header.sender, key_ids)
         return max(0, deleted - held)
 
@@ -120,7 +120,7 @@ class KeyEffects:
         In one transaction, however much it is: an operator's mishap, and not something that a peer gains by.
         """
         messages.delete_stocked_rows(self._connection, self._local_id, peer_id)
-        count = stock_kept.delete_stock_of(self._connection, self._local_id, peer_id)
+        count = stock.delete_stock_of_peer(self._connection, self._local_id, peer_id)
         if count:
             self.aftermath.stock_changed = True
             _log.warning("stock dropped, the peer cannot open it", peer=peer_id, count=count, reason=reason)
@@ -136,7 +136,7 @@ class KeyEffects:
         messages.delete_rows(self._connection, [row.id for row in rows])
         stocked = [row.token for row in rows if row.type == KEY_STOCKED and row.token]
         if stocked:
-            stock_kept.update_stock_placed(self._connection, stocked, self._now_ms)
+            stock.update_stock_placed(self._connection, stocked, self._now_ms)
             self.aftermath.stock_changed = True
         placed = [row for row in rows if row.type == KEY_PLACED]
         self.aftermath.stored += [row.token for row in placed if row.token]

@@ -23,10 +23,10 @@ from skipbus.shared.hop import Hop
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.keys import counted_before_ms
-from skipbus.shared.store import messages, stock_kept
+from skipbus.shared.store import messages, stock
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import look_at_oldest_stock
-from skipbus.shared.store.stock_kept import StockRow
+from skipbus.shared.store.stock import StockRow
 
 BATCH = 1_000
 
@@ -78,7 +78,7 @@ class StockWatch:
         total = 0
         while True:
             with driver_errors(), self._engine.begin() as connection:
-                rows = stock_kept.fetch_old_stock(connection, self._local_id, peer_id, at_ms + self._useful_ms, BATCH)
+                rows = stock.claim_old_stock(connection, self._local_id, peer_id, at_ms + self._useful_ms, BATCH)
                 if rows:
                     self._drop(connection, peer_id, rows, at_ms)
             total += len(rows)
@@ -90,7 +90,7 @@ class StockWatch:
         waiting = messages.fetch_rows_of_tokens(connection, tokens) if tokens else []
         if waiting:
             messages.delete_rows(connection, [row_id for row_id, _, _ in waiting])
-        stock_kept.delete_stock(connection, self._local_id, peer_id, rows)
+        stock.delete_stock(connection, [row.key_id for row in rows])
         # What was in no envelope cannot be at the peer; everything else may be.
         unsent = {token for _, token, number in waiting if number is None}
         sent = [row for row in rows if row.placed or row.token not in unsent]
@@ -102,10 +102,10 @@ def drop_refused_stock(
     connection: Connection, local_id: str, peer_id: str, tokens: Mapping[int, bytes], now_ms: int
 ) -> None:
     """Drops stock that the peer will never take; ``tokens`` by the ids of the outbox rows that carry it."""
-    rows = stock_kept.fetch_stock_of_tokens(connection, local_id, tokens.values())
+    rows = stock.claim_stock_of_tokens(connection, local_id, tokens.values())
     messages.delete_rows(connection, list(tokens))
     if rows:
-        stock_kept.delete_stock(connection, local_id, peer_id, rows)
+        stock.delete_stock(connection, [row.key_id for row in rows])
         # The refusal may be an old one, played back: perhaps the peer has them all the same.
         _tell_dropped(connection, local_id, peer_id, rows, now_ms)
 

@@ -7,7 +7,7 @@ modules that change it: a look says only whether that is worth while.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pymysql.connections import Connection
@@ -16,7 +16,6 @@ from skipbus.shared.store.literals import name
 from skipbus.shared.store.messages import NOBODY, PeerRow, PeerSigns
 from skipbus.shared.store.processes import ProcessSeen
 from skipbus.shared.store.results import Rows
-from skipbus.shared.store.stock import StockLevel
 
 _PEER_ROW = ", ".join(PeerRow.__dataclass_fields__)
 _PEER_SIGNS = ", ".join(PeerSigns.__dataclass_fields__)
@@ -51,27 +50,6 @@ def look_at_view(
     seen = f"SELECT role, instance, seen_ms, detail FROM processes WHERE local_id = {name(local_id)}"
     peers, processes, *digests = _ask(connection, [_of_peers(_PEER_ROW, local_id), seen, *_digests(local_id, bus=bus)])
     return _read_digests(digests), [PeerRow(*row) for row in peers], [ProcessSeen(*row) for row in processes]
-
-
-def look_at_stock(
-    connection: Connection, local_id: str, peer_ids: Collection[str], usable_until_ms: int
-) -> tuple[dict[str, StockLevel], dict[str, int]]:
-    """Each of these peers' stock that lives until ``usable_until_ms``, and how much stock of each source waits here.
-
-    One stretch of the primary key for each peer, and one for ``local_id``.
-    """
-    levels = [
-        "SELECT COUNT(*), COUNT(placed_ms) FROM stock "
-        f"WHERE local_id = {name(local_id)} AND peer_id = {name(peer_id)} AND expires_ms >= {usable_until_ms:d}"
-        for peer_id in peer_ids
-    ]
-    held = f"SELECT source_id, COUNT(*) FROM stock_held WHERE local_id = {name(local_id)} GROUP BY source_id"
-    held_rows, *level_rows = _ask(connection, [held, *levels])
-    counted = {
-        peer_id: StockLevel(placed, total - placed)
-        for peer_id, ((total, placed),) in zip(peer_ids, level_rows, strict=True)
-    }
-    return counted, dict(held_rows)
 
 
 def look_at_oldest_stock(connection: Connection, local_id: str) -> dict[str, int]:

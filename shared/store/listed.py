@@ -8,9 +8,11 @@ only. SQLAlchemy Core has no DELETE with a join, so the statement is text; the d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-from sqlalchemy import Connection, TextClause, text
+from sqlalchemy import Connection
+
+# Values in one statement.
+_CHUNK = 1_000
 
 
 def delete_listed(
@@ -25,19 +27,15 @@ def delete_listed(
 
     ``index`` begins with the other columns, or holds each value of ``column`` once.
     """
-    if not values:
-        return 0
-    statement = _statement(table, index, column, len(values), tuple(others))
-    wanted = {f"v{n}": value for n, value in enumerate(values)}
-    return connection.execute(statement, wanted | others).rowcount
-
-
-@lru_cache(maxsize=2048)
-def _statement(table: str, index: str, column: str, count: int, others: tuple[str, ...]) -> TextClause:
-    """All arguments are names of the schema, from the modules of this package."""
-    conditions = "".join(f" AND t.{other} = :{other}" for other in others)
-    wanted = " UNION ALL ".join(f"SELECT :v{n} AS wanted" for n in range(count))
-    return text(
-        f"DELETE t FROM ({wanted}) AS w STRAIGHT_JOIN {table} AS t FORCE INDEX ({index}) "
-        f"ON t.{column} = w.wanted{conditions}"
-    )
+    conditions = "".join(f" AND t.{other} = %s" for other in others)
+    deleted = 0
+    for start in range(0, len(values), _CHUNK):
+        chunk = values[start : start + _CHUNK]
+        wanted = " UNION ALL ".join(["SELECT %s AS wanted"] * len(chunk))
+        # All that is not bound are names of the schema, from the modules of this package.
+        statement = (
+            f"DELETE t FROM ({wanted}) AS w STRAIGHT_JOIN {table} AS t FORCE INDEX ({index}) "
+            f"ON t.{column} = w.wanted{conditions}"
+        )
+        deleted += connection.exec_driver_sql(statement, (*chunk, *others.values())).rowcount
+    return deleted

@@ -63,23 +63,6 @@ def insert_received_wrapping_keys(connection: Connection, wrapping_keys: Sequenc
     return {SealedWrappingKey(*row) for row in stored} == set(wrapping_keys)
 
 
-def insert_stock_held(connection: Connection, local_id: str, source_id: str, records: Sequence[KeyRecord]) -> None:
-    """Notes that these records are stock: kept here ahead of need, and not issued to anybody yet."""
-    rows = ",".join(f"({text(local_id)},{text(source_id)},0x{r.key_id.hex()},{r.expires_ms})" for r in records)
-    connection.exec_driver_sql(f"INSERT IGNORE INTO stock_held (local_id, source_id, key_id, expires_ms) VALUES {rows}")
-
-
-def delete_stock_held(connection: Connection, local_id: str, source_id: str, key_ids: Collection[bytes]) -> int:
-    """These are stock no longer: given out, or taken back. Returns how many were."""
-    return sum(
-        connection.exec_driver_sql(
-            f"DELETE h FROM stock_held AS h FORCE INDEX (PRIMARY) WHERE h.local_id = {text(local_id)} "
-            f"AND h.source_id = {text(source_id)} AND h.key_id IN ({hex_list(chunk)})"
-        ).rowcount
-        for chunk in _chunks(key_ids)
-    )
-
-
 def delete_withdrawn_records(connection: Connection, local_id: str, source_id: str, key_ids: Collection[bytes]) -> int:
     """Deletes what is still here of the keys that their source takes back. Returns how many were.
 

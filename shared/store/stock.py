@@ -1,30 +1,22 @@
-"""Stock: keys that this KP has placed at a peer ahead of need. This side keeps a copy of each, sealed to itself.
+"""Stock: keys placed at a peer ahead of need. Tables ``stock`` (the source's copies) and ``stock_held`` (the target's).
 
-Clustered by peer and expiry, so that the oldest usable ones are one short stretch of the primary key. Claims pass over
-rows that another process holds: any of them will do. A row counts as placed once the peer has acknowledged the outbox
-row with its token (the syncer writes that).
+``stock`` is clustered by peer and expiry: the oldest usable keys of a peer are one range of the primary key. A claim
+skips rows that another process has locked, because any key will do. A row counts as placed once the peer has
+acknowledged the outbox row with the same token. ``stock_held`` names the records of a target that are stock of a
+source: they were not issued to anybody yet. Transactions are the callers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
 
-from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
-from skipbus.shared.store.literals import hexes, name
-from skipbus.shared.store.packets import (
-    OutboxRow,
-    commit,
-    delete_listed,
-    insert_outbox_rows,
-    insert_wrapping_keys,
-)
+from skipbus.shared.crypto.sealing import KeyRecord
+from skipbus.shared.store.listed import delete_listed
 from skipbus.shared.store.schema import STOCK as S
-from skipbus.shared.store.steps import Statement, Steps, octets
-
-_COPY = (octets, int, int, octets, octets, octets)
+from skipbus.shared.store.schema import STOCK_HELD as H
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,61 +27,159 @@ class StockLevel:
     in_flight: int = 0
 
 
-def claim_stock(local_id: str, peer_id: str, usable_until_ms: int, limit: int) -> Steps[list[KeyRecord]]:
-    """The placed keys that expire first of those that live until ``usable_until_ms``; locked, those of others left out.
+@dataclass(frozen=True, slots=True)
+class StockRow:
+    """The source's copy of a key in stock; ``placed`` once the peer has acknowledged it."""
 
-    Own copies: source and target are ``local_id``, and they open with the peer's id as their context. Primary key.
-    """
-    rows = yield Statement(
-        "SELECT key_id, size_bits, expires_ms, wrapping_key_id, nonce, sealed FROM stock FORCE INDEX (PRIMARY) "
-        f"WHERE local_id = {name(local_id)} AND peer_id = {name(peer_id)} AND expires_ms >= {usable_until_ms:d} "
-        f"AND placed_ms IS NOT NULL ORDER BY expires_ms LIMIT {limit:d} FOR UPDATE SKIP LOCKED",
-        _COPY,
+    key_id: bytes
+    expires_ms: int
+    token: bytes
+    placed: bool
+
+
+_CLAIM = (
+    select(S.c.key_id, S.c.size_bits, S.c.expires_ms, S.c.wrapping_key_id, S.c.nonce, S.c.sealed)
+    .with_hint(S, "FORCE INDEX (PRIMARY)")
+    .where(
+        S.c.local_id == bindparam("local_id"),
+        S.c.peer_id == bindparam("peer_id"),
+        S.c.expires_ms >= bindparam("usable_until_ms"),
+        S.c.placed_ms.is_not(None),
     )
+    .order_by(S.c.expires_ms)
+    .limit(bindparam("count"))
+    .with_for_update(skip_locked=True)
+)
+_LEVEL = select(func.count(), func.count(S.c.placed_ms)).where(
+    S.c.local_id == bindparam("local_id"),
+    S.c.peer_id == bindparam("peer_id"),
+    S.c.expires_ms >= bindparam("usable_until_ms"),
+)
+_OLDEST = (
+    select(S.c.peer_id, func.min(S.c.expires_ms)).where(S.c.local_id == bindparam("local_id")).group_by(S.c.peer_id)
+)
+_HELD = select(H.c.source_id, func.count()).where(H.c.local_id == bindparam("local_id")).group_by(H.c.source_id)
+
+
+# --- the source's copies: made, given out and counted by the api
+
+
+def insert_stock(
+    connection: Connection, local_id: str, peer_id: str, token: bytes, copies: Iterable[KeyRecord]
+) -> None:
+    """Stores the copies of new stock, which the outbox row with this token carries to the peer."""
+    connection.execute(
+        insert(S),
+        [
+            {
+                "local_id": local_id,
+                "peer_id": peer_id,
+                "expires_ms": copy.expires_ms,
+                "key_id": copy.key_id,
+                "size_bits": copy.size_bits,
+                "wrapping_key_id": copy.wrapping_key_id,
+                "nonce": copy.nonce,
+                "sealed": copy.sealed,
+                "token": token,
+            }
+            for copy in copies
+        ],
+    )
+
+
+def claim_stock(
+    connection: Connection, local_id: str, peer_id: str, usable_until_ms: int, count: int
+) -> list[KeyRecord]:
+    """The placed keys that expire first of those that live until ``usable_until_ms``, locked. Primary key.
+
+    A copy's source and target are ``local_id``; it opens with the peer's id as its context.
+    """
+    wanted = {"local_id": local_id, "peer_id": peer_id, "usable_until_ms": usable_until_ms, "count": count}
     return [
         KeyRecord(key_id, local_id, local_id, size_bits, expires_ms, wrapping_key_id, nonce, sealed, "")
-        for key_id, size_bits, expires_ms, wrapping_key_id, nonce, sealed in rows
+        for key_id, size_bits, expires_ms, wrapping_key_id, nonce, sealed in connection.execute(_CLAIM, wanted)
     ]
 
 
-def commit_given_out(taken: Sequence[KeyRecord], rows: Sequence[OutboxRow]) -> Steps[None]:
-    """Deletes stock that ``claim_stock`` locked, inserts the events, and commits. Index stock_key_id.
+def delete_stock(connection: Connection, key_ids: Sequence[bytes]) -> int:
+    """Deletes copies that the caller has locked; how many there were. Index stock_key_id.
 
-    Raises CommitUnknown or StoreRefused; after any of them the connection must go.
+    By the primary key the server may read rows of the same expiry that other processes have locked.
     """
-    # By the primary key the server may walk through rows of the same expiry that other processes have locked.
-    deletion = delete_listed("stock", "stock_key_id", "key_id", hexes(record.key_id for record in taken))
-    return commit([deletion, insert_outbox_rows(rows)])
+    return delete_listed(connection, S.name, "stock_key_id", "key_id", key_ids)
 
 
-def commit_stocked(
-    copies: Sequence[KeyRecord], wrapping_keys: Sequence[SealedWrappingKey], row: OutboxRow
-) -> Steps[None]:
-    """Inserts own copies of new stock, wrapping keys that are new, and the row that carries it to the peer; commits.
-
-    Errors as above.
-    """
-    first = [insert_wrapping_keys(wrapping_keys)] if wrapping_keys else []
-    return commit([*first, _insert_copies(copies, row), insert_outbox_rows([row])])
-
-
-def fetch_stock_levels(connection: Connection, local_id: str, peer_id: str, usable_until_ms: int) -> StockLevel:
-    """Counts a peer's stock that lives until ``usable_until_ms``. One stretch of the primary key."""
-    statement = select(func.count(), func.count(S.c.placed_ms)).where(
-        S.c.local_id == local_id, S.c.peer_id == peer_id, S.c.expires_ms >= usable_until_ms
-    )
-    total, placed = connection.execute(statement).one()
+def fetch_stock_level(connection: Connection, local_id: str, peer_id: str, usable_until_ms: int) -> StockLevel:
+    """Counts a peer's stock that lives until ``usable_until_ms``. A range of the primary key."""
+    wanted = {"local_id": local_id, "peer_id": peer_id, "usable_until_ms": usable_until_ms}
+    total, placed = connection.execute(_LEVEL, wanted).one()
     return StockLevel(placed, total - placed)
 
 
-def _insert_copies(copies: Sequence[KeyRecord], row: OutboxRow) -> str:
-    token = "NULL" if row.token is None else f"0x{row.token.hex()}"
-    values = ",".join(
-        f"({name(row.local_id)},{name(row.peer_id)},{r.expires_ms},0x{r.key_id.hex()},{r.size_bits},"
-        f"0x{r.wrapping_key_id.hex()},0x{r.nonce.hex()},0x{r.sealed.hex()},{token})"
-        for r in copies
+# --- the source's copies: what the syncer learns from the peer and from the clock
+
+
+def update_stock_placed(connection: Connection, tokens: Collection[bytes], now_ms: int) -> int:
+    """The peer has stored what went under these tokens. Returns how many keys. Index stock_token."""
+    return connection.execute(
+        update(S).where(S.c.token.in_(tokens), S.c.placed_ms.is_(None)).values(placed_ms=now_ms)
+    ).rowcount
+
+
+def fetch_oldest_stock(connection: Connection, local_id: str) -> dict[str, int]:
+    """The peers that there is stock for, and when the first key of each expires (UTC ms). Prefix of the primary key."""
+    return dict(connection.execute(_OLDEST, {"local_id": local_id}).all())
+
+
+def claim_old_stock(connection: Connection, local_id: str, peer_id: str, before_ms: int, limit: int) -> list[StockRow]:
+    """The oldest that expires before ``before_ms``, locked; what is being given out is skipped. Primary key."""
+    statement = (
+        _stock_rows()
+        .where(S.c.local_id == local_id, S.c.peer_id == peer_id, S.c.expires_ms < before_ms)
+        .order_by(S.c.expires_ms, S.c.key_id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
     )
-    return (
-        "INSERT INTO stock (local_id, peer_id, expires_ms, key_id, size_bits, wrapping_key_id, nonce, sealed, token) "
-        f"VALUES {values}"
+    return [StockRow(*row) for row in connection.execute(statement)]
+
+
+def claim_stock_of_tokens(connection: Connection, local_id: str, tokens: Collection[bytes]) -> list[StockRow]:
+    """What went under these tokens and is not placed, locked. Index stock_token."""
+    statement = (
+        _stock_rows()
+        .with_hint(S, "FORCE INDEX (stock_token)")
+        .where(S.c.token.in_(tokens), S.c.local_id == local_id, S.c.placed_ms.is_(None))
+        .with_for_update()
     )
+    return [StockRow(*row) for row in connection.execute(statement)]
+
+
+def delete_stock_of_peer(connection: Connection, local_id: str, peer_id: str) -> int:
+    """Drops all copies for a peer. Returns how many. Prefix of the primary key."""
+    return connection.execute(delete(S).where(S.c.local_id == local_id, S.c.peer_id == peer_id)).rowcount
+
+
+def _stock_rows() -> Select[bytes, int, bytes, bool]:
+    return select(S.c.key_id, S.c.expires_ms, S.c.token, S.c.placed_ms.is_not(None))
+
+
+# --- the target's list
+
+
+def insert_stock_held(connection: Connection, local_id: str, source_id: str, records: Iterable[KeyRecord]) -> None:
+    """Notes that these records are stock of their source. One that is noted already stays as it is."""
+    rows = [
+        {"local_id": local_id, "source_id": source_id, "key_id": record.key_id, "expires_ms": record.expires_ms}
+        for record in records
+    ]
+    connection.execute(insert(H).prefix_with("IGNORE"), rows)
+
+
+def delete_stock_held(connection: Connection, local_id: str, source_id: str, key_ids: Sequence[bytes]) -> int:
+    """These are stock no longer: given out, or taken back. Returns how many were. Primary key."""
+    return delete_listed(connection, H.name, "PRIMARY", "key_id", key_ids, local_id=local_id, source_id=source_id)
+
+
+def fetch_held_counts(connection: Connection, local_id: str) -> dict[str, int]:
+    """How much stock of each source waits here. Prefix of the primary key."""
+    return dict(connection.execute(_HELD, {"local_id": local_id}).all())

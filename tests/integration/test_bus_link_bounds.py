@@ -139,12 +139,22 @@ class Transactions:
             event.remove(self.engine, "before_cursor_execute", self._on_statement)
             event.remove(self.engine, "commit", self._on_commit)
 
-    def _on_statement(self, _c: object, _cursor: object, statement: str, *_: object) -> None:
-        self._named |= {bytes.fromhex(found) for found in re.findall(r"0x([0-9a-f]{32})\b", statement)} & self.key_ids
+    def _on_statement(self, _c: object, _cursor: object, statement: str, parameters: object, *_: object) -> None:
+        written = {bytes.fromhex(found) for found in re.findall(r"0x([0-9a-f]{32})\b", statement)}
+        self._named |= (written | set(_bound_octets(parameters))) & self.key_ids
 
     def _on_commit(self, _connection: object) -> None:
         self.sizes.append(len(self._named))
         self._named = set()
+
+
+def _bound_octets(parameters: object) -> Iterator[bytes]:
+    """The octets among a statement's bound values, of one row or of many."""
+    if isinstance(parameters, bytes):
+        yield parameters
+    elif isinstance(parameters, dict | list | tuple):
+        for value in parameters.values() if isinstance(parameters, dict) else parameters:
+            yield from _bound_octets(value)
 
 
 def accepted(payload: Payload, kind: EnvelopeType, number: int = 1) -> Accepted:

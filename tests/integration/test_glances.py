@@ -17,12 +17,10 @@ from skipbus.shared.store.glances import (
     look_at_due,
     look_at_oldest_stock,
     look_at_signs,
-    look_at_stock,
     look_at_view,
 )
 from skipbus.shared.store.messages import NOBODY, PeerRow, PeerSigns, fetch_peer_rows
 from skipbus.shared.store.processes import ProcessSeen
-from skipbus.shared.store.stock import StockLevel
 from tests.integration.key_providers import Store
 
 KP, OTHER = "KP_Alice", "KP_Ällice"
@@ -102,17 +100,6 @@ def test_an_api_sees_what_the_tables_say_of_its_peers_and_processes(store: Store
     assert (row.peer_id, row.issued) == (PEER, 7)
     assert processes == [ProcessSeen("syncer", "host:1", NOW_MS, "ok")]
     assert digests == Digests({KP: DIGEST}, {})
-
-
-def test_stock_is_counted_by_peer_and_only_where_it_lives_long_enough(store: Store, glance: Glance) -> None:
-    for expires_ms, placed in ((NOW_MS - 1, True), (NOW_MS, True), (NOW_MS + 1, True), (NOW_MS + 1, False)):
-        stocked(store, KP, PEER, expires_ms, placed=placed)
-    stocked(store, OTHER, PEER, NOW_MS + 1, placed=True)
-    store.rows("INSERT INTO stock_held VALUES (%s, %s, 'a', 1), (%s, %s, 'b', 1)", KP, PEER, KP, PEER)
-    store.rows("INSERT INTO stock_held VALUES (%s, %s, 'c', 1)", OTHER, PEER)
-    look = partial(look_at_stock, local_id=KP, peer_ids=[SECOND, PEER], usable_until_ms=NOW_MS)
-    assert glance.read(look) == ({SECOND: StockLevel(0, 0), PEER: StockLevel(2, 1)}, {PEER: 2})
-    assert glance.read(partial(look_at_stock, local_id=KP, peer_ids=[], usable_until_ms=NOW_MS)) == ({}, {PEER: 2})
 
 
 def test_of_each_peers_stock_the_oldest_is_seen(store: Store, glance: Glance) -> None:

@@ -33,7 +33,7 @@ from skipbus.shared.store import (
     processes,
     received,
     stock,
-    stock_kept,
+    stock_steps,
     wrapping_keys,
 )
 from skipbus.shared.store.engine import connect
@@ -46,7 +46,7 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(expiry, glances, keys, messages, peers, placing, processes, received, stock, stock_kept),
+    *(expiry, glances, keys, messages, peers, placing, processes, received, stock, stock_steps),
     *(key_records, outbox, wrapping_keys),
 )
 
@@ -126,7 +126,7 @@ SQLALCHEMY_CALLS |= {
     "fetch_envelope_rows": lambda c: messages.fetch_envelope_rows(c, KP, PEER, [7, 8]),
     "fetch_row_payloads": lambda c: messages.fetch_row_payloads(c, [5, 6]),
     "delete_stocked_rows": lambda c: messages.delete_stocked_rows(c, KP, PEER),
-    "delete_stock_of": lambda c: stock_kept.delete_stock_of(c, KP, PEER),
+    "delete_stock_of_peer": lambda c: stock.delete_stock_of_peer(c, KP, PEER),
     "delete_rows": lambda c: messages.delete_rows(c, [5, 6]),
     "fetch_rows_of_tokens": lambda c: messages.fetch_rows_of_tokens(c, KEY_IDS),
     "delete_inbox": lambda c: messages.delete_inbox(c, KP, PEER, 7),
@@ -134,18 +134,20 @@ SQLALCHEMY_CALLS |= {
     "fetch_known_keys": lambda c: received.fetch_known_keys(c, KP, PEER, KEY_IDS),
     "insert_received_keys": lambda c: received.insert_received_keys(c, [RECORD]),
     "insert_received_wrapping_keys": lambda c: received.insert_received_wrapping_keys(c, [WRAPPING_KEY]),
-    "insert_stock_held": lambda c: received.insert_stock_held(c, KP, PEER, [RECORD]),
-    "delete_stock_held": lambda c: received.delete_stock_held(c, KP, PEER, KEY_IDS),
+    "insert_stock_held": lambda c: stock.insert_stock_held(c, KP, PEER, [RECORD]),
+    "delete_stock_held": lambda c: stock.delete_stock_held(c, KP, PEER, KEY_IDS),
     "delete_withdrawn_records": lambda c: received.delete_withdrawn_records(c, KP, PEER, KEY_IDS),
     "insert_withdrawn_keys": lambda c: received.insert_withdrawn_keys(c, KP, PEER, [(KEY_IDS[0], NOW_MS)]),
-    "update_stock_placed": lambda c: stock_kept.update_stock_placed(c, KEY_IDS, NOW_MS),
-    "fetch_old_stock": lambda c: stock_kept.fetch_old_stock(c, KP, PEER, NOW_MS, 100),
-    "fetch_stock_of_tokens": lambda c: stock_kept.fetch_stock_of_tokens(c, KP, KEY_IDS),
-    "delete_stock": lambda c: stock_kept.delete_stock(
-        c, KP, PEER, [stock_kept.StockRow(KEY_IDS[0], NOW_MS, b"t" * 16, True)]
-    ),
+    "update_stock_placed": lambda c: stock.update_stock_placed(c, KEY_IDS, NOW_MS),
+    "claim_old_stock": lambda c: stock.claim_old_stock(c, KP, PEER, NOW_MS, 100),
+    "claim_stock_of_tokens": lambda c: stock.claim_stock_of_tokens(c, KP, KEY_IDS),
+    "insert_stock": lambda c: stock.insert_stock(c, KP, PEER, b"t" * 16, [RECORD]),
+    "claim_stock": lambda c: stock.claim_stock(c, KP, PEER, NOW_MS, 10),
+    "delete_stock": lambda c: stock.delete_stock(c, KEY_IDS),
+    "fetch_oldest_stock": lambda c: stock.fetch_oldest_stock(c, KP),
+    "fetch_held_counts": lambda c: stock.fetch_held_counts(c, KP),
     "fetch_sealed_wrapping_keys": lambda c: wrapping_keys.fetch_sealed_wrapping_keys(c, KEY_IDS),
-    "fetch_stock_levels": lambda c: stock.fetch_stock_levels(c, KP, PEER, NOW_MS),
+    "fetch_stock_level": lambda c: stock.fetch_stock_level(c, KP, PEER, NOW_MS),
 }
 RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "commit_issued": lambda c: run_steps(c, keys.commit_issued(lambda: [RECORD], [WRAPPING_KEY], [EVENT])),
@@ -160,16 +162,15 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "fetch_for_withdrawal": lambda c: run_steps(c, placing.fetch_for_withdrawal(KEY_IDS)),
     "commit_withdrawn": lambda c: run_steps(c, placing.commit_withdrawn(KEY_IDS, [ROW._replace(token=b"s" * 16)])),
     "delete_held": lambda c: run_steps(c, placing.delete_held(KP, {PEER: KEY_IDS})),
-    "claim_stock": lambda c: run_steps(c, stock.claim_stock(KP, PEER, NOW_MS, 10)),
+    "claim_stock_steps": lambda c: run_steps(c, stock_steps.claim_stock_steps(KP, PEER, NOW_MS, 10)),
     "commit_given_out": lambda c: run_steps(
-        c, stock.commit_given_out([RECORD, RECORD], [ROW._replace(token=b"q" * 16)])
+        c, stock_steps.commit_given_out([RECORD, RECORD], [ROW._replace(token=b"q" * 16)])
     ),
     "commit_stocked": lambda c: run_steps(
-        c, stock.commit_stocked([RECORD], [WRAPPING_KEY], ROW._replace(token=b"p" * 16))
+        c, stock_steps.commit_stocked([RECORD], [WRAPPING_KEY], ROW._replace(token=b"p" * 16))
     ),
     "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
     "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
-    "look_at_stock": lambda c: glances.look_at_stock(c, KP, [PEER, "KP_19"], NOW_MS),
     "look_at_oldest_stock": lambda c: glances.look_at_oldest_stock(c, KP),
     "look_at_due": lambda c: glances.look_at_due(c, KP, NOW_MS),
 }
@@ -375,12 +376,12 @@ def deletion_of(wanted: list[bytes]) -> str:
 # Each deletes by a list: of the rows of FEW, or of outbox rows with the same numbers as ids.
 TOKENS = [bytes([n]) * 16 for n in range(20)]
 ROW_IDS = list(range(1, 21))
-COPIES = [stock_kept.StockRow(record.key_id, record.expires_ms, b"t" * 16, True) for record in FEW]
 DELETIONS: dict[str, tuple[str, Callable[[RawConnection[Any], Connection], object]]] = {
     "commit_withdrawn": ("outbox", lambda c, _: run_steps(c, placing.commit_withdrawn(TOKENS[:-1], []))),
     "delete_held": ("stock_held", lambda c, _: run_steps(c, placing.delete_held(KP, {PEER: MOST}))),
-    "commit_given_out": ("stock", lambda c, _: run_steps(c, stock.commit_given_out(FEW[:-1], [ROW]))),
-    "delete_stock": ("stock", lambda _, c: stock_kept.delete_stock(c, KP, PEER, COPIES[:-1])),
+    "commit_given_out": ("stock", lambda c, _: run_steps(c, stock_steps.commit_given_out(FEW[:-1], [ROW]))),
+    "delete_stock": ("stock", lambda _, c: stock.delete_stock(c, MOST)),
+    "delete_stock_held": ("stock_held", lambda _, c: stock.delete_stock_held(c, KP, PEER, MOST)),
     "delete_rows": ("outbox", lambda _, c: messages.delete_rows(c, ROW_IDS[:-1])),
     "delete_acknowledged": ("outbox", lambda _, c: messages.delete_acknowledged(c, KP, PEER, ROW_IDS[:-1])),
 }

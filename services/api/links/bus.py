@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from sqlalchemy import Engine
+
 from skipbus.services.api import metrics
 from skipbus.services.api.batching import Lane
 from skipbus.services.api.claiming import ClaimedKey
@@ -29,7 +31,6 @@ from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.config import Settings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import Overloaded, PeerNotReady
-from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import every
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS
@@ -53,7 +54,7 @@ class _Lanes:
 class BusLinks:
     """Of one event loop. Works only inside ``running``."""
 
-    def __init__(self, settings: Settings, keyring: Keyring, directory: PeerDirectory, hop: Hop) -> None:
+    def __init__(self, settings: Settings, keyring: Keyring, directory: PeerDirectory, engine: Engine) -> None:
         local_id = settings.local_system_id
         self._settings = settings
         self._peers = {peer.system_id: peer for peer in settings.bus_peers}
@@ -66,7 +67,7 @@ class BusLinks:
         self._settler = Settler(self._lanes.settle, settings.sync_timeout_seconds, settings.max_queue)
         self._arrivals = Arrivals(settings.retrieve_wait_seconds)
         maker = StockMaker(settings.mysql, local_id, settings.key_ttl_seconds, self._sealers[1])
-        self._keeper = StockKeeper(settings, maker, hop, self._tell_outbox)
+        self._keeper = StockKeeper(settings, engine, maker, self._tell_outbox)
         self._notifier = Notifier(local_id, self._on_notification, FOR_API)
         self.publisher = Publisher()
         self._broker = BrokerConnection(settings.rabbitmq_url, f"skip-api {local_id}", [self.publisher, self._notifier])

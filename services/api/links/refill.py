@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sqlalchemy import Engine
+
 from skipbus.services.api import metrics
 from skipbus.services.api.issuing import Sealer, no_entropy
 from skipbus.services.api.links.placing import pack_records
@@ -26,17 +28,16 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings, PeerSettings, Settings
 from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError
-from skipbus.shared.glance import Glance
-from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import next_beat
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
 from skipbus.shared.store.election import Election
-from skipbus.shared.store.glances import look_at_stock
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.packets import OutboxRow
 from skipbus.shared.store.placing import KEY_STOCKED
 from skipbus.shared.store.steps import StepsRunner
-from skipbus.shared.store.stock import StockLevel, commit_stocked
+from skipbus.shared.store.stock import StockLevel, fetch_held_counts, fetch_stock_level
+from skipbus.shared.store.stock_steps import commit_stocked
 
 BATCH = 500
 ROUND_SECONDS = 1.0
@@ -119,12 +120,11 @@ def _fresh_key() -> tuple[bytes, bytes]:
 class StockKeeper:
     """Counts stock and has it made. ``on_made`` is called on the event loop when there are new outbox rows."""
 
-    def __init__(self, settings: Settings, maker: StockMaker, hop: Hop, on_made: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, engine: Engine, maker: StockMaker, on_made: Callable[[], None]) -> None:
         self._local_id = settings.local_system_id
         self._key_ttl_seconds = settings.key_ttl_seconds
         self._peers = {peer.system_id: peer for peer in settings.bus_peers if peer.stock > 0}
-        self._glance = Glance(settings.mysql)
-        self._hop = hop
+        self._engine = engine
         self._maker = maker
         self._on_made = on_made
         self._election = Election(settings.mysql, f"stock {self._local_id}")
@@ -174,16 +174,15 @@ class StockKeeper:
             await self._rest()
 
     def close(self) -> None:
-        """Gives up the election and the connections."""
+        """Gives up the election and the connection."""
         self._election.release()
-        self._glance.close()
         self._maker.close()
 
     async def _round(self, stop: asyncio.Event) -> None:
         """Counts, and makes what is missing for at most a second, so that the count does not grow old meanwhile."""
         self._wake.clear()
         counted_from = dict(self._taken)
-        reading, elected = await self._hop.run(self._look)
+        reading, elected = await asyncio.to_thread(self._look)
         self._take_over(reading, counted_from)
         if not elected:
             return
@@ -239,7 +238,11 @@ class StockKeeper:
 
     def _count(self) -> StockReading:
         started, until_ms = time.monotonic(), counted_until_ms(now_ms(), self._key_ttl_seconds)
-        levels, held = self._glance.read(lambda c: look_at_stock(c, self._local_id, self._peers, until_ms))
+        with driver_errors(), self._engine.begin() as connection:
+            levels = {
+                peer_id: fetch_stock_level(connection, self._local_id, peer_id, until_ms) for peer_id in self._peers
+            }
+            held = fetch_held_counts(connection, self._local_id)
         return StockReading(levels, held, time.monotonic() - started)
 
     def _is_elected(self) -> bool:

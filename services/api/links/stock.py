@@ -23,7 +23,7 @@ from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.keys import end_without_change
 from skipbus.shared.store.packets import OutboxRow
 from skipbus.shared.store.steps import Steps
-from skipbus.shared.store.stock import claim_stock, commit_given_out
+from skipbus.shared.store.stock_steps import claim_stock_steps, commit_given_out
 
 _log = get_logger("stock")
 
@@ -93,7 +93,7 @@ class StockClaimBatch:
         stock: dict[str, list[KeyRecord]] = {}
         for peer_id, count in Counter(request.target_id for request in self._requests).items():
             # The last one is handed out first: popping costs nothing there, and the order among these few is no matter.
-            stock[peer_id] = yield from claim_stock(self._opener.local_id, peer_id, usable_ms, count)
+            stock[peer_id] = yield from claim_stock_steps(self._opener.local_id, peer_id, usable_ms, count)
         return stock
 
     def _take_one(
