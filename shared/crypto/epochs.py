@@ -1,8 +1,7 @@
-"""Epochs: spans of time for which a KP has one HPKE key pair. Pure arithmetic; time comes in as an argument.
+"""Epochs: spans of time for which a KP has one HPKE key pair. Pure; time is an argument.
 
-An epoch is used for sealing from ``starts_ms`` until ``ends_ms``; its private half is kept until
-``destroy_ms``, when the last key that may have been sealed to it has expired. Sources therefore never
-let a key outlive ``destroy_ms`` of the epoch that it is sealed to.
+Keys are sealed to an epoch from ``starts_ms`` until ``ends_ms``. Its private half is kept until ``destroy_ms``, when
+the last key that may be sealed to it has expired. So a source never lets a key outlive ``destroy_ms`` of its epoch.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 EPOCH_ID_BYTES = 16
-# How far the clocks of two key providers may be apart.
+# The largest allowed difference between the clocks of two key providers.
 MAX_CLOCK_SKEW_MS = 30_000
-# An announcement carries 1.7 kB for each epoch; this bounds it at about 220 kB.
+# An announcement has 1.7 kB for each epoch; this bounds it at about 220 kB.
 MAX_EPOCHS_AHEAD = 128
 
 
 @dataclass(frozen=True)
 class EpochSpan:
-    """When an epoch is used (UTC ms): sealed to from starts to ends, opened until destroy."""
+    """The times of an epoch (UTC ms): sealed to from starts until ends, opened until destroy."""
 
     starts_ms: int
     ends_ms: int
@@ -37,20 +36,20 @@ class PublicEpoch:
 
 
 def new_epoch_id() -> bytes:
-    """A fresh random epoch id."""
+    """A new random epoch id."""
     return secrets.token_bytes(EPOCH_ID_BYTES)
 
 
 def retention_ms(key_ttl_seconds: int) -> int:
-    """How long after its end an epoch's private half is kept: a key's lifetime, and room for skewed clocks."""
+    """How long an epoch's private half is kept after its end: a key's lifetime, and the allowed clock skew."""
     ttl_ms = key_ttl_seconds * 1000
     return ttl_ms + min(MAX_CLOCK_SKEW_MS, ttl_ms)
 
 
 def missing_spans(have: Iterable[EpochSpan], now_ms: int, epoch_seconds: int, key_ttl_seconds: int) -> list[EpochSpan]:
-    """The spans still to be made so that now and one key lifetime ahead are covered without a gap.
+    """The spans that are missing to cover the time from now until one key lifetime ahead without a gap.
 
-    Gaps are filled wherever they are: a file may have been lost, or the clock set back.
+    Gaps anywhere are filled: a file may be lost, or the clock may have been set back.
     """
     step_ms = epoch_seconds * 1000
     until_ms = now_ms + min(key_ttl_seconds * 1000 + step_ms, MAX_EPOCHS_AHEAD * step_ms)
@@ -67,13 +66,13 @@ def missing_spans(have: Iterable[EpochSpan], now_ms: int, epoch_seconds: int, ke
 
 
 def _end_of_gap(present: list[EpochSpan], at_ms: int, step_ms: int) -> int:
-    """Where a span made at ``at_ms`` ends: on the grid of epochs, or where the next one that is there begins."""
+    """The end of a span that starts at ``at_ms``: on the grid of epochs, or at the start of the next existing span."""
     boundary = at_ms + step_ms - at_ms % step_ms
     return min((s.starts_ms for s in present if at_ms < s.starts_ms < boundary), default=boundary)
 
 
 def longest_life_ms(epoch_seconds: int, key_ttl_seconds: int) -> int:
-    """No private half is needed for longer after its making: made ahead, used, and kept for the last key."""
+    """The longest life of a private half: made ahead, used, and kept for the last key."""
     ahead_ms = (key_ttl_seconds + epoch_seconds) * 1000
     return ahead_ms + epoch_seconds * 1000 + retention_ms(key_ttl_seconds)
 
@@ -81,13 +80,13 @@ def longest_life_ms(epoch_seconds: int, key_ttl_seconds: int) -> int:
 def has_lost_epochs(before: Iterable[PublicEpoch], after: Iterable[PublicEpoch], now_ms: int) -> bool:
     """Whether a KP that announced ``before`` and then ``after`` has lost epochs before their end.
 
-    By itself it announces an epoch for as long as that lasts, by its clock. So what is sealed to a lost one, or to
-    those that ended before it, cannot be opened any more: the folder of epochs was lost or is another one.
+    A KP announces an epoch until its end. If one is missing earlier, its folder of epochs was lost or replaced, and
+    what is sealed to that epoch, or to earlier ones, cannot be opened any more.
     """
     still = {epoch.epoch_id for epoch in after}
     return any(e.epoch_id not in still and e.span.ends_ms > now_ms + MAX_CLOCK_SKEW_MS for e in before)
 
 
 def current_epoch(epochs: Iterable[PublicEpoch], now_ms: int) -> PublicEpoch | None:
-    """The announced epoch to seal to now, if there is one."""
+    """The announced epoch to seal to now, or None."""
     return next((e for e in epochs if e.span.starts_ms <= now_ms < e.span.ends_ms), None)

@@ -1,7 +1,6 @@
-"""Epoch key pairs: HPKE with the hybrid KEM MLKEM1024_P384, which holds while either half does.
+"""Epoch key pairs: HPKE with the hybrid KEM MLKEM1024_P384, which is secure while either half is.
 
-Owns the bytes of public and private halves and the one suite that is used. All primitives are
-``cryptography``'s.
+Owns the bytes of the public and private halves, and the one suite in use. All primitives are from ``cryptography``.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ class HybridPrivateKey:
 
     @classmethod
     def generate(cls) -> HybridPrivateKey:
-        """A new pair from the operating system's random numbers."""
+        """A new pair from the operating system's random number generator."""
         return cls(MLKEM1024PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1()))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> HybridPrivateKey:
-        """The pair with these 112 private bytes; ValueError where they are not one."""
+        """The pair with these 112 private bytes. Raises ValueError if they are not a private key."""
         if len(data) != PRIVATE_KEY_BYTES:
             raise ValueError(f"a private epoch key has {PRIVATE_KEY_BYTES} bytes, not {len(data)}")
         scalar = int.from_bytes(data[_MLKEM_SEED_BYTES:], "big")
@@ -55,7 +54,7 @@ class HybridPrivateKey:
         return cls(mlkem_key, ec.derive_private_key(scalar, ec.SECP384R1()))
 
     def to_bytes(self) -> bytes:
-        """The 112 private bytes, for the keyring's file only."""
+        """The 112 private bytes, only for the keyring's file."""
         scalar = self._p384_key.private_numbers().private_value
         return self._mlkem_key.private_bytes_raw() + scalar.to_bytes(_P384_SCALAR_BYTES, "big")
 
@@ -65,7 +64,7 @@ class HybridPrivateKey:
         return self._mlkem_key.public_key().public_bytes_raw() + point
 
     def open(self, sealed: bytes, info: bytes) -> bytes:
-        """What ``seal`` closed for this pair under the same ``info``; raises SealBroken otherwise."""
+        """The plaintext that ``seal`` encrypted to this pair with the same ``info``. Raises SealBroken."""
         try:
             return _SUITE.decrypt(sealed, self._key, info)
         except (InvalidTag, ValueError) as error:
@@ -73,7 +72,7 @@ class HybridPrivateKey:
 
 
 def seal(plaintext: bytes, public_key: bytes, info: bytes) -> bytes:
-    """HPKE base mode to ``public_key`` (1,665 bytes) bound to ``info``; SealBroken for a malformed public key."""
+    """Encrypts by HPKE (base mode) to ``public_key`` (1,665 bytes), bound to ``info``. Raises SealBroken."""
     if len(public_key) != PUBLIC_KEY_BYTES:
         raise SealBroken(f"a public epoch key has {PUBLIC_KEY_BYTES} bytes, not {len(public_key)}")
     try:

@@ -1,6 +1,6 @@
-"""A KP's identity: an ML-DSA-87 key pair (CNSA 2.0) that signs announcements, envelopes, and keys over them.
+"""A KP's identity: an ML-DSA-87 key pair (CNSA 2.0) that signs announcements, envelopes and wrapping keys.
 
-Every signature is made under a context string, so that one made for one purpose means nothing for another.
+Every signature has a context string, so that a signature for one purpose is not valid for another.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Identity:
 
     @classmethod
     def generate(cls) -> Identity:
-        """A new identity from the operating system's random numbers."""
+        """A new identity from the operating system's random number generator."""
         return cls(MLDSA87PrivateKey.generate())
 
     @classmethod
     def from_pem(cls, pem: bytes) -> Identity:
-        """The identity in a PKCS#8 PEM file; ValueError where it is not an ML-DSA-87 private key."""
+        """The identity in a PKCS#8 PEM file. Raises ValueError if it is not an ML-DSA-87 private key."""
         try:
             private_key = serialization.load_pem_private_key(pem, password=None)
-        except Exception as error:  # the library raises several unrelated kinds for a damaged file
+        except Exception as error:  # the library raises several unrelated classes for a damaged file
             raise ValueError("not a readable private key") from error
         if not isinstance(private_key, MLDSA87PrivateKey):
             raise ValueError("not an ML-DSA-87 private key")  # noqa: TRY004 -- the file's fault
@@ -57,7 +57,7 @@ class Identity:
 
 
 def verify(public_key: bytes, signature: bytes, data: bytes, context: bytes) -> None:
-    """Returns when the signature is ``public_key``'s over ``data``; raises SealBroken otherwise."""
+    """Returns if the signature over ``data`` is by ``public_key``. Raises SealBroken."""
     try:
         MLDSA87PublicKey.from_public_bytes(public_key).verify(signature, data, context)
     except (InvalidSignature, ValueError, TypeError) as error:
@@ -65,6 +65,6 @@ def verify(public_key: bytes, signature: bytes, data: bytes, context: bytes) -> 
 
 
 def fingerprint(public_key: bytes) -> str:
-    """What operators compare by eye: the first 128 bits of SHA-384 in groups of four hex digits."""
+    """The text that operators compare: the first 128 bits of SHA-384, in groups of four hex digits."""
     digest = hashlib.sha384(public_key).hexdigest()[:32]
     return ":".join(digest[i : i + 4] for i in range(0, 32, 4))

@@ -1,13 +1,10 @@
 """A KP's private keys on its own host: its identity and its live epochs. Never in the store, never on the bus.
 
-One folder: ``keyring.json`` (whose it is), ``identity.pem`` (ML-DSA-87, PKCS#8), ``epochs/<epoch id>.json``, and
-``pins/``, the public keys that this KP believes to be its peers' (``skipbus.shared.crypto.pins``).
-Rules: the folders are mode 0700 and the files 0600, all owned by the user who runs the KP; anything else is
-refused. A keyring is only ever made by ``skipctl keyring init``: a process that finds none stops with a clear
-error, since a new identity made silently would lock the KP out of every peer that pinned the old one.
-
-An epoch is destroyed by overwriting its file, fsync, unlink, fsync of the folder. On copy-on-write or
-log-structured storage the overwrite may land elsewhere: put the keyring on a plain or an encrypted volume.
+One folder: ``keyring.json`` (its owner), ``identity.pem`` (ML-DSA-87, PKCS#8), ``epochs/<epoch id>.json``, and
+``pins/``, the peers' public keys (``skipbus.shared.crypto.pins``). Folders have mode 0700 and files 0600, owned by the
+user who runs the KP. Only ``skipctl keyring init`` makes a keyring: a new identity that a process made by itself would
+be refused by every peer that pinned the old one. An epoch is destroyed by overwrite, fsync, unlink and fsync of the
+folder; on copy-on-write storage the overwrite may go elsewhere, so use a plain or an encrypted volume.
 """
 
 from __future__ import annotations
@@ -39,12 +36,12 @@ class PrivateEpoch:
     private_key: HybridPrivateKey
 
     def public(self) -> PublicEpoch:
-        """What is announced of it."""
+        """The public half, for the announcement."""
         return PublicEpoch(self.epoch_id, self.span, self.private_key.public_bytes())
 
 
 class Keyring:
-    """An opened keyring: ``identity`` is in memory, epochs are read from their files when asked for."""
+    """An opened keyring: ``identity`` is in memory, each epoch is read from its file on request."""
 
     def __init__(self, path: Path, system_id: str, identity: Identity) -> None:
         self.path = path
@@ -55,7 +52,7 @@ class Keyring:
 
     @classmethod
     def create(cls, path: Path, system_id: str) -> Keyring:
-        """Makes a keyring with a new identity in a folder that holds none yet. Raises KeyringError."""
+        """Makes a keyring with a new identity in an empty folder. Raises KeyringError."""
         if path.exists() and any(path.iterdir()):
             raise KeyringError(f"{path} is not empty; a keyring is made only in a new or empty folder")
         identity = Identity.generate()
@@ -68,7 +65,7 @@ class Keyring:
             "system_id": system_id,
             "identity_fingerprint": fingerprint(identity.public_key),
         }
-        # Written last: a keyring whose making was cut short has no keyring.json and is refused.
+        # Written last: an incomplete keyring has no keyring.json and is refused.
         _write_file(path / "keyring.json", json.dumps(about, indent=2).encode() + b"\n")
         return cls(path, system_id, identity)
 
@@ -76,7 +73,7 @@ class Keyring:
     def open(cls, path: Path, system_id: str) -> Keyring:
         """The keyring of ``system_id``.
 
-        Raises KeyringError where it is missing, damaged, another's, or readable by others.
+        Raises KeyringError if it is missing, damaged, another KP's, or readable by others.
         """
         if not (path / "keyring.json").exists():
             raise KeyringError(
@@ -97,10 +94,10 @@ class Keyring:
 
     @classmethod
     def take(cls, source: Path, path: Path, system_id: str) -> Keyring:
-        """Moves a keyring from ``source`` into an empty folder, and destroys what it leaves behind.
+        """Moves a keyring from ``source`` into an empty folder, and destroys the files in ``source``.
 
-        It may be called again at any time: what was cut short goes on, and a keyring that is in its place stays as it
-        is. Raises KeyringError where neither folder has one, or both have one and they differ.
+        It may be called again at any time: an interrupted move continues, and a keyring in its place is not changed.
+        Raises KeyringError if neither folder has a keyring, or both have one and they differ.
         """
         if not (path / "keyring.json").exists():
             cls.open(source, system_id)
@@ -115,19 +112,19 @@ class Keyring:
         return kept
 
     def epoch_ids(self) -> list[bytes]:
-        """The ids of all epochs whose private half is still here, in no order."""
+        """The ids of all epochs whose private half exists, unordered."""
         names = (path.stem for path in self._epochs.glob("*.json"))
         return [bytes.fromhex(name) for name in names if _EPOCH_NAME.fullmatch(name)]
 
     def epoch_written_ms(self, epoch_id: bytes) -> int:
-        """When (UTC ms) an epoch's file was written, for one that cannot be read. Raises KeyringError."""
+        """When (UTC ms) an epoch's file was written, for a file that cannot be read. Raises KeyringError."""
         try:
             return int(self._file(epoch_id).stat().st_mtime * 1000)
         except OSError as error:
             raise KeyringError(f"epoch {epoch_id.hex()} is not in the keyring") from error
 
     def read_epoch(self, epoch_id: bytes) -> PrivateEpoch:
-        """One live epoch. Raises KeyringError where it was destroyed, never was here, or is damaged."""
+        """One live epoch. Raises KeyringError if it was destroyed, never existed, or is damaged."""
         path = self._file(epoch_id)
         if not path.exists():
             raise KeyringError(f"epoch {epoch_id.hex()} is not in the keyring (destroyed, or another host's)")
@@ -140,7 +137,7 @@ class Keyring:
         return PrivateEpoch(epoch_id, span, key)
 
     def write_epoch(self, epoch: PrivateEpoch) -> None:
-        """Adds an epoch; it is on the disk when this returns."""
+        """Adds an epoch; it is flushed to disk when this returns."""
         fields = {
             "starts_ms": epoch.span.starts_ms,
             "ends_ms": epoch.span.ends_ms,
@@ -150,7 +147,7 @@ class Keyring:
         _write_file(self._file(epoch.epoch_id), json.dumps(fields).encode())
 
     def destroy_epoch(self, epoch_id: bytes) -> None:
-        """Overwrites and removes an epoch's private half; gone from the disk when this returns."""
+        """Overwrites and removes an epoch's private half; this is flushed to disk when this returns."""
         _destroy_file(self._file(epoch_id))
 
     def _file(self, epoch_id: bytes) -> Path:
@@ -158,13 +155,13 @@ class Keyring:
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a keyring. keyring.json is the last: while it is there, the others are known to be a keyring's."""
+    """The files of a keyring. keyring.json comes last: as long as it exists, the others belong to a keyring."""
     found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     return sorted(found, key=lambda name: (name == "keyring.json", name))
 
 
 def _destroy_copy(source: Path, kept: Keyring) -> None:
-    """What ``Keyring.take`` left behind. It may be half destroyed already."""
+    """Destroys the files that ``Keyring.take`` has copied. Some may be destroyed already."""
     left, own = (
         str(_read_json(source / "keyring.json").get("identity_fingerprint")),
         fingerprint(kept.identity.public_key),
@@ -182,7 +179,7 @@ def _destroy_copy(source: Path, kept: Keyring) -> None:
 
 
 def check_pinned_identity(keyring: Keyring, pinned_key: bytes | None) -> None:
-    """Raises KeyringError where the store knows this KP by another identity than the keyring's."""
+    """Raises KeyringError if the store has pinned another identity for this KP than the keyring's."""
     if pinned_key is None or pinned_key == keyring.identity.public_key:
         return
     raise KeyringError(
@@ -233,7 +230,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    """Whole or not at all, mode 0600, on the disk when this returns."""
+    """Writes the whole file or nothing, mode 0600, flushed to disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -245,7 +242,7 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _destroy_file(path: Path) -> None:
-    """Overwritten and removed; gone from the disk when this returns."""
+    """Overwrites and removes a file; this is flushed to disk when this returns."""
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
         for filler in (os.urandom(size), bytes(size)):

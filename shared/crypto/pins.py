@@ -1,8 +1,8 @@
-"""The identities that this KP has pinned, kept in its keyring: one small file for each key provider.
+"""The identities that this KP has pinned, in its keyring: one small file for each key provider.
 
-The store shows the pins to operators, but it does not decide: whoever can write to MySQL could otherwise replace a
-pin and an announcement together and have keys sealed to himself. What was once learned is believed by this host
-from then on, until an operator changes it with ``skipctl identity accept``.
+The store shows the pins to operators but does not decide: an attacker who can write to MySQL could replace a pin and
+an announcement together and have keys sealed to himself. A pin stays until an operator changes it with
+``skipctl identity accept``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class PinBook:
     """Pinned public keys (raw ML-DSA-87) by system id."""
 
     def __init__(self, folder: Path, keyring_file: Path | None = None) -> None:
-        """Nothing is written once ``keyring_file`` is gone: what lies in a lost keyring's folder looks like one."""
+        """Nothing is written if ``keyring_file`` is missing: a folder with pins alone would look like a keyring."""
         self._folder = folder
         self._keyring_file = keyring_file
 
     def get(self, system_id: str) -> bytes | None:
-        """The pinned key, None where there is none yet. Raises KeyringError for a damaged file."""
+        """The pinned key, or None. Raises KeyringError for a damaged file."""
         path = self._file(system_id)
         try:
             return _read(path.read_bytes(), system_id)
@@ -38,11 +38,11 @@ class PinBook:
             ) from error
 
     def learn(self, system_id: str, public_key: bytes) -> bytes:
-        """Pins at first sight; the key that is pinned then, another's if another process was first."""
+        """Pins on first use, and returns the pinned key: another one if another process was first."""
         path = self._file(system_id)
         temporary = self._written(path, system_id, public_key)
         try:
-            # A link fails where the name is taken, and a reader never sees half a file.
+            # A link fails if the name exists, and a reader never sees half a file.
             os.link(temporary, path)
             _sync(self._folder)
         except FileExistsError:
@@ -57,7 +57,7 @@ class PinBook:
         return pinned
 
     def replace(self, system_id: str, public_key: bytes) -> None:
-        """An operator's word: this key from now on. Raises KeyringError."""
+        """Pins this key because an operator accepted it. Raises KeyringError."""
         path = self._file(system_id)
         self._written(path, system_id, public_key).replace(path)
         _sync(self._folder)
@@ -85,14 +85,14 @@ class PinBook:
 def _read(text: bytes, system_id: str) -> bytes:
     fields = json.loads(text)
     public_key = bytes.fromhex(fields["public_key"])
-    # A file that lost its content, or was copied over another peer's, must not pass for somebody's word.
+    # A file that lost its content, or was copied from another peer's, must not count as a pin.
     if len(public_key) != PUBLIC_KEY_BYTES or fields["system_id"] != system_id:
         raise ValueError("not a pin of this key provider")
     return public_key
 
 
 def _sync(folder: Path) -> None:
-    """A name is on the disk only when its folder is."""
+    """Flushes a folder: a file's name is durable only when its folder is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,13 +1,10 @@
-"""How a key is closed to the one KP that may serve it, and opened there. Pure: no I/O, no clock.
+"""Seals a key to the one KP that may serve it, and opens it there. Pure: no I/O, no clock.
 
-A wrapping key (AES-256) belongs to one source, one target and one of the target's epochs. It is sealed
-to the epoch by HPKE and signed once by the source; each key then costs one AES-256-GCM. What a key is
-bound to (keyId, source, target, size, expiry, wrapping key) is associated data: a record that was moved,
-renamed or prolonged in the store does not open. A source's own copy of a key that it keeps for a peer (stock) has
-that peer's id as its context besides: a copy that was moved to another peer does not open.
-
-Nonces are 96 random bits. A wrapping key closes at most ``MAX_SEALS`` keys, far below the 2**32 that
-NIST SP 800-38D allows for random nonces.
+A wrapping key (AES-256) belongs to one source, one target and one of the target's epochs. It is sealed to the epoch by
+HPKE and signed once by the source; each key then costs one AES-256-GCM. keyId, source, target, size, expiry and
+wrapping key are associated data: a record that was moved, renamed or prolonged does not open. A source's own copy of a
+key in stock also has the peer's id as context. Nonces are 96 random bits, and a wrapping key seals at most
+``MAX_SEALS`` keys, far below the 2**32 that NIST SP 800-38D allows for random nonces.
 """
 
 from __future__ import annotations
@@ -33,9 +30,9 @@ _WRAP_LABEL = b"skipbus wrapping key 1"
 
 
 class KeyRecord(NamedTuple):
-    """One key as the store holds it: ``sealed`` is ciphertext and tag, times are UTC ms.
+    """One key in the store: ``sealed`` is ciphertext and tag, times are UTC ms.
 
-    A tuple, as ``OutboxRow`` is, because one is made for each key: a frozen dataclass takes seven times as long.
+    It is a tuple because one is made for each key, and a frozen dataclass takes seven times as long.
     """
 
     key_id: bytes
@@ -51,7 +48,7 @@ class KeyRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SealedWrappingKey:
-    """A wrapping key as the store or an envelope holds it, signed by its source."""
+    """A wrapping key in the store or in an envelope, signed by its source."""
 
     wrapping_key_id: bytes
     source_id: str
@@ -62,18 +59,18 @@ class SealedWrappingKey:
     signature: bytes
 
     def binding(self) -> bytes:
-        """What the HPKE seal is bound to."""
+        """The ``info`` of the HPKE seal."""
         return _WRAP_LABEL + encoding.pack(
             [self.wrapping_key_id, self.source_id, self.target_id, self.epoch_id, self.expires_ms]
         )
 
     def signed_bytes(self) -> bytes:
-        """What the source's signature covers."""
+        """The bytes that the source signs."""
         return self.binding() + self.sealed
 
 
 class WrappingKey:
-    """An opened wrapping key. Only the api holds one, and only until its epoch ends."""
+    """An opened wrapping key. Only the api has one, and only until its epoch is destroyed."""
 
     __slots__ = ("_aead", "epoch_id", "expires_ms", "seals", "source_id", "target_id", "wrapping_key_id")
 
@@ -90,7 +87,7 @@ class WrappingKey:
         return f"<WrappingKey {self.wrapping_key_id.hex()} {self.source_id}->{self.target_id} ***>"
 
     def seal(self, key_id: bytes, key: bytes, expires_ms: int, correlation_id: str, context: bytes = b"") -> KeyRecord:
-        """The key closed under this wrapping key, as a record that expires at ``expires_ms`` (UTC ms).
+        """The key, sealed under this wrapping key, as a record that expires at ``expires_ms`` (UTC ms).
 
         It opens only with the same ``context``, which is not part of the record.
         """
@@ -110,7 +107,7 @@ class WrappingKey:
         )
 
     def open(self, record: KeyRecord, context: bytes = b"") -> bytes:
-        """The key in ``record``; raises SealBroken where the record is not exactly as its source made it."""
+        """The key in ``record``. Raises SealBroken if the record is not exactly as its source made it."""
         if (record.source_id, record.target_id) != (self.source_id, self.target_id):
             raise SealBroken("a key record names another pair of KPs than its wrapping key")
         bound = _key_binding(self, record.key_id, record.size_bits, record.expires_ms, context)
@@ -140,7 +137,7 @@ def _key_binding(wrapping_key: WrappingKey, key_id: bytes, size_bits: int, expir
 def make_wrapping_key(
     identity: Identity, source_id: str, target_id: str, epoch: PublicEpoch
 ) -> tuple[WrappingKey, SealedWrappingKey]:
-    """A fresh wrapping key of ``source_id`` for one epoch of ``target_id``: opened, and sealed and signed."""
+    """A new wrapping key of ``source_id`` for one epoch of ``target_id``: opened, and sealed and signed."""
     secret = secrets.token_bytes(32)
     blank = SealedWrappingKey(
         secrets.token_bytes(WRAPPING_KEY_ID_BYTES),
@@ -162,6 +159,6 @@ def make_wrapping_key(
 def open_wrapping_key(
     sealed: SealedWrappingKey, source_public_key: bytes, epoch_private_key: hpke.HybridPrivateKey
 ) -> WrappingKey:
-    """The wrapping key, once its source's signature verifies and it opens; raises SealBroken otherwise."""
+    """The wrapping key, if its source's signature verifies and it opens. Raises SealBroken."""
     verify(source_public_key, sealed.signature, sealed.signed_bytes(), CONTEXT_WRAPPING_KEY)
     return WrappingKey(epoch_private_key.open(sealed.sealed, sealed.binding()), sealed)

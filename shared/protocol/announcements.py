@@ -1,7 +1,7 @@
-"""Announcements: a KP's signed statement of its identity, its public epochs and its capabilities.
+"""Announcements: a KP's signed statement of its identity, its public epochs and its capabilities. Pure.
 
-Pure. An announcement proves only that its identity made it; whether that identity may speak for the
-system id is decided by the pin (``skipbus.shared.store.peers`` learns it at first sight).
+An announcement proves only that its identity made it. The pin decides whether this identity may speak for the system
+id (trust on first use, or configured).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_ANNOUNCEMENT_BYTES = 1024 * 1024
 
 @dataclass(frozen=True)
 class Announcement:
-    """What a KP says of itself; ``issued_ms`` (UTC ms) grows with every new one."""
+    """A KP's statement; ``issued_ms`` (UTC ms) grows with every new one."""
 
     system_id: str
     public_key: bytes
@@ -34,7 +34,7 @@ class Announcement:
 
 
 def sign_announcement(announcement: Announcement, identity: Identity) -> bytes:
-    """The announcement's bytes as they are stored and sent."""
+    """The bytes of the announcement, signed."""
     body = encoding.pack(
         {
             "version": VERSION,
@@ -52,14 +52,14 @@ def sign_announcement(announcement: Announcement, identity: Identity) -> bytes:
 
 
 def digest(data: bytes) -> bytes:
-    """What a heartbeat carries instead of the announcement: SHA-384 of its bytes."""
+    """SHA-384 of an announcement's bytes, which a heartbeat carries instead of the announcement."""
     return hashlib.sha384(data).digest()
 
 
 def read_announcement(data: bytes) -> Announcement:
-    """The announcement in ``data``, its signature checked against the identity that it carries.
+    """The announcement in ``data``, with its signature verified by the identity in it.
 
-    Raises SealBroken where it is malformed, too large, of an unknown version or not so signed.
+    Raises SealBroken if it is malformed, too large, of an unknown version, or not signed by this identity.
     """
     if len(data) > MAX_ANNOUNCEMENT_BYTES:
         raise SealBroken(f"an announcement has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")

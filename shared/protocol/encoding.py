@@ -1,7 +1,7 @@
-"""Bytes of structured messages: MessagePack with hard limits, and nothing but plain types.
+"""The bytes of structured messages: MessagePack with hard limits and plain types only.
 
-Everything that is signed, sealed or stored goes through here, so that one place bounds what a hostile
-message may cost: no extension types, no timestamps, string keys only, sizes limited by the input's.
+Everything that is signed, sealed or stored is encoded here, so that one place bounds the cost of a hostile message: no
+extension types, no timestamps, string keys only, and no size above that of the input.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ class MalformedError(ValueError):
 
 
 def pack(value: object) -> bytes:
-    """MessagePack bytes of plain values (the same value always gives the same bytes)."""
+    """MessagePack bytes of a plain value; the same value always gives the same bytes."""
     packed: bytes = msgpack.packb(value, use_bin_type=True)
     return packed
 
 
-def unpack(data: bytes, max_items: int = 100_000) -> Any:  # noqa: ANN401 -- what a message holds is checked by whoever reads it
-    """The plain value in ``data``; raises MalformedError where it is anything else."""
+def unpack(data: bytes, max_items: int = 100_000) -> Any:  # noqa: ANN401 -- the caller checks what it holds
+    """The plain value in ``data``. Raises MalformedError."""
     try:
         return msgpack.unpackb(
             data,

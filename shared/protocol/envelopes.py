@@ -1,9 +1,9 @@
-"""Envelopes: one authentic, dated and numbered message between two KPs. Pure; the wire format is docs/protocol.md.
+"""Envelopes: signed, dated and numbered messages between two KPs. Pure; docs/protocol.md describes the format.
 
 The bytes are MessagePack ``[protected, payload, signature]``, each a byte string. ``protected`` is
-``[version, type, sender, target, number, date_ms]``; the sender's signature covers both byte strings as they
-stand, so nothing is ever packed again in order to be verified. A receiver reads the protected part, finds the
-sender's pinned identity, verifies, and only then looks into the payload.
+``[version, type, sender, target, number, date_ms]``. The signature covers both byte strings as they are, so nothing is
+packed again for verification. A receiver reads the protected part, finds the sender's pinned identity, verifies, and
+only then reads the payload.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_NUMBER = 2**63
 
 
 class EnvelopeType(StrEnum):
-    """What an envelope is about; an unknown type is refused."""
+    """The types of envelopes; an unknown type is rejected."""
 
     HEARTBEAT = "heartbeat"
     CAPABILITIES = "capabilities"
@@ -38,7 +38,7 @@ class EnvelopeType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The protected part: who says it to whom, its number in the sender's count, and when (UTC ms)."""
+    """The protected part: type, sender, target, the sender's sequence number, and the date (UTC ms)."""
 
     type: EnvelopeType
     sender: str
@@ -49,7 +49,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class SignedEnvelope:
-    """An envelope as it came: the header is read, nothing is verified yet."""
+    """A received envelope: the header is parsed, nothing is verified yet."""
 
     header: Header
     protected: bytes
@@ -87,7 +87,7 @@ def _read_header(protected: object) -> Header:
     if not isinstance(fields, list) or not fields:
         raise TypeError("protected")
     version = fields[0]
-    # Only a number is ever repeated in a sentence: whatever else stands here may be deep, or as large as the envelope.
+    # The version is repeated in a sentence only if it is a number: other values may be nested, or very large.
     if type(version) is not int:
         raise TypeError("version")
     if version != VERSION:
@@ -106,7 +106,7 @@ def _read_header(protected: object) -> Header:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What an envelope of an unknown version or type says of itself; nobody has verified it."""
+    """The unverified header fields of an envelope of an unknown version or type."""
 
     version: int
     sender: str
@@ -115,9 +115,9 @@ class Claim:
 
 
 def read_claim(data: bytes) -> Claim | None:
-    """Who claims to have sent an envelope of a version or type that this release cannot read, if it says so.
+    """The claimed sender of an envelope of a version or type that this release cannot read, or None.
 
-    The first six fields of the protected part keep their places in all versions, so that a sender can be told.
+    The first six fields of the protected part keep their places in all versions, so that the sender can be notified.
     """
     try:
         parts = encoding.unpack(data[:MAX_ENVELOPE_BYTES], max_items=16)

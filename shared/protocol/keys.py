@@ -1,7 +1,7 @@
-"""Keys, keyIds and their sizes as the draft defines them (sections 4.2 and 4.3). Pure rules.
+"""Keys, keyIds and their sizes (draft sections 4.2 and 4.3). Pure.
 
-A keyId is opaque: 16 random bytes when made here, 16 to 64 bytes of hex in any case when asked for
-(the draft's own example has 24). Key sizes are multiples of 8 from 128 to 512 bits.
+A keyId made here has 16 random bytes; 16 to 64 bytes of hex in any case are accepted (the draft's example has 24). Key
+sizes are multiples of 8 from 128 to 512 bits.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _DECIMAL = re.compile(r"[1-9][0-9]{0,4}")
 
 
 def new_key_id() -> bytes:
-    """A fresh 128-bit keyId (draft 4.2.1)."""
+    """A new 128-bit keyId (draft 4.2.1)."""
     return secrets.token_bytes(KEY_ID_BYTES)
 
 
 def parse_key_id(text: str) -> bytes:
-    """The bytes of a hexadecimal keyId (draft 4.2.1); ValueError with a sentence otherwise."""
+    """The bytes of a hexadecimal keyId (draft 4.2.1). Raises ValueError with a sentence."""
     if not _KEY_ID.fullmatch(text):
         raise ValueError("keyId must be 32 to 128 hexadecimal digits, an even number of them")
     return bytes.fromhex(text)
@@ -40,15 +40,15 @@ def _parse_bits(text: str, name: str, low: int, high: int) -> int:
 
 
 def parse_key_size(text: str) -> int:
-    """A key size in bits (draft 4.2); ValueError with a sentence otherwise."""
+    """A key size in bits (draft 4.2). Raises ValueError with a sentence."""
     return _parse_bits(text, "size", MIN_KEY_BITS, MAX_KEY_BITS)
 
 
 def parse_entropy_size(text: str) -> int:
-    """A minentropy in bits (draft 4.3); ValueError with a sentence otherwise."""
+    """A minentropy in bits (draft 4.3). Raises ValueError with a sentence."""
     return _parse_bits(text, "minentropy", MIN_ENTROPY_BITS, MAX_ENTROPY_BITS)
 
 
 def counted_before_ms(key_ttl_seconds: int) -> int:
-    """For how long before a key in stock is too old to be given out it no longer counts, so that another is made."""
+    """How long (ms) before it is too old to be given out a key in stock no longer counts, so that it is replaced."""
     return min(10_000, key_ttl_seconds * 1000 // 16)

@@ -1,10 +1,9 @@
-"""The file of TLS pre-shared keys, in stunnel's format: one ``identity:hex`` a line.
+"""The file of TLS pre-shared keys, in stunnel's format: one ``identity:hex`` in each line.
 
-Owns what such a file may hold. Blank lines and lines that begin with ``#`` or ``;`` are passed over. An identity has
-1 to 127 bytes of UTF-8 without control characters and without ``:``; a key has 256 to 2048 bits. A file that any user
-of the host could read is refused: its keys are no secret any more. All faults are told together, each with its line;
-no key is ever in one.
-Leaves to others: when it is read (``skipbus.services.api.tls``), and who writes it (``skipctl psk``).
+Blank lines and lines that start with ``#`` or ``;`` are ignored. An identity has 1 to 127 bytes of UTF-8 without
+control characters and without ``:``; a key has 256 to 2048 bits. A file that every user of the host can read is
+refused, because its keys are not secret any more. All problems are reported together, each with its line and never
+with a key. ``services.api.tls`` reads the file, ``skipctl psk`` writes it.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from skipbus.shared.errors import OperatorError
 
 MAX_IDENTITY_BYTES = 127
 MIN_KEY_BITS = 256
-# OpenSSL and stunnel take no longer ones.
+# OpenSSL and stunnel accept no longer keys.
 MAX_KEY_BITS = 2048
 _HEX = re.compile(rb"(?:[0-9a-fA-F]{2})+")
 _COMMENT = (b"#", b";")
 
 
 class PskFileError(OperatorError):
-    """The file cannot be used; the message has a line for each fault."""
+    """The file cannot be used; the message has one line for each problem."""
 
 
 class PskKeys(Mapping[bytes, bytes]):
-    """Keys by identity. Its repr shows how many there are and none of them."""
+    """Keys by identity. Its repr shows only their number."""
 
     __slots__ = ("_keys",)
 
@@ -50,7 +49,7 @@ class PskKeys(Mapping[bytes, bytes]):
 
 
 def read_psk_file(path: Path) -> PskKeys:
-    """The keys in the file. Raises PskFileError with all that is wrong."""
+    """The keys in the file. Raises PskFileError with all problems."""
     try:
         octets, mode = read_regular_file(str(path))
     except OSError as error:
@@ -65,7 +64,7 @@ def read_psk_file(path: Path) -> PskKeys:
 
 
 def parse_psk_file(octets: bytes, name: str) -> PskKeys:
-    """The keys in what a file called ``name`` holds. Raises PskFileError with all that is wrong."""
+    """The keys in the content of the file ``name``. Raises PskFileError with all problems."""
     keys: dict[bytes, bytes] = {}
     lines: dict[bytes, int] = {}
     faults: list[str] = []
@@ -90,13 +89,13 @@ def _refuse_second(identity: bytes, lines: Mapping[bytes, int]) -> None:
 def entries(octets: bytes) -> Iterator[tuple[int, bytes]]:
     """The lines that are neither blank nor comments, with their numbers from 1."""
     for number, line in enumerate(octets.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        line = line.removesuffix(b"\r")  # noqa: PLW2901 -- the same line, without its end
+        line = line.removesuffix(b"\r")  # noqa: PLW2901 -- the same line without its line end
         if line.strip() and not line.startswith(_COMMENT):
             yield number, line
 
 
 def parse_entry(line: bytes) -> tuple[bytes, bytes]:
-    """Identity and key of one line. Raises ValueError with a sentence that holds no key."""
+    """Identity and key of one line. Raises ValueError with a sentence without the key."""
     identity, colon, text = line.partition(b":")
     if not colon:
         raise ValueError("it is not written as identity:hex")
@@ -105,7 +104,7 @@ def parse_entry(line: bytes) -> tuple[bytes, bytes]:
 
 
 def validate_identity(identity: bytes) -> None:
-    """Raises ValueError with a sentence when it cannot be an identity (RFC 4279, 5; stunnel's format)."""
+    """Raises ValueError with a sentence if it cannot be an identity (RFC 4279, 5; stunnel's format)."""
     if not identity:
         raise ValueError("the identity is empty")
     if len(identity) > MAX_IDENTITY_BYTES:
@@ -123,7 +122,7 @@ def validate_identity(identity: bytes) -> None:
 
 
 def shown_identity(identity: bytes) -> str:
-    """An identity as it may stand in a message or a log, whatever a client sent."""
+    """An identity that is safe in a message or a log, whatever a client sent."""
     text = identity[: MAX_IDENTITY_BYTES + 1].decode(errors="backslashreplace")
     return "'" + "".join(c if c.isprintable() else shown(c) for c in text) + "'"
 

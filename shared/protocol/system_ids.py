@@ -1,8 +1,7 @@
-"""System ids of key providers and the globs that stand for several (draft section 4.1, Table 5).
+"""System ids of key providers, and globs of them (draft section 4.1, Table 5). Pure.
 
-Owns what an id may look like and what a pattern matches. An id has 1 to 64 printable ASCII
-characters (the draft requires at least 32 bytes); it neither starts nor ends with a space, and has
-none of the characters that make a pattern. A pattern matches the whole id, case-sensitively.
+An id has 1 to 64 printable ASCII characters (the draft requires at least 32 bytes). It does not start or end with a
+space, and has no pattern characters. A pattern matches the whole id, case-sensitively.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _validate_characters(text: str, what: str) -> str:
 
 
 def validate_system_id(text: str) -> str:
-    """The id itself when it may name one key provider (draft 4.1.1); ValueError with a sentence otherwise."""
+    """Returns the id if it may name one key provider (draft 4.1.1). Raises ValueError with a sentence."""
     _validate_characters(text, "the system id")
     if _GLOB_CHARACTERS.intersection(text):
         raise ValueError("the system id has one of the pattern characters * ? [ ]")
@@ -39,7 +38,7 @@ def validate_system_id(text: str) -> str:
 
 
 def validate_pattern(text: str) -> str:
-    """The text itself when it is an id or a glob (draft 4.1.2); ValueError with a sentence otherwise."""
+    """Returns the text if it is an id or a glob (draft 4.1.2). Raises ValueError with a sentence."""
     _validate_characters(text, "the remote system id")
     fault = _fault_of_lists(text)
     if fault:
@@ -48,10 +47,10 @@ def validate_pattern(text: str) -> str:
 
 
 def _fault_of_lists(text: str) -> str:
-    """What is wrong with the lists of a glob, nothing for one that is well-formed.
+    """What is wrong with the lists of a glob; empty if nothing is.
 
-    As in POSIX, a ``]`` at the beginning of a list belongs to it: ``[]abc]`` and ``[!]]`` are whole, ``[]`` and ``[!]``
-    are lists that never end. No id has a ``[``, so one within a list is a slip or one of POSIX's named classes.
+    As in POSIX, a ``]`` at the start of a list belongs to it: ``[]abc]`` and ``[!]]`` are complete, ``[]`` and ``[!]``
+    never end. No id has a ``[``, so a ``[`` inside a list is a mistake or a POSIX class.
     """
     outside = _LIST.sub("", text)
     if "[]" in outside or "[!]" in outside:
@@ -69,18 +68,18 @@ def _fault_of_list(text: str) -> str:
 
 
 def is_pattern(text: str) -> bool:
-    """Whether the text stands for more than one id."""
+    """Whether the text is a glob."""
     return bool(_GLOB_CHARACTERS.intersection(text))
 
 
 class RemoteSystemIds:
     """The configured list of remote KPs: exact ids and globs ``* ? [list] [!list]`` (draft Table 5).
 
-    ``local_id`` itself is in the list only where it stands there by name.
+    ``local_id`` itself is in the list only if it is listed by name.
     """
 
     def __init__(self, entries: Iterable[str], local_id: str | None = None) -> None:
-        # A lab with one KP lists its own id. A glob never means it: the draft's list is of remote KPs.
+        # A laboratory with one KP lists its own id. A glob never matches it: the draft's list is of remote KPs.
         self._local_id = local_id
         self.entries = tuple(validate_pattern(entry) for entry in entries)
         self.exact = frozenset(entry for entry in self.entries if not is_pattern(entry))

@@ -32,7 +32,7 @@ OTHER_VARIABLES = {"MYSQL_ROOT_PASSWORD", "SKIP_TLL_SECONDS"}
 METRIC = re.compile(r"\bskipbus_[a-z_]+\b")
 METRIC_CLASSES = {"Counter": "_total", "CounterMetricFamily": "_total", "Gauge": "", "Histogram": ""}
 # Their modules are on their way out.
-LEAVING = {"skipbus_front_connections", "skipbus_outbox_hints_total"}
+LEAVING = {"skipbus_front_connections"}
 # Placeholders of an f-string, in what is read from the code.
 HOLE = "\0"
 

@@ -165,4 +165,4 @@ def test_every_reason_that_stands_in_the_protocol_has_a_label_of_its_own() -> No
     table = wire_format[wire_format.index("| check | reason") : wire_format.index("A rejected envelope goes")]
     reasons = {word for row in table.splitlines() for word in re.findall(r"`([a-z_]+)`", row.rpartition(" | ")[2])}
     assert reasons >= {"bad_signature", "replayed", "key_exists"}
-    assert reasons == REASONS - {"unknown_session"}
+    assert reasons == REASONS
