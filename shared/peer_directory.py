@@ -13,7 +13,7 @@ can write into one of the two places must not speak for a KP of the other.
 second (``skipbus.shared.store.glances``) spares it as long as ``is_current`` says so. The reading methods look
 at one snapshot that is replaced as a whole, so any thread may call them at any time. While the store is away
 the last snapshot stays. Leaves to others: who writes announcements (janitor, syncer) and the SQL
-(``skipbus.shared.store.peers``).
+(``skipbus.shared.store``: announcements, pinned_identities).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from skipbus.shared.logs import get_logger
 from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.announcements import Announcement, digest, read_announcement
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.store import peers as peer_store
+from skipbus.shared.store import announcements, pinned_identities
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import Digests
-from skipbus.shared.store.peers import Pin
+from skipbus.shared.store.pinned_identities import Pin
 
 # Pins change only by an operator's hand; while one is awaited they are read at every refresh.
 PIN_REREAD_MS = 10_000
@@ -183,7 +183,7 @@ class PeerDirectory:
         known = self._read_known(connection, old.known)
         if known == old.known and self._is_quiet(old) and now_ms - self._pins_read_ms < PIN_REREAD_MS:
             return old, self._pins_read_ms
-        stored = peer_store.fetch_pins(connection, self._local_id)
+        stored = pinned_identities.fetch_pins(connection, self._local_id)
         pins = self._believed(stored) | self._configured
         for system_id, announcement in _announced(known):
             presented, pin = announcement.public_key, pins.get(system_id) or stored.get(system_id)
@@ -217,9 +217,9 @@ class PeerDirectory:
 
     def _read_digests(self, connection: Connection) -> dict[str, bytes]:
         """Of the KPs that matter here, each from the one place where its announcements are."""
-        if self._bus_ids:
-            return self._relevant(Digests(*peer_store.fetch_all_digests(connection, self._local_id)))
-        return self._relevant(Digests(peer_store.fetch_announcement_digests(connection), {}))
+        # Without bus peers the account has no right to that table.
+        sent = announcements.fetch_bus_announcement_digests(connection, self._local_id) if self._bus_ids else {}
+        return self._relevant(Digests(announcements.fetch_announcement_digests(connection), sent))
 
     def _relevant(self, digests: Digests) -> dict[str, bytes]:
         found, sent = digests.found, digests.sent
@@ -231,8 +231,8 @@ class PeerDirectory:
 
     def _read_body(self, connection: Connection, system_id: str) -> bytes | None:
         if system_id in self._bus_ids:
-            return peer_store.fetch_bus_announcement(connection, self._local_id, system_id)
-        return peer_store.fetch_announcement(connection, system_id)
+            return announcements.fetch_bus_announcement(connection, self._local_id, system_id)
+        return announcements.fetch_announcement(connection, system_id)
 
     def _believed(self, stored: Mapping[str, Pin]) -> dict[str, Pin]:
         """The pins that the keyring has too. The local KP's own is the store's: the keyring is compared with it."""
@@ -256,12 +256,12 @@ class PeerDirectory:
     def _settle(self, connection: Connection, system_id: str, presented: bytes, pin: Pin | None, now_ms: int) -> Pin:
         """The pin after this announcement: learned at first sight, otherwise as it was."""
         if pin is None:
-            winner = peer_store.insert_pin(connection, self._local_id, system_id, presented, now_ms)
+            winner = pinned_identities.insert_pin(connection, self._local_id, system_id, presented, now_ms)
             log.info("identity pinned", peer=system_id, fingerprint=fingerprint(winner))
             pin = Pin(winner, None)
         pin = replace(pin, public_key=self._keep(system_id, pin.public_key))
         if presented not in (pin.public_key, pin.presented_key):
-            peer_store.update_presented_key(connection, self._local_id, system_id, presented, now_ms)
+            pinned_identities.update_presented_key(connection, self._local_id, system_id, presented, now_ms)
             pin = replace(pin, presented_key=presented)
         return pin
 
@@ -271,7 +271,7 @@ class PeerDirectory:
         """Keeps for the operator that a peer announces another identity than the configured one."""
         configured = self._configured[system_id].public_key
         if announced != configured and (stored is None or stored.presented_key != announced):
-            peer_store.upsert_presented(connection, self._local_id, system_id, configured, announced, now_ms)
+            pinned_identities.upsert_presented(connection, self._local_id, system_id, configured, announced, now_ms)
 
     def _recently_presented(self, now_ms: int) -> dict[str, _Presented]:
         for system_id, presented in list(self._presented.items()):
@@ -283,7 +283,9 @@ class PeerDirectory:
         for system_id, one in recently.items():
             if self._written.get(system_id) != one:
                 configured = self._configured[system_id].public_key
-                peer_store.upsert_presented(connection, self._local_id, system_id, configured, one.key, one.at_ms)
+                pinned_identities.upsert_presented(
+                    connection, self._local_id, system_id, configured, one.key, one.at_ms
+                )
 
     def _claims(self, stored: Mapping[str, Pin], now_ms: int) -> Iterator[tuple[str, bytes]]:
         """What was presented over the bus lately under bus peers' names, as any process of this KP noted it."""

@@ -15,8 +15,9 @@ from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError, OperatorError
 from skipbus.shared.peers_config import peer_block
 from skipbus.shared.protocol.announcements import read_announcement
+from skipbus.shared.store.announcements import fetch_announcement
 from skipbus.shared.store.engine import driver_errors, make_engine
-from skipbus.shared.store.peers import Pin, fetch_announcement, fetch_pin, fetch_pins, update_pin
+from skipbus.shared.store.pinned_identities import Pin, fetch_pin, fetch_pins, update_pin
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -27,7 +27,7 @@ from skipbus.shared.liveness import peer_status
 from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.store import messages, peers
+from skipbus.shared.store import announcements, messages, peers, pinned_identities
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.processes import fetch_processes
 from skipbus.shared.store.stock import fetch_stock_level
@@ -108,12 +108,12 @@ class _Reader:
         self._remote_ids = RemoteSystemIds(settings.remote_system_ids, self._local_id)
         self._pins = keyring.pins
         self._connection = connection
-        self._rows = {row.peer_id: row for row in messages.fetch_peer_rows(connection, self._local_id)}
-        self._stored = peers.fetch_pins(connection, self._local_id)
+        self._rows = {row.peer_id: row for row in peers.fetch_peer_rows(connection, self._local_id)}
+        self._stored = pinned_identities.fetch_pins(connection, self._local_id)
 
     def names(self) -> list[str]:
         """The peers that the configuration names, and whoever is announced or was heard that a glob matches."""
-        seen = {*peers.fetch_announcement_digests(self._connection), *self._rows}
+        seen = {*announcements.fetch_announcement_digests(self._connection), *self._rows}
         matching = {name for name in seen if name in self._remote_ids}
         return sorted(self._remote_ids.exact | matching | set(self._settings.peers))
 
@@ -138,9 +138,9 @@ class _Reader:
 
     def _announcement(self, peer: PeerSettings) -> tuple[Announcement | None, str | None]:
         if peer.link == "bus":
-            body = peers.fetch_bus_announcement(self._connection, self._local_id, peer.system_id)
+            body = announcements.fetch_bus_announcement(self._connection, self._local_id, peer.system_id)
         else:
-            body = peers.fetch_announcement(self._connection, peer.system_id)
+            body = announcements.fetch_announcement(self._connection, peer.system_id)
         if body is None:
             return None, None
         try:

@@ -13,7 +13,7 @@ from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.liveness import peer_status
 from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.announcements import Announcement
-from skipbus.shared.store.messages import PeerRow
+from skipbus.shared.store.peers import PeerRow
 
 # A refusal is news for so long; what waits for longer than this is stuck.
 REFUSAL_NEWS_MS = 3_600_000

@@ -15,7 +15,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, project_version
 from skipbus.shared.liveness import peer_status
 from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.store.messages import PeerRow
+from skipbus.shared.store.peers import PeerRow
 
 # Signs of life come once per heartbeat interval.
 _PROCESS_LATE_INTERVALS = 3

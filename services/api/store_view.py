@@ -20,8 +20,8 @@ from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.store.glances import look_at_view
-from skipbus.shared.store.messages import PeerRow
 from skipbus.shared.store.migrate import bring_up_to_date
+from skipbus.shared.store.peers import PeerRow
 from skipbus.shared.store.processes import ProcessSeen
 
 # A reading every second: three missed ones, or one that hangs, and the store counts as away.

@@ -17,12 +17,9 @@ from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch, check_pinned_id
 from skipbus.shared.errors import KeyringError
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
+from skipbus.shared.store.announcements import fetch_announcement_issued_ms, upsert_announcement
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.peers import (
-    fetch_announcement_issued_ms,
-    insert_pin,
-    upsert_announcement,
-)
+from skipbus.shared.store.pinned_identities import insert_pin
 
 ALGORITHM = "MLKEM1024-P384"
 

@@ -46,8 +46,8 @@ from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
+from skipbus.shared.store.announcements import fetch_announcement
 from skipbus.shared.store.engine import driver_errors, make_engine
-from skipbus.shared.store.peers import fetch_announcement
 from skipbus.shared.store.processes import upsert_process
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.logs import get_logger
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.messages import PeerSigns, upsert_clock_skew
+from skipbus.shared.store.peers import PeerLiveness, upsert_clock_skew
 
 REMINDER_SECONDS = 600.0
 
@@ -42,7 +42,7 @@ class Clocks:
                 for peer_id in sorted(noted):
                     upsert_clock_skew(connection, self._local_id, peer_id, *noted[peer_id])
 
-    def tell(self, rows: list[PeerSigns]) -> None:
+    def tell(self, rows: list[PeerLiveness]) -> None:
         """A line for each peer whose clock is too far off, at first and every ten minutes."""
         now = time.monotonic()
         for row in rows:

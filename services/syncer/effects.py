@@ -29,14 +29,14 @@ from skipbus.shared.errors import SealBroken
 from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
-from skipbus.shared.store import messages
-from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.peers import (
+from skipbus.shared.store import inbox, messages, peers
+from skipbus.shared.store.announcements import (
     delete_bus_announcement,
     fetch_bus_announcement,
     upsert_announcement,
     upsert_bus_announcement,
 )
+from skipbus.shared.store.engine import driver_errors
 
 # Whose events these are: keys that the peer issued for the local KP, gave out of the local KP's, or saw expire.
 _COUNTERS = {
@@ -127,7 +127,7 @@ class Effects:
             return accepted
         header = accepted.header
         with driver_errors(), self._engine.begin() as connection:
-            if messages.is_in_inbox(connection, self._local_id, header.sender, header.number):
+            if inbox.fetch_is_in_inbox(connection, self._local_id, header.sender, header.number):
                 return accepted
         ahead, last = events.entries[:-MAX_KEYS], events.entries[-MAX_KEYS:]
         for start in range(0, len(ahead), MAX_KEYS):
@@ -183,7 +183,7 @@ class _Transaction:
     def apply(self, batch: Sequence[Accepted]) -> list[Verdict]:
         beating = {one.header.sender for one in batch if isinstance(one.payload, Heartbeat)}
         if beating:
-            self._last_numbers = messages.fetch_heartbeat_numbers(self._connection, self._local_id, beating)
+            self._last_numbers = peers.fetch_heartbeat_numbers(self._connection, self._local_id, beating)
         verdicts = [self._one(accepted) for accepted in batch]
         self._write()
         return verdicts
@@ -267,13 +267,13 @@ class _Transaction:
         issued = self._keys.store(header, placed)
         if issued is None:
             # It is refused, so it was not handled: its number stays free.
-            messages.delete_inbox(self._connection, self._local_id, header.sender, header.number)
+            inbox.delete_inbox(self._connection, self._local_id, header.sender, header.number)
             return Verdict.KEY_EXISTS
         self._counts[header.sender]["inbound_issued"] += issued
         return Verdict.HANDLED
 
     def _is_new(self, header: Header) -> bool:
-        return messages.insert_inbox(self._connection, self._local_id, header.sender, header.number, self._now_ms)
+        return inbox.insert_inbox(self._connection, self._local_id, header.sender, header.number, self._now_ms)
 
     def _beat(self, accepted: Accepted, heartbeat: Heartbeat) -> Verdict:
         header = accepted.header
@@ -296,17 +296,17 @@ class _Transaction:
         senders = sorted(self._counts.keys() | self._beats.keys() | self._skews.keys())
         if senders and self._beats.keys() == set(senders) and not self._counts:
             beats = [self._beat_of(sender) for sender in senders]
-            messages.upsert_heartbeats(self._connection, self._local_id, beats, self._now_ms)
+            peers.upsert_heartbeats(self._connection, self._local_id, beats, self._now_ms)
             return
         for sender in senders:
             counts = {name: count for name, count in self._counts[sender].items() if count}
             if counts:
-                messages.add_to_counters(self._connection, self._local_id, sender, counts)
+                peers.add_to_counters(self._connection, self._local_id, sender, counts)
             if sender in self._beats:
-                messages.upsert_heartbeats(self._connection, self._local_id, [self._beat_of(sender)], self._now_ms)
+                peers.upsert_heartbeats(self._connection, self._local_id, [self._beat_of(sender)], self._now_ms)
             elif sender in self._skews:
                 late = self._skews[sender]
-                messages.upsert_clock_skew(
+                peers.upsert_clock_skew(
                     self._connection, self._local_id, sender, late.header.number, late.clock_skew_ms
                 )
 
@@ -322,6 +322,6 @@ class _Transaction:
         if more:
             self.left.append((sender, now))
 
-    def _beat_of(self, sender: str) -> messages.Beat:
+    def _beat_of(self, sender: str) -> peers.ReceivedHeartbeat:
         accepted, heartbeat = self._beats[sender]
-        return messages.Beat(sender, accepted.header.number, heartbeat.interval_ms, accepted.clock_skew_ms)
+        return peers.ReceivedHeartbeat(sender, accepted.header.number, heartbeat.interval_ms, accepted.clock_skew_ms)

@@ -19,7 +19,7 @@ from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import Header
-from skipbus.shared.store import messages, received, stock
+from skipbus.shared.store import key_records, messages, peers, stock, withdrawn_keys, wrapping_keys
 from skipbus.shared.store.messages import EnvelopeRow
 from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 
@@ -82,22 +82,31 @@ class KeyEffects:
         """Stores what a peer has placed here; how many keys count as issued, None where a keyId exists already."""
         records = placed.key_records(header)
         key_ids = [record.key_id for record in records]
-        known = received.fetch_known_keys(self._connection, self._local_id, header.sender, key_ids)
-        if known.stored:
+        if key_records.fetch_known_key_ids(self._connection, key_ids):
             return None
         missing = self._known.missing(placed.sealed_wrapping_keys(header))
-        if missing and not received.insert_received_wrapping_keys(self._connection, missing):
+        if missing and not self._store_wrapping_keys(missing):
             return None
         self.stored_wrapping_keys += missing
-        wanted = [record for record in records if record.key_id not in known.withdrawn]
+        withdrawn = withdrawn_keys.fetch_withdrawn_keys(self._connection, self._local_id, header.sender, key_ids)
+        wanted = [record for record in records if record.key_id not in withdrawn]
         if not wanted:
             return 0
-        received.insert_received_keys(self._connection, wanted)
+        key_records.insert_key_records(self._connection, wanted)
         if placed.stock:
             stock.insert_stock_held(self._connection, self._local_id, header.sender, wanted)
             return 0
         self.aftermath.arrived += [record.key_id for record in wanted]
         return len(wanted)
+
+    def _store_wrapping_keys(self, missing: Sequence[SealedWrappingKey]) -> bool:
+        """False where another one stands under one of the ids, which then stays as it is.
+
+        Acknowledging keys whose wrapping key is not the one that they were sealed under would lose them.
+        """
+        wrapping_keys.insert_wrapping_keys(self._connection, missing)
+        stored = wrapping_keys.fetch_sealed_wrapping_keys(self._connection, [w.wrapping_key_id for w in missing])
+        return set(stored) == set(missing)
 
     def release_stock(self, header: Header, events: Events) -> None:
         """The source has given these out of its stock."""
@@ -109,9 +118,9 @@ class KeyEffects:
         latest_ms = self._now_ms + MAX_LIFETIME_MS + MAX_CLOCK_SKEW_MS
         keys = [(entry[0], min(entry[1], latest_ms)) for entry in events.entries]
         key_ids = [key_id for key_id, _ in keys]
-        received.insert_withdrawn_keys(self._connection, self._local_id, header.sender, keys)
+        withdrawn_keys.insert_withdrawn_keys(self._connection, self._local_id, header.sender, keys)
         held = stock.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
-        deleted = received.delete_withdrawn_records(self._connection, self._local_id, header.sender, key_ids)
+        deleted = key_records.delete_key_records_of_source(self._connection, self._local_id, header.sender, key_ids)
         return max(0, deleted - held)
 
     def drop_stock(self, peer_id: str, reason: str) -> None:
@@ -145,7 +154,7 @@ class KeyEffects:
     def hear_refusal(self, peer_id: str, complaint: Complaint) -> None:
         """A peer has refused an envelope: kept for the operator, and told to whoever waits for its keys."""
         told = f"{complaint.reason}: {complaint.explanation}"
-        messages.upsert_refusal(self._connection, self._local_id, peer_id, told, self._now_ms)
+        peers.upsert_rejection(self._connection, self._local_id, peer_id, told, self._now_ms)
         rows = messages.fetch_envelope_rows(self._connection, self._local_id, peer_id, [complaint.number])
         self.aftermath.refused += [row.token for row in rows if row.type == KEY_PLACED and row.token]
         stocked = {row.id: row.token for row in rows if row.type == KEY_STOCKED and row.token}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Engine
 
-from skipbus.shared.store import messages
+from skipbus.shared.store import peers
 from skipbus.shared.store.engine import driver_errors
 
 # How far ahead numbers are noted: half of it may pass without the store. A syncer that was killed wastes the unused.
@@ -62,11 +62,11 @@ class Reservation:
     def take_over(self) -> None:
         """Before this syncer, newly elected, sends anything. Raises StoreUnavailable, StoreRefused."""
         with driver_errors(), self._engine.begin() as connection:
-            used = messages.fetch_last_number(connection, self._local_id)
+            used = peers.fetch_last_number(connection, self._local_id)
             if used != self._until:
                 self._numbers.next(used)
             self._until = self._numbers.upcoming + RESERVED_US
-            messages.upsert_last_number(connection, self._local_id, self._until)
+            peers.upsert_last_number(connection, self._local_id, self._until)
 
     def renew(self) -> None:
         """Once a second while elected. Raises StoreUnavailable, StoreRefused."""
@@ -74,10 +74,10 @@ class Reservation:
         if until - self._until < RESERVED_US // 2:
             return
         with driver_errors(), self._engine.begin() as connection:
-            messages.upsert_last_number(connection, self._local_id, until)
+            peers.upsert_last_number(connection, self._local_id, until)
         self._until = until
 
     def give_back(self) -> None:
         """At the end: what was not used is the successor's. Raises StoreUnavailable, StoreRefused."""
         with driver_errors(), self._engine.begin() as connection:
-            messages.update_last_number(connection, self._local_id, self._until, self._numbers.last)
+            peers.update_last_number(connection, self._local_id, self._until, self._numbers.last)

@@ -35,7 +35,7 @@ from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
 from skipbus.shared.lifecycle import next_beat
 from skipbus.shared.logs import get_logger
-from skipbus.shared.store import messages
+from skipbus.shared.store import messages, peers
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope
 from skipbus.shared.store.placing import KEY_PLACED
@@ -230,7 +230,7 @@ class Relay:
         messages.update_numbered(connection, row_ids, envelope.number)
         counter = counter_when_numbered(envelope.type)
         if counter and items:
-            messages.add_to_counters(connection, self._local_id, envelope.peer_id, {counter: items})
+            peers.add_to_counters(connection, self._local_id, envelope.peer_id, {counter: items})
         return waiting
 
     def _note_malformed(self, numbered: Iterable[Waiting]) -> None:

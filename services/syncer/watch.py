@@ -22,8 +22,8 @@ from skipbus.shared.liveness import PeerStatus, peer_status
 from skipbus.shared.logs import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.store.glances import look_at_signs
-from skipbus.shared.store.messages import PeerSigns
 from skipbus.shared.store.migrate import bring_up_to_date
+from skipbus.shared.store.peers import PeerLiveness
 
 _log = get_logger("watch")
 
@@ -60,7 +60,7 @@ class PeerWatch:
         """Gives its connection back."""
         self._glance.close()
 
-    def _read(self) -> list[PeerSigns]:
+    def _read(self) -> list[PeerLiveness]:
         if not self.ready.is_set():
             bring_up_to_date(self._settings.mysql)
         self.clocks.write()
@@ -70,7 +70,7 @@ class PeerWatch:
         check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
         return rows
 
-    def _compare(self, rows: dict[str, PeerSigns], at_ms: int) -> None:
+    def _compare(self, rows: dict[str, PeerLiveness], at_ms: int) -> None:
         statuses = {peer: _status(rows.get(peer), at_ms) for peer in self._directory.peers()}
         for peer, status in statuses.items():
             before = self._statuses.get(peer)
@@ -82,7 +82,7 @@ class PeerWatch:
             metrics.PEERS.labels(known).set(counts[known])
 
 
-def _status(row: PeerSigns | None, at_ms: int) -> PeerStatus:
+def _status(row: PeerLiveness | None, at_ms: int) -> PeerStatus:
     return peer_status(row.last_heartbeat_ms, row.heartbeat_interval_ms, at_ms) if row else "offline"
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pymysql.connections import Connection
 
 from skipbus.shared.store.literals import name
-from skipbus.shared.store.messages import NOBODY, PeerRow, PeerSigns
+from skipbus.shared.store.peers import OWN_ROW, PeerLiveness, PeerRow
 from skipbus.shared.store.processes import ProcessSeen
 from skipbus.shared.store.results import Rows
 
 _PEER_ROW = ", ".join(PeerRow.__dataclass_fields__)
-_PEER_SIGNS = ", ".join(PeerSigns.__dataclass_fields__)
+_PEER_SIGNS = ", ".join(PeerLiveness.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Due:
     digest: bytes | None
 
 
-def look_at_signs(connection: Connection, local_id: str, *, bus: bool) -> tuple[Digests, list[PeerSigns]]:
+def look_at_signs(connection: Connection, local_id: str, *, bus: bool) -> tuple[Digests, list[PeerLiveness]]:
     """For a syncer. Without ``bus`` it needs no right to what bus peers announced. One row a KP and one a peer."""
     signs, *digests = _ask(connection, [_of_peers(_PEER_SIGNS, local_id), *_digests(local_id, bus=bus)])
-    return _read_digests(digests), [PeerSigns(*row) for row in signs]
+    return _read_digests(digests), [PeerLiveness(*row) for row in signs]
 
 
 def look_at_view(
@@ -75,7 +75,7 @@ def look_at_due(connection: Connection, local_id: str, now_ms: int) -> Due:
 
 
 def _of_peers(columns: str, local_id: str) -> str:
-    return f"SELECT {columns} FROM peers WHERE local_id = {name(local_id)} AND peer_id <> {name(NOBODY)}"
+    return f"SELECT {columns} FROM peers WHERE local_id = {name(local_id)} AND peer_id <> {name(OWN_ROW)}"
 
 
 def _digests(local_id: str, *, bus: bool) -> list[str]:

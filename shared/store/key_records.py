@@ -22,6 +22,11 @@ _CLAIM = (
     .where(K.c.key_id.in_(bindparam("key_ids", expanding=True)))
     .with_for_update()
 )
+_KNOWN = (
+    select(K.c.key_id)
+    .with_hint(K, f"FORCE INDEX ({_INDEX})")
+    .where(K.c.key_id.in_(bindparam("key_ids", expanding=True)))
+)
 _EXISTS = select(literal(1)).with_hint(K, f"FORCE INDEX ({_INDEX})").where(K.c.key_id == bindparam("key_id"))
 
 
@@ -39,6 +44,18 @@ def claim_key_records(connection: Connection, key_ids: Collection[bytes]) -> dic
 def delete_key_records(connection: Connection, key_ids: Sequence[bytes]) -> int:
     """Deletes the records with these keyIds; how many there were. Index key_records_key_id."""
     return delete_listed(connection, K.name, _INDEX, "key_id", key_ids)
+
+
+def delete_key_records_of_source(
+    connection: Connection, target_id: str, source_id: str, key_ids: Sequence[bytes]
+) -> int:
+    """Deletes these records where they are that source's for that target; how many. Index key_records_key_id."""
+    return delete_listed(connection, K.name, _INDEX, "key_id", key_ids, target_id=target_id, source_id=source_id)
+
+
+def fetch_known_key_ids(connection: Connection, key_ids: Collection[bytes]) -> frozenset[bytes]:
+    """Those of the keyIds that are in the store already, whoever they are for. Index key_records_key_id."""
+    return frozenset(connection.execute(_KNOWN, {"key_ids": list(key_ids)}).scalars())
 
 
 def fetch_key_record_exists(connection: Connection, key_id: bytes) -> bool:

@@ -1,37 +1,22 @@
-"""Outbox, inbox and the peers' counters: what the KPs tell each other, and what came of it.
+"""The outbox: what a KP has to tell its peers.
 
-An outbox row is written in the transaction of the event that it tells of; an inbox row in the transaction
-that has an envelope's effect. Rows become an envelope when they share a number, which never changes after
-that; they go when the peer has acknowledged it. Transactions are the callers'.
-
-What is asked for each key, each heartbeat or each second is put together once, because building a statement takes
-several times as long as sending it.
-
-The lifetimes stand here because they depend on each other: an envelope that is sent again bears its old
-number and a new date, so the inbox must remember numbers for longer than any outbox row may live.
+A row is written in the transaction of the event that it tells of. Rows become an envelope when they share a number,
+which never changes after that; they go when the peer has acknowledged it. Transactions are the callers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, delete, func, select, update
-from sqlalchemy.dialects.mysql import Insert, insert
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, func, select, update
 
-from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
-from skipbus.shared.protocol.envelopes import MAX_AGE_MS
 from skipbus.shared.store.literals import name
 from skipbus.shared.store.packets import delete_listed
-from skipbus.shared.store.schema import INBOX as I
 from skipbus.shared.store.schema import OUTBOX as O
-from skipbus.shared.store.schema import PEERS as P
 
 # A peer that is away for longer than this misses what was to be told; its keys have expired long since.
 OUTBOX_LIFETIME_MS = 24 * 3_600_000
-INBOX_LIFETIME_MS = OUTBOX_LIFETIME_MS + MAX_AGE_MS + 2 * MAX_CLOCK_SKEW_MS
 
 
 @dataclass(frozen=True)
@@ -65,55 +50,6 @@ class EnvelopeRow:
     type: str
     items: int
     token: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """What a peer's heartbeat says of it; ``clock_skew_ms`` as in ``PeerRow``."""
-
-    peer_id: str
-    number: int
-    interval_ms: int
-    clock_skew_ms: int = 0
-
-
-@dataclass(frozen=True)
-class PeerRow:
-    """A peer as ``local_id`` sees it. Inbound: keys that the peer made for ``local_id``.
-
-    ``clock_skew_ms`` is positive where the peer's clock is behind; ``last_refusal`` is what it last said of an
-    envelope that it refused.
-    """
-
-    peer_id: str
-    endpoint: str
-    last_heartbeat_ms: int | None
-    heartbeat_interval_ms: int
-    issued: int
-    retrieved: int
-    expired: int
-    inbound_issued: int
-    inbound_retrieved: int
-    inbound_expired: int
-    clock_skew_ms: int | None = None
-    last_refusal: str = ""
-    last_refusal_ms: int | None = None
-    withdrawn: int = 0
-    inbound_withdrawn: int = 0
-
-
-# No system id: the row of ``peers`` that keeps up to which number this KP's own envelopes may be numbered.
-NOBODY = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerSigns:
-    """The part of a ``PeerRow`` that heartbeats write."""
-
-    peer_id: str
-    last_heartbeat_ms: int | None
-    heartbeat_interval_ms: int
-    clock_skew_ms: int | None
 
 
 # --- outbox: written by api and janitor
@@ -273,135 +209,6 @@ def delete_expired_outbox(connection: Connection, local_id: str, before_ms: int,
     """
     statement = delete(O).where(O.c.local_id == local_id, O.c.created_ms < before_ms, O.c.type != "key.stocked")
     return connection.execute(statement.with_dialect_options(mysql_limit=limit)).rowcount
-
-
-# --- inbox
-
-
-_REMEMBER = insert(I).prefix_with("IGNORE")
-
-
-def insert_inbox(connection: Connection, local_id: str, sender_id: str, number: int, now_ms: int) -> bool:
-    """Remembers an envelope in the transaction of its effect; False where it was known. Primary key."""
-    values = {"local_id": local_id, "sender_id": sender_id, "envelope_no": number, "received_ms": now_ms}
-    return connection.execute(_REMEMBER, values).rowcount == 1
-
-
-def is_in_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> bool:
-    """Whether an envelope was handled before. Primary key."""
-    statement = select(I.c.envelope_no).where(
-        I.c.local_id == local_id, I.c.sender_id == sender_id, I.c.envelope_no == number
-    )
-    return connection.execute(statement).first() is not None
-
-
-def delete_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> None:
-    """Forgets an envelope that is refused after all, in the transaction that had remembered it. Primary key."""
-    connection.execute(delete(I).where(I.c.local_id == local_id, I.c.sender_id == sender_id, I.c.envelope_no == number))
-
-
-def delete_expired_inbox(connection: Connection, local_id: str, before_ms: int, limit: int) -> int:
-    """Forgets envelopes from before ``before_ms`` (now - INBOX_LIFETIME_MS). Index inbox_received."""
-    statement = delete(I).where(I.c.local_id == local_id, I.c.received_ms < before_ms)
-    return connection.execute(statement.with_dialect_options(mysql_limit=limit)).rowcount
-
-
-# --- peers
-
-
-def add_to_counters(connection: Connection, local_id: str, peer_id: str, counts: dict[str, int]) -> None:
-    """Adds to the named counters of ``PeerRow``. Primary key."""
-    connection.execute(_adding(tuple(counts)), {"local_id": local_id, "peer_id": peer_id, **counts})
-
-
-@lru_cache(maxsize=256)
-def _adding(names: tuple[str, ...]) -> Insert:
-    statement = insert(P)
-    return statement.on_duplicate_key_update({name: P.c[name] + statement.inserted[name] for name in names})
-
-
-_BEAT_COLUMNS = ("last_heartbeat_no", "last_heartbeat_ms", "heartbeat_interval_ms", "clock_skew_ms")
-_BEATS = insert(P)
-_BEATS = _BEATS.on_duplicate_key_update({column: _BEATS.inserted[column] for column in _BEAT_COLUMNS})
-_BEAT_NUMBERS = select(P.c.peer_id, P.c.last_heartbeat_no).where(
-    P.c.local_id == bindparam("local_id"), P.c.peer_id.in_(bindparam("peer_ids", expanding=True))
-)
-
-
-def fetch_last_number(connection: Connection, local_id: str) -> int:
-    """Up to which number envelopes of ``local_id`` may have been numbered; locked for this transaction. Primary key."""
-    statement = select(P.c.last_heartbeat_no).where(P.c.local_id == local_id, P.c.peer_id == NOBODY)
-    return connection.execute(statement.with_for_update()).scalar() or 0
-
-
-def upsert_last_number(connection: Connection, local_id: str, number: int) -> None:
-    """Envelopes of ``local_id`` may be numbered up to ``number`` from now on. Primary key."""
-    statement = insert(P).values(local_id=local_id, peer_id=NOBODY, last_heartbeat_no=number)
-    connection.execute(statement.on_duplicate_key_update(last_heartbeat_no=number))
-
-
-def update_last_number(connection: Connection, local_id: str, noted: int, used: int) -> None:
-    """No more than ``used`` of what was ``noted`` is used; nothing where another has noted since. Primary key."""
-    own = and_(P.c.local_id == local_id, P.c.peer_id == NOBODY, P.c.last_heartbeat_no == noted)
-    connection.execute(update(P).where(own).values(last_heartbeat_no=used))
-
-
-def fetch_heartbeat_numbers(connection: Connection, local_id: str, peer_ids: Iterable[str]) -> dict[str, int]:
-    """The number of the last heartbeat that was accepted of each peer. Primary key."""
-    rows = connection.execute(_BEAT_NUMBERS, {"local_id": local_id, "peer_ids": list(peer_ids)})
-    return {row.peer_id: row.last_heartbeat_no for row in rows}
-
-
-def upsert_heartbeats(connection: Connection, local_id: str, beats: Iterable[Beat], now_ms: int) -> None:
-    """These peers live, in the order given; where the driver can, in one round trip. Primary key."""
-    rows = [
-        {
-            "local_id": local_id,
-            "peer_id": beat.peer_id,
-            "last_heartbeat_no": beat.number,
-            "last_heartbeat_ms": now_ms,
-            "heartbeat_interval_ms": beat.interval_ms,
-            "clock_skew_ms": _within_int(beat.clock_skew_ms),
-        }
-        for beat in beats
-    ]
-    connection.execute(_BEATS, rows)
-
-
-def upsert_clock_skew(connection: Connection, local_id: str, peer_id: str, number: int, clock_skew_ms: int) -> None:
-    """What an envelope that was refused by its date says of the peer's clock. Primary key.
-
-    One whose number is not above the last heartbeat's is a recording, and says nothing.
-    """
-    skew_ms = _within_int(clock_skew_ms)
-    statement = insert(P).values(local_id=local_id, peer_id=peer_id, clock_skew_ms=skew_ms)
-    newer = func.if_(P.c.last_heartbeat_no < number, skew_ms, P.c.clock_skew_ms)
-    connection.execute(statement.on_duplicate_key_update(clock_skew_ms=newer))
-
-
-def upsert_refusal(connection: Connection, local_id: str, peer_id: str, told: str, now_ms: int) -> None:
-    """What a peer said when it refused an envelope, for the operator. Primary key."""
-    fresh = {"last_refusal": told[:255], "last_refusal_ms": now_ms}
-    statement = insert(P).values(local_id=local_id, peer_id=peer_id, **fresh)
-    connection.execute(statement.on_duplicate_key_update(fresh))
-
-
-def _within_int(milliseconds: int) -> int:
-    """A peer may date its envelopes as it likes; the column holds 32 bits."""
-    return max(-(2**31), min(2**31 - 1, milliseconds))
-
-
-def _of_peers(fields: Iterable[str]) -> Select[Any]:
-    columns = [P.c[field] for field in fields]
-    return select(*columns).where(P.c.local_id == bindparam("local_id"), P.c.peer_id != NOBODY)
-
-
-_PEER_ROWS = _of_peers(PeerRow.__dataclass_fields__)
-
-
-def fetch_peer_rows(connection: Connection, local_id: str) -> list[PeerRow]:
-    """All that is known of the peers of ``local_id``. Prefix of the primary key."""
-    return [PeerRow(*row) for row in connection.execute(_PEER_ROWS, {"local_id": local_id})]
 
 
 def _is_envelope(local_id: str, peer_id: str, number: int) -> ColumnElement[bool]:

@@ -1,184 +1,171 @@
-"""What is known of key providers: announcements, pinned identities. All by primary key.
+"""What a KP knows of its peers: counters of keys, heartbeats, clocks, rejections. Table peers, all by primary key.
 
-The pin is the root of trust over a store link: learned from the first announcement seen, it changes only
-by an operator's hand. Whatever else presents itself under that name is kept beside the pin for the
-operator to look at, and is not used.
+The row without a peer is the KP's own: up to which sequence number its envelopes may be numbered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, literal_column, select, union_all, update
-from sqlalchemy.dialects.mysql import insert
+from sqlalchemy import Connection, Select, and_, bindparam, func, select, update
+from sqlalchemy.dialects.mysql import Insert, insert
 
-from skipbus.shared.protocol.announcements import Announcement, digest
-from skipbus.shared.store.schema import ANNOUNCEMENTS as A
-from skipbus.shared.store.schema import BUS_ANNOUNCEMENTS as B
-from skipbus.shared.store.schema import PINNED_IDENTITIES as P
+from skipbus.shared.store.schema import PEERS as P
+
+OWN_ROW = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedHeartbeat:
+    """What a peer's heartbeat says of it; ``clock_skew_ms`` as in ``PeerRow``."""
+
+    peer_id: str
+    number: int
+    interval_ms: int
+    clock_skew_ms: int = 0
 
 
 @dataclass(frozen=True)
-class Pin:
-    """The identity that ``observer`` accepts for a KP, and another that was presented since (UTC ms), if any."""
+class PeerRow:
+    """A peer as ``local_id`` sees it. Inbound: keys that the peer made for ``local_id``.
 
-    public_key: bytes
-    presented_key: bytes | None
-    presented_ms: int | None = None
+    ``clock_skew_ms`` is positive where the peer's clock is behind; ``last_refusal`` is what the peer said when it last
+    rejected an envelope.
+    """
 
-
-def upsert_announcement(connection: Connection, announcement: Announcement, body: bytes) -> None:
-    """Stores a KP's announcement unless a newer one is there. Primary key."""
-    statement = insert(A).values(
-        system_id=announcement.system_id,
-        digest=digest(body),
-        body=body,
-        issued_ms=announcement.issued_ms,
-    )
-    # MySQL assigns from left to right: issued_ms must be compared before it is replaced, hence last.
-    newer = statement.inserted.issued_ms >= A.c.issued_ms
-    connection.execute(
-        statement.on_duplicate_key_update(
-            [
-                ("digest", func.if_(newer, statement.inserted.digest, A.c.digest)),
-                ("body", func.if_(newer, statement.inserted.body, A.c.body)),
-                ("issued_ms", func.greatest(statement.inserted.issued_ms, A.c.issued_ms)),
-            ]
-        )
-    )
+    peer_id: str
+    endpoint: str
+    last_heartbeat_ms: int | None
+    heartbeat_interval_ms: int
+    issued: int
+    retrieved: int
+    expired: int
+    inbound_issued: int
+    inbound_retrieved: int
+    inbound_expired: int
+    clock_skew_ms: int | None = None
+    last_refusal: str = ""
+    last_refusal_ms: int | None = None
+    withdrawn: int = 0
+    inbound_withdrawn: int = 0
 
 
-def fetch_announcement_digests(connection: Connection) -> dict[str, bytes]:
-    """system id -> digest of all announcements in the store: one row a KP."""
-    return {row.system_id: row.digest for row in connection.execute(_DIGESTS)}
+@dataclass(frozen=True, slots=True)
+class PeerLiveness:
+    """The part of a ``PeerRow`` that heartbeats write."""
+
+    peer_id: str
+    last_heartbeat_ms: int | None
+    heartbeat_interval_ms: int
+    clock_skew_ms: int | None
 
 
-# Put together once, because they are asked again and again.
-_DIGESTS = select(A.c.system_id, A.c.digest)
-_ALL_DIGESTS = union_all(
-    select(literal_column("0"), A.c.system_id, A.c.digest),
-    select(literal_column("1"), B.c.system_id, B.c.digest).where(B.c.local_id == bindparam("local_id")),
+def _select(fields: Iterable[str]) -> Select[Any]:
+    columns = [P.c[field] for field in fields]
+    return select(*columns).where(P.c.local_id == bindparam("local_id"), P.c.peer_id != OWN_ROW)
+
+
+_PEER_ROWS = _select(PeerRow.__dataclass_fields__)
+_LIVENESS = _select(PeerLiveness.__dataclass_fields__)
+_HEARTBEATS = insert(P)
+_HEARTBEATS = _HEARTBEATS.on_duplicate_key_update(
+    {
+        name: _HEARTBEATS.inserted[name]
+        for name in ("last_heartbeat_no", "last_heartbeat_ms", "heartbeat_interval_ms", "clock_skew_ms")
+    }
+)
+_HEARTBEAT_NUMBERS = select(P.c.peer_id, P.c.last_heartbeat_no).where(
+    P.c.local_id == bindparam("local_id"), P.c.peer_id.in_(bindparam("peer_ids", expanding=True))
 )
 
 
-def fetch_all_digests(connection: Connection, local_id: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """``fetch_announcement_digests``, and the same of what bus peers announced to ``local_id``, in one round trip.
-
-    Prefix of the primary key for the latter.
-    """
-    rows = connection.execute(_ALL_DIGESTS, {"local_id": local_id}).all()
-    return {row[1]: row[2] for row in rows if not row[0]}, {row[1]: row[2] for row in rows if row[0]}
+def fetch_peer_rows(connection: Connection, local_id: str) -> list[PeerRow]:
+    """All that is known of the peers of ``local_id``. Prefix of the primary key."""
+    return [PeerRow(*row) for row in connection.execute(_PEER_ROWS, {"local_id": local_id})]
 
 
-def fetch_announcement(connection: Connection, system_id: str) -> bytes | None:
-    """One KP's announcement as it was signed. Primary key."""
-    body: bytes | None = connection.execute(select(A.c.body).where(A.c.system_id == system_id)).scalar()
-    return body
+def fetch_liveness(connection: Connection, local_id: str) -> list[PeerLiveness]:
+    """What heartbeats wrote of the peers of ``local_id``. Prefix of the primary key."""
+    return [PeerLiveness(*row) for row in connection.execute(_LIVENESS, {"local_id": local_id})]
 
 
-def fetch_announcement_issued_ms(connection: Connection, system_id: str) -> int:
-    """When (UTC ms) the stored announcement was issued, 0 where there is none. Primary key."""
-    return connection.execute(select(A.c.issued_ms).where(A.c.system_id == system_id)).scalar() or 0
+def add_to_counters(connection: Connection, local_id: str, peer_id: str, counts: Mapping[str, int]) -> None:
+    """Adds to the named counters of ``PeerRow``. Primary key."""
+    connection.execute(_adding(tuple(counts)), {"local_id": local_id, "peer_id": peer_id, **counts})
 
 
-def delete_announcement(connection: Connection, system_id: str) -> None:
-    """Forgets a KP that is gone for good. Primary key."""
-    connection.execute(delete(A).where(A.c.system_id == system_id))
+@lru_cache(maxsize=256)
+def _adding(names: tuple[str, ...]) -> Insert:
+    statement = insert(P)
+    return statement.on_duplicate_key_update({name: P.c[name] + statement.inserted[name] for name in names})
 
 
-def upsert_bus_announcement(connection: Connection, local_id: str, announcement: Announcement, body: bytes) -> None:
-    """Stores what a bus peer announced to ``local_id`` alone, unless a newer one is there. Primary key."""
-    statement = insert(B).values(
-        local_id=local_id,
-        system_id=announcement.system_id,
-        digest=digest(body),
-        body=body,
-        issued_ms=announcement.issued_ms,
-    )
-    # MySQL assigns from left to right: issued_ms must be compared before it is replaced, hence last.
-    newer = statement.inserted.issued_ms >= B.c.issued_ms
-    connection.execute(
-        statement.on_duplicate_key_update(
-            [
-                ("digest", func.if_(newer, statement.inserted.digest, B.c.digest)),
-                ("body", func.if_(newer, statement.inserted.body, B.c.body)),
-                ("issued_ms", func.greatest(statement.inserted.issued_ms, B.c.issued_ms)),
-            ]
-        )
-    )
+def fetch_heartbeat_numbers(connection: Connection, local_id: str, peer_ids: Iterable[str]) -> dict[str, int]:
+    """The number of the last heartbeat that was accepted of each peer. Primary key."""
+    rows = connection.execute(_HEARTBEAT_NUMBERS, {"local_id": local_id, "peer_ids": list(peer_ids)})
+    return {row.peer_id: row.last_heartbeat_no for row in rows}
 
 
-def delete_bus_announcement(connection: Connection, local_id: str, system_id: str) -> None:
-    """Makes room for a peer's announcement under another identity than before. Primary key."""
-    connection.execute(delete(B).where(B.c.local_id == local_id, B.c.system_id == system_id))
-
-
-def fetch_bus_announcement(connection: Connection, local_id: str, system_id: str) -> bytes | None:
-    """What a bus peer announced to ``local_id``, as it was signed. Primary key."""
-    statement = select(B.c.body).where(B.c.local_id == local_id, B.c.system_id == system_id)
-    body: bytes | None = connection.execute(statement).scalar()
-    return body
-
-
-def fetch_pin(connection: Connection, observer_id: str, subject_id: str) -> Pin | None:
-    """What ``observer_id`` pinned for ``subject_id``. Primary key."""
-    row = connection.execute(
-        select(P.c.public_key, P.c.presented_key, P.c.presented_ms).where(
-            P.c.observer_id == observer_id, P.c.subject_id == subject_id
-        )
-    ).one_or_none()
-    return Pin(*row) if row else None
-
-
-def fetch_pins(connection: Connection, observer_id: str) -> dict[str, Pin]:
-    """All that ``observer_id`` pinned, by subject. Prefix of the primary key."""
-    rows = connection.execute(
-        select(P.c.subject_id, P.c.public_key, P.c.presented_key, P.c.presented_ms).where(
-            P.c.observer_id == observer_id
-        )
-    )
-    return {row.subject_id: Pin(row.public_key, row.presented_key, row.presented_ms) for row in rows}
-
-
-def insert_pin(connection: Connection, observer_id: str, subject_id: str, public_key: bytes, now_ms: int) -> bytes:
-    """Pins at first sight; returns the key that is pinned, which is another one when somebody was first."""
-    statement = insert(P).values(
-        observer_id=observer_id, subject_id=subject_id, public_key=public_key, pinned_ms=now_ms
-    )
-    connection.execute(statement.on_duplicate_key_update(subject_id=P.c.subject_id))
-    pinned: bytes = connection.execute(
-        select(P.c.public_key).where(P.c.observer_id == observer_id, P.c.subject_id == subject_id)
-    ).scalar_one()
-    return pinned
-
-
-def update_presented_key(
-    connection: Connection, observer_id: str, subject_id: str, public_key: bytes, now_ms: int
+def upsert_heartbeats(
+    connection: Connection, local_id: str, heartbeats: Iterable[ReceivedHeartbeat], now_ms: int
 ) -> None:
-    """Keeps another identity, presented under a pinned name, for an operator to judge. Primary key."""
-    connection.execute(
-        update(P)
-        .where(P.c.observer_id == observer_id, P.c.subject_id == subject_id)
-        .values(presented_key=public_key, presented_ms=now_ms)
-    )
+    """These peers live, in the order given; one statement for all of them. Primary key."""
+    rows = [
+        {
+            "local_id": local_id,
+            "peer_id": one.peer_id,
+            "last_heartbeat_no": one.number,
+            "last_heartbeat_ms": now_ms,
+            "heartbeat_interval_ms": one.interval_ms,
+            "clock_skew_ms": _within_int(one.clock_skew_ms),
+        }
+        for one in heartbeats
+    ]
+    connection.execute(_HEARTBEATS, rows)
 
 
-def update_pin(connection: Connection, observer_id: str, subject_id: str, public_key: bytes, now_ms: int) -> None:
-    """An operator accepts another identity for ``subject_id``. Primary key."""
-    connection.execute(
-        update(P)
-        .where(P.c.observer_id == observer_id, P.c.subject_id == subject_id)
-        .values(public_key=public_key, pinned_ms=now_ms, presented_key=None, presented_ms=None)
-    )
+def upsert_clock_skew(connection: Connection, local_id: str, peer_id: str, number: int, clock_skew_ms: int) -> None:
+    """What an envelope that was rejected for its date says of the peer's clock. Primary key.
 
-
-def upsert_presented(
-    connection: Connection, observer_id: str, subject_id: str, configured_key: bytes, presented_key: bytes, now_ms: int
-) -> None:
-    """For an operator to read: another identity than the configured one was presented. Primary key.
-
-    The configured identity decides; this row decides nothing.
+    One whose number is not above the last heartbeat's is a recording, and says nothing.
     """
-    fresh = {"public_key": configured_key, "presented_key": presented_key, "presented_ms": now_ms}
-    statement = insert(P).values(observer_id=observer_id, subject_id=subject_id, pinned_ms=now_ms, **fresh)
+    skew_ms = _within_int(clock_skew_ms)
+    statement = insert(P).values(local_id=local_id, peer_id=peer_id, clock_skew_ms=skew_ms)
+    newer = func.if_(P.c.last_heartbeat_no < number, skew_ms, P.c.clock_skew_ms)
+    connection.execute(statement.on_duplicate_key_update(clock_skew_ms=newer))
+
+
+def upsert_rejection(connection: Connection, local_id: str, peer_id: str, words: str, now_ms: int) -> None:
+    """What a peer said when it rejected an envelope, for the operator. Primary key."""
+    fresh = {"last_refusal": words[:255], "last_refusal_ms": now_ms}
+    statement = insert(P).values(local_id=local_id, peer_id=peer_id, **fresh)
     connection.execute(statement.on_duplicate_key_update(fresh))
+
+
+def _within_int(milliseconds: int) -> int:
+    """A peer may date its envelopes as it likes; the column holds 32 bits."""
+    return max(-(2**31), min(2**31 - 1, milliseconds))
+
+
+# --- the KP's own row
+
+
+def fetch_last_number(connection: Connection, local_id: str) -> int:
+    """Up to which number envelopes of ``local_id`` may have been numbered; locked for this transaction. Primary key."""
+    statement = select(P.c.last_heartbeat_no).where(P.c.local_id == local_id, P.c.peer_id == OWN_ROW)
+    return connection.execute(statement.with_for_update()).scalar() or 0
+
+
+def upsert_last_number(connection: Connection, local_id: str, number: int) -> None:
+    """Envelopes of ``local_id`` may be numbered up to ``number`` from now on. Primary key."""
+    statement = insert(P).values(local_id=local_id, peer_id=OWN_ROW, last_heartbeat_no=number)
+    connection.execute(statement.on_duplicate_key_update(last_heartbeat_no=number))
+
+
+def update_last_number(connection: Connection, local_id: str, noted: int, used: int) -> None:
+    """No more than ``used`` of what was ``noted`` is used; nothing where another has noted since. Primary key."""
+    own = and_(P.c.local_id == local_id, P.c.peer_id == OWN_ROW, P.c.last_heartbeat_no == noted)
+    connection.execute(update(P).where(own).values(last_heartbeat_no=used))

@@ -38,10 +38,11 @@ from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.secret import Secret
+from skipbus.shared.store.announcements import fetch_announcement, upsert_announcement
 from skipbus.shared.store.engine import make_engine
-from skipbus.shared.store.messages import PeerRow, fetch_peer_rows, insert_outbox
+from skipbus.shared.store.messages import insert_outbox
 from skipbus.shared.store.migrate import bring_up_to_date
-from skipbus.shared.store.peers import fetch_announcement, upsert_announcement
+from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
 from skipbus.shared.store.schema import INBOX, OUTBOX, PROCESSES
 from tests.waiting import wait_for
 

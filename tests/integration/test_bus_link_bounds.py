@@ -27,9 +27,10 @@ from skipbus.shared.crypto.epochs import new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
-from skipbus.shared.store.messages import fetch_last_number, fetch_peer_rows, insert_outbox, upsert_last_number
+from skipbus.shared.store.announcements import fetch_bus_announcement
+from skipbus.shared.store.messages import insert_outbox
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
-from skipbus.shared.store.peers import fetch_bus_announcement
+from skipbus.shared.store.peers import fetch_last_number, fetch_peer_rows, upsert_last_number
 from skipbus.shared.store.placing import KEY_STOCKED
 from skipbus.shared.store.schema import INBOX, OUTBOX, PEERS
 from tests.integration.bus_rig import Placed, Site, Sites, seal

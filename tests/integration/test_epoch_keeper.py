@@ -17,7 +17,7 @@ from skipbus.shared.crypto.identity import Identity, fingerprint
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import KeyringError, StoreRefused, StoreUnavailable
 from skipbus.shared.protocol.announcements import Announcement, read_announcement, sign_announcement
-from skipbus.shared.store import peers as peer_store
+from skipbus.shared.store import announcements, pinned_identities
 from tests.integration.key_providers import Store, settings_for, tend
 
 KP = "KP_Alice"
@@ -44,7 +44,7 @@ def keeper_of(store: Store, keyring: Keyring) -> EpochKeeper:
 def stored(store: Store) -> Announcement:
     """What other KPs read of this one."""
     with store.engine.connect() as connection:
-        body = peer_store.fetch_announcement(connection, KP)
+        body = announcements.fetch_announcement(connection, KP)
     assert body is not None
     return read_announcement(body)
 
@@ -182,7 +182,7 @@ def test_a_foreign_announcement_under_this_name_is_replaced(store: Store, keeper
     mallory = Identity.generate()
     forged = Announcement(KP, mallory.public_key, START_MS + 10**9, "x", ())
     with store.engine.begin() as connection:
-        peer_store.upsert_announcement(connection, forged, sign_announcement(forged, mallory))
+        announcements.upsert_announcement(connection, forged, sign_announcement(forged, mallory))
     assert stored(store) == forged
     tend(keeper, START_MS + 1000)
     assert stored(store).public_key != mallory.public_key
@@ -194,7 +194,7 @@ def test_a_keyring_that_the_store_does_not_know_this_kp_by_is_an_error_and_annou
 ) -> None:
     known = Identity.generate().public_key
     with store.engine.begin() as connection:
-        peer_store.insert_pin(connection, KP, KP, known, START_MS)
+        pinned_identities.insert_pin(connection, KP, KP, known, START_MS)
     with pytest.raises(KeyringError) as caught:
         tend(keeper, START_MS)
     assert fingerprint(known) in str(caught.value)
@@ -205,8 +205,8 @@ def test_a_keyring_that_the_store_does_not_know_this_kp_by_is_an_error_and_annou
 def test_the_first_announcement_pins_this_kps_own_identity(store: Store, keyring: Keyring, keeper: EpochKeeper) -> None:
     tend(keeper, START_MS)
     with store.engine.connect() as connection:
-        pin = peer_store.fetch_pin(connection, KP, KP)
-    assert pin == peer_store.Pin(keyring.identity.public_key, None)
+        pin = pinned_identities.fetch_pin(connection, KP, KP)
+    assert pin == pinned_identities.Pin(keyring.identity.public_key, None)
 
 
 # --- epochs that cannot be read

@@ -19,7 +19,7 @@ from skipbus.shared.store.glances import (
     look_at_signs,
     look_at_view,
 )
-from skipbus.shared.store.messages import NOBODY, PeerRow, PeerSigns, fetch_peer_rows
+from skipbus.shared.store.peers import OWN_ROW, PeerLiveness, PeerRow, fetch_peer_rows
 from skipbus.shared.store.processes import ProcessSeen
 from tests.integration.key_providers import Store
 
@@ -73,12 +73,12 @@ def recorded(store: Store, target_id: str, expires_ms: int) -> None:
 @pytest.mark.parametrize("kp", [KP, ODD])
 def test_a_syncer_sees_its_own_peers_and_what_was_announced_to_it(store: Store, glance: Glance, kp: str) -> None:
     heard(store, kp, PEER)
-    heard(store, kp, NOBODY)
+    heard(store, kp, OWN_ROW)
     heard(store, OTHER, SECOND)
     announced(store, OTHER, DIGEST)
     sent(store, kp, PEER)
     sent(store, OTHER, SECOND)
-    signs = [PeerSigns(PEER, NOW_MS, 5000, -3)]
+    signs = [PeerLiveness(PEER, NOW_MS, 5000, -3)]
     assert glance.read(partial(look_at_signs, local_id=kp, bus=True)) == (
         Digests({OTHER: DIGEST}, {PEER: SENT}),
         signs,
@@ -88,7 +88,7 @@ def test_a_syncer_sees_its_own_peers_and_what_was_announced_to_it(store: Store, 
 
 def test_an_api_sees_what_the_tables_say_of_its_peers_and_processes(store: Store, glance: Glance) -> None:
     heard(store, KP, PEER)
-    heard(store, KP, NOBODY)
+    heard(store, KP, OWN_ROW)
     announced(store, KP, DIGEST)
     store.rows("INSERT INTO processes VALUES (%s, 'syncer', 'host:1', %s, 'ok')", KP, NOW_MS)
     store.rows("INSERT INTO processes VALUES (%s, 'syncer', 'host:2', %s, 'ok')", OTHER, NOW_MS)

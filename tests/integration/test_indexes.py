@@ -21,19 +21,22 @@ from sandbox.servers import Database, MariaDbServer
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store import (
+    announcements,
     expiry,
     glances,
+    inbox,
     key_records,
     keys,
     messages,
     outbox,
     packets,
     peers,
+    pinned_identities,
     placing,
     processes,
-    received,
     stock,
     stock_steps,
+    withdrawn_keys,
     wrapping_keys,
 )
 from skipbus.shared.store.engine import connect
@@ -46,15 +49,15 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(expiry, glances, keys, messages, peers, placing, processes, received, stock, stock_steps),
-    *(key_records, outbox, wrapping_keys),
+    *(announcements, expiry, glances, inbox, key_records, keys, messages, outbox, peers, pinned_identities, placing),
+    *(processes, stock, stock_steps, withdrawn_keys, wrapping_keys),
 )
 
 # MariaDB (10.11 and 11.8) does not follow FORCE INDEX in a DELETE when most of a table's rows are asked for: it reads
 # them all and waits for those of other callers. A join from a list of the keyIds does not:
 # DELETE k FROM (SELECT 0x.. AS id UNION ALL ...) AS w STRAIGHT_JOIN key_records AS k ON k.key_id = w.id
 # What is asked for is the whole table: one row a KP, its long body left where it is.
-WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests", "fetch_all_digests"}
+WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests"}
 ALL_DIGESTS = "SELECT system_id, digest FROM announcements"
 
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
@@ -83,34 +86,35 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "update_sent": lambda c: messages.update_sent(c, KP, PEER, [7, 8], NOW_MS),
     "delete_acknowledged": lambda c: messages.delete_acknowledged(c, KP, PEER, [7, 8]),
     "delete_expired_outbox": lambda c: messages.delete_expired_outbox(c, KP, NOW_MS, 100),
-    "insert_inbox": lambda c: messages.insert_inbox(c, KP, PEER, 10**9, NOW_MS),
-    "is_in_inbox": lambda c: messages.is_in_inbox(c, KP, PEER, 7),
-    "delete_expired_inbox": lambda c: messages.delete_expired_inbox(c, KP, NOW_MS, 100),
-    "add_to_counters": lambda c: messages.add_to_counters(c, KP, PEER, {"issued": 1}),
-    "fetch_heartbeat_numbers": lambda c: messages.fetch_heartbeat_numbers(c, KP, [PEER]),
-    "fetch_last_number": lambda c: messages.fetch_last_number(c, KP),
-    "upsert_last_number": lambda c: messages.upsert_last_number(c, KP, 1),
-    "update_last_number": lambda c: messages.update_last_number(c, KP, 2, 1),
-    "upsert_heartbeats": lambda c: messages.upsert_heartbeats(c, KP, [messages.Beat(PEER, 1, 5000)], NOW_MS),
-    "upsert_clock_skew": lambda c: messages.upsert_clock_skew(c, KP, PEER, 1, 5000),
-    "fetch_peer_rows": lambda c: messages.fetch_peer_rows(c, KP),
-    "upsert_announcement": lambda c: peers.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
-    "fetch_announcement_digests": peers.fetch_announcement_digests,
-    "fetch_all_digests": lambda c: peers.fetch_all_digests(c, KP),
-    "fetch_announcement": lambda c: peers.fetch_announcement(c, KP),
-    "fetch_announcement_issued_ms": lambda c: peers.fetch_announcement_issued_ms(c, KP),
-    "delete_announcement": lambda c: peers.delete_announcement(c, KP),
-    "upsert_bus_announcement": lambda c: peers.upsert_bus_announcement(
+    "insert_inbox": lambda c: inbox.insert_inbox(c, KP, PEER, 10**9, NOW_MS),
+    "fetch_is_in_inbox": lambda c: inbox.fetch_is_in_inbox(c, KP, PEER, 7),
+    "delete_expired_inbox": lambda c: inbox.delete_expired_inbox(c, KP, NOW_MS, 100),
+    "add_to_counters": lambda c: peers.add_to_counters(c, KP, PEER, {"issued": 1}),
+    "fetch_heartbeat_numbers": lambda c: peers.fetch_heartbeat_numbers(c, KP, [PEER]),
+    "fetch_last_number": lambda c: peers.fetch_last_number(c, KP),
+    "upsert_last_number": lambda c: peers.upsert_last_number(c, KP, 1),
+    "update_last_number": lambda c: peers.update_last_number(c, KP, 2, 1),
+    "upsert_heartbeats": lambda c: peers.upsert_heartbeats(c, KP, [peers.ReceivedHeartbeat(PEER, 1, 5000)], NOW_MS),
+    "upsert_clock_skew": lambda c: peers.upsert_clock_skew(c, KP, PEER, 1, 5000),
+    "fetch_liveness": lambda c: peers.fetch_liveness(c, KP),
+    "fetch_peer_rows": lambda c: peers.fetch_peer_rows(c, KP),
+    "upsert_announcement": lambda c: announcements.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
+    "fetch_announcement_digests": announcements.fetch_announcement_digests,
+    "fetch_bus_announcement_digests": lambda c: announcements.fetch_bus_announcement_digests(c, KP),
+    "fetch_announcement": lambda c: announcements.fetch_announcement(c, KP),
+    "fetch_announcement_issued_ms": lambda c: announcements.fetch_announcement_issued_ms(c, KP),
+    "delete_announcement": lambda c: announcements.delete_announcement(c, KP),
+    "upsert_bus_announcement": lambda c: announcements.upsert_bus_announcement(
         c, KP, Announcement(PEER, b"k", 1, "a", ()), b"b"
     ),
-    "delete_bus_announcement": lambda c: peers.delete_bus_announcement(c, KP, PEER),
-    "fetch_bus_announcement": lambda c: peers.fetch_bus_announcement(c, KP, PEER),
-    "fetch_pin": lambda c: peers.fetch_pin(c, KP, PEER),
-    "fetch_pins": lambda c: peers.fetch_pins(c, KP),
-    "insert_pin": lambda c: peers.insert_pin(c, KP, PEER, b"k", NOW_MS),
-    "update_presented_key": lambda c: peers.update_presented_key(c, KP, PEER, b"k", NOW_MS),
-    "update_pin": lambda c: peers.update_pin(c, KP, PEER, b"k", NOW_MS),
-    "upsert_presented": lambda c: peers.upsert_presented(c, KP, PEER, b"k", b"p", NOW_MS),
+    "delete_bus_announcement": lambda c: announcements.delete_bus_announcement(c, KP, PEER),
+    "fetch_bus_announcement": lambda c: announcements.fetch_bus_announcement(c, KP, PEER),
+    "fetch_pin": lambda c: pinned_identities.fetch_pin(c, KP, PEER),
+    "fetch_pins": lambda c: pinned_identities.fetch_pins(c, KP),
+    "insert_pin": lambda c: pinned_identities.insert_pin(c, KP, PEER, b"k", NOW_MS),
+    "update_presented_key": lambda c: pinned_identities.update_presented_key(c, KP, PEER, b"k", NOW_MS),
+    "update_pin": lambda c: pinned_identities.update_pin(c, KP, PEER, b"k", NOW_MS),
+    "upsert_presented": lambda c: pinned_identities.upsert_presented(c, KP, PEER, b"k", b"p", NOW_MS),
     "upsert_process": lambda c: processes.upsert_process(c, KP, "api", "host:1", NOW_MS, "ok"),
     "fetch_processes": lambda c: processes.fetch_processes(c, KP),
     "delete_expired_processes": lambda c: processes.delete_expired_processes(c, KP, NOW_MS),
@@ -129,15 +133,14 @@ SQLALCHEMY_CALLS |= {
     "delete_stock_of_peer": lambda c: stock.delete_stock_of_peer(c, KP, PEER),
     "delete_rows": lambda c: messages.delete_rows(c, [5, 6]),
     "fetch_rows_of_tokens": lambda c: messages.fetch_rows_of_tokens(c, KEY_IDS),
-    "delete_inbox": lambda c: messages.delete_inbox(c, KP, PEER, 7),
-    "upsert_refusal": lambda c: messages.upsert_refusal(c, KP, PEER, "no", NOW_MS),
-    "fetch_known_keys": lambda c: received.fetch_known_keys(c, KP, PEER, KEY_IDS),
-    "insert_received_keys": lambda c: received.insert_received_keys(c, [RECORD]),
-    "insert_received_wrapping_keys": lambda c: received.insert_received_wrapping_keys(c, [WRAPPING_KEY]),
+    "delete_inbox": lambda c: inbox.delete_inbox(c, KP, PEER, 7),
+    "upsert_rejection": lambda c: peers.upsert_rejection(c, KP, PEER, "no", NOW_MS),
+    "fetch_known_key_ids": lambda c: key_records.fetch_known_key_ids(c, KEY_IDS),
     "insert_stock_held": lambda c: stock.insert_stock_held(c, KP, PEER, [RECORD]),
     "delete_stock_held": lambda c: stock.delete_stock_held(c, KP, PEER, KEY_IDS),
-    "delete_withdrawn_records": lambda c: received.delete_withdrawn_records(c, KP, PEER, KEY_IDS),
-    "insert_withdrawn_keys": lambda c: received.insert_withdrawn_keys(c, KP, PEER, [(KEY_IDS[0], NOW_MS)]),
+    "delete_key_records_of_source": lambda c: key_records.delete_key_records_of_source(c, KP, PEER, KEY_IDS),
+    "insert_withdrawn_keys": lambda c: withdrawn_keys.insert_withdrawn_keys(c, KP, PEER, [(KEY_IDS[0], NOW_MS)]),
+    "fetch_withdrawn_keys": lambda c: withdrawn_keys.fetch_withdrawn_keys(c, KP, PEER, KEY_IDS),
     "update_stock_placed": lambda c: stock.update_stock_placed(c, KEY_IDS, NOW_MS),
     "claim_old_stock": lambda c: stock.claim_old_stock(c, KP, PEER, NOW_MS, 100),
     "claim_stock_of_tokens": lambda c: stock.claim_stock_of_tokens(c, KP, KEY_IDS),
@@ -258,7 +261,7 @@ def test_statement_uses_an_index(store: Store, name: str) -> None:
 
 
 def test_of_what_bus_peers_announced_only_this_kps_own_part_is_read(store: Store) -> None:
-    statements = statements_of(store, lambda c: peers.fetch_all_digests(c, KP))
+    statements = statements_of(store, lambda c: announcements.fetch_bus_announcement_digests(c, KP))
     (plan,) = [step for step in explain(store, *statements[0]) if step[0] == "bus_announcements"]
     assert plan[1:] == ("ref", "PRIMARY")
 

@@ -25,11 +25,11 @@ from skipbus.shared.peers_config import PeerSettings, identity_line
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.store import messages
-from skipbus.shared.store import peers as peer_store
+from skipbus.shared.store import announcements, messages, peers
+from skipbus.shared.store.announcements import upsert_announcement, upsert_bus_announcement
 from skipbus.shared.store.glances import Digests
-from skipbus.shared.store.messages import PeerRow, PeerSigns, fetch_peer_rows
-from skipbus.shared.store.peers import fetch_pin, upsert_announcement, upsert_bus_announcement
+from skipbus.shared.store.peers import PeerLiveness, PeerRow, fetch_peer_rows
+from skipbus.shared.store.pinned_identities import fetch_pin
 from tests.integration.key_providers import Store
 
 ALICE, BOB, CAROL = "KP_Alice", "KP_Bob", "KP_Carol"
@@ -343,7 +343,7 @@ def test_clocks_that_differ_by_too_much_are_told_by_name_and_amount_once(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clocks = Clocks(store.engine, ALICE)
-    rows = [PeerSigns(BOB, None, 0, -95_000), PeerSigns(CAROL, None, 0, 30_000)]
+    rows = [PeerLiveness(BOB, None, 0, -95_000), PeerLiveness(CAROL, None, 0, 30_000)]
     for _ in range(3):
         clocks.tell(rows)
     lines = capsys.readouterr().out
@@ -417,7 +417,7 @@ def live(store: Store) -> None:
     for role in ("syncer", "janitor"):
         store.rows("INSERT INTO processes VALUES (%s, %s, 'h', %s, 'ok')", ALICE, role, at_ms)
     with store.engine.begin() as connection:
-        messages.upsert_heartbeats(connection, ALICE, [messages.Beat(BOB, 1, 60_000)], at_ms)
+        peers.upsert_heartbeats(connection, ALICE, [peers.ReceivedHeartbeat(BOB, 1, 60_000)], at_ms)
 
 
 def test_peer_check_says_all_that_is_wrong_and_when_nothing_is(
@@ -511,8 +511,9 @@ def test_a_configured_identity_is_not_changed_by_a_command(
 def is_current(store: Store, directory: PeerDirectory, after_ms: int = 0) -> bool:
     """What a process asks of the directory each second."""
     with store.engine.connect() as connection:
-        digests = Digests(*peer_store.fetch_all_digests(connection, ALICE))
-    return directory.is_current(digests, now_ms() + after_ms)
+        found = announcements.fetch_announcement_digests(connection)
+        sent = announcements.fetch_bus_announcement_digests(connection, ALICE)
+    return directory.is_current(Digests(found, sent), now_ms() + after_ms)
 
 
 def test_a_directory_is_read_again_for_every_announcement_that_matters_and_for_no_other(

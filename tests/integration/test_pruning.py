@@ -7,7 +7,8 @@ import pytest
 from skipbus.services.janitor import pruning
 from skipbus.services.janitor.pruning import WITHDRAWN_KEPT_MS, prune
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
-from skipbus.shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, insert_inbox, insert_outbox
+from skipbus.shared.store.inbox import INBOX_LIFETIME_MS, insert_inbox
+from skipbus.shared.store.messages import OUTBOX_LIFETIME_MS, insert_outbox
 from skipbus.shared.store.processes import ProcessSeen, fetch_processes, upsert_process
 from tests.integration.key_providers import Store
 

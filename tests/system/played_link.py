@@ -24,8 +24,8 @@ from skipbus.shared.config import MySqlSettings, Secret
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import read_announcement
+from skipbus.shared.store.announcements import upsert_bus_announcement
 from skipbus.shared.store.engine import make_engine
-from skipbus.shared.store.peers import upsert_bus_announcement
 from tests.system.bus_harness import BrokerAdmin, Load, Voice
 from tests.system.harness import ALICE, Lab, connect, query
 from tests.waiting import wait_for

@@ -19,8 +19,9 @@ from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.peer_directory import PIN_REREAD_MS
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.secret import Secret
+from skipbus.shared.store.announcements import upsert_announcement
 from skipbus.shared.store.engine import make_engine
-from skipbus.shared.store.peers import update_pin, upsert_announcement
+from skipbus.shared.store.pinned_identities import update_pin
 from tests.system.harness import ALICE, BOB, Lab, in_background, rows
 from tests.waiting import wait_for
 

@@ -12,7 +12,7 @@ from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.announcements import Announcement
-from skipbus.shared.store.messages import PeerRow
+from skipbus.shared.store.peers import PeerRow
 
 NOW_MS = 1_800_000_000_000
 BOB, THIEF = b"bob's public key", b"another public key"

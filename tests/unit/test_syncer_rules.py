@@ -19,7 +19,8 @@ from skipbus.services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_
 from skipbus.shared.broker.names import encode_id, live_routing_key, queue_name, routing_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType
-from skipbus.shared.store.messages import INBOX_LIFETIME_MS, OUTBOX_LIFETIME_MS, OutboxEntry
+from skipbus.shared.store.inbox import INBOX_LIFETIME_MS
+from skipbus.shared.store.messages import OUTBOX_LIFETIME_MS, OutboxEntry
 
 NOW_MS = 1_800_000_000_000
 printable_ids = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)
