@@ -1,6 +1,6 @@
-"""The janitor process: configuration → logging → resources → tasks → run until signalled.
+"""The janitor process: settings → logging → resources → tasks → run until signalled.
 
-Several may run for one KP: a MySQL lock elects one, and the others wait for it to go.
+Several may run for one KP: one of them is elected, and the others stand by.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def main() -> int:
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
-    """Zeroizes and keeps epochs until ``stop``."""
+    """Zeroizes expired keys and keeps epochs until ``stop``."""
     keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
-    # Each tick is done again a second later, so one that meets a server that was away may fail.
+    # A tick is repeated a second later, so it may fail on a connection that the server has closed.
     engine = make_engine(settings.mysql, lean=True)
     janitor = Janitor(settings, engine, keyring, stop.is_set)
     serve_metrics(settings.metrics_port, janitor.registry)
@@ -56,7 +56,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(every(stop, _TICK_SECONDS, "store", janitor.tick), name="janitor")
             tasks.create_task(
-                every(stop, settings.heartbeat_seconds, "signs of life", janitor.tell), name="signs of life"
+                every(stop, settings.heartbeat_seconds, "signs of life", janitor.report), name="signs of life"
             )
             tasks.create_task(stop_group(stop), name="stop")
     except* Stopped:
@@ -67,7 +67,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 class Janitor:
-    """One tick a second: be elected, keep epochs, zeroize; now and then sweep and prune."""
+    """One tick in each second: be elected, keep epochs, zeroize; every 15 seconds also sweep and prune."""
 
     def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, stopping: Callable[[], bool]) -> None:
         self._settings = settings
@@ -85,12 +85,12 @@ class Janitor:
         self._elected_gauge = Gauge("skipbus_janitor_elected", "1 where this janitor works.", registry=self.registry)
 
     async def tick(self) -> None:
-        """One round of work, if this janitor is the elected one. Raises BackendError while the store is away."""
+        """One round of work, if this janitor is elected. Raises BackendError while the store is unavailable."""
         await asyncio.to_thread(self._tick)
 
-    async def tell(self) -> None:
-        """A sign of life for /health."""
-        await asyncio.to_thread(self._tell)
+    async def report(self) -> None:
+        """Writes a sign of life for /health."""
+        await asyncio.to_thread(self._report)
 
     def close(self) -> None:
         """Gives up the election and the connection."""
@@ -102,7 +102,7 @@ class Janitor:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
         if self._ticks == 0:
-            self._tell()
+            self._report()
         if not self._is_elected():
             return
         self._epochs.tend(now_ms(), look=self._ticks % _LIST_EPOCHS_EVERY_TICKS == 0 or not self._listed)
@@ -120,20 +120,20 @@ class Janitor:
         held = self._election.held()
         elected = held or self._election.acquire()
         if not held:
-            # Another janitor may have been the elected one, and have made epochs.
+            # Another janitor may have been elected in between, and have made epochs.
             self._listed = False
         if elected != self._elected:
             _log.info("elected" if elected else "not elected", instance=_instance())
             self._elected = elected
-            # At once, or /health would call a key provider degraded until the next sign of life.
-            self._tell()
+            # Immediately, or /health would show the KP as degraded until the next sign of life.
+            self._report()
         self._elected_gauge.set(elected)
         return elected
 
     def _go_on(self) -> bool:
         return not self._stopping()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if not self._schema_checked:
             return
         with driver_errors(), self._engine.begin() as connection:

@@ -1,7 +1,7 @@
 """Makes epochs ahead of time, announces them, and destroys those whose last key has expired.
 
-Order: an epoch's private half is on the disk before it is announced, so that nothing is ever sealed to an epoch
-that a crash could take away.
+Order: an epoch's private half is on disk before it is announced, so that no key is sealed to an epoch that a crash
+could remove.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = get_logger("epochs")
 
 
 class EpochKeeper:
-    """Keeps the keyring's epochs and the KP's announcement in the store as they should be."""
+    """Keeps the keyring's epochs and the KP's announcement in the store up to date."""
 
     def __init__(self, settings: Settings, engine: Engine, keyring: Keyring) -> None:
         self._settings = settings
@@ -39,10 +39,10 @@ class EpochKeeper:
         self._digest = b""
 
     def tend(self, now_ms: int, *, look: bool = True) -> None:
-        """Destroys and makes. Needs no store. Raises KeyringError, OperatorError.
+        """Destroys ended epochs and makes missing ones. Needs no store. Raises KeyringError, OperatorError.
 
-        Without ``look`` the folder is believed to hold what it held at the last call, unless something is to be
-        destroyed: to list it costs more than all else, and nobody but the elected janitor writes there.
+        Without ``look`` the folder is not listed unless an epoch is to be destroyed: listing is the largest cost, and
+        only the elected janitor writes there.
         """
         if look or any(epoch.span.destroy_ms <= now_ms for epoch in self._epochs.values()):
             self._read_new_files()
@@ -58,7 +58,7 @@ class EpochKeeper:
             try:
                 self._epochs[epoch_id] = self._keyring.read_epoch(epoch_id).public()
             except KeyringError as error:
-                # One damaged file must not stop the making of new epochs; keys sealed to it are lost.
+                # One damaged file must not prevent new epochs; keys sealed to this epoch are lost.
                 if epoch_id not in self._unreadable:
                     _log.warning("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error))
                 self._unreadable.add(epoch_id)
@@ -72,11 +72,11 @@ class EpochKeeper:
                 del self._epochs[epoch_id]
                 _log.info("epoch destroyed", epoch=epoch_id.hex(), ended_ms=epoch.span.ends_ms)
 
-        # What cannot be read may still be a private half: it goes when no key sealed to it can be alive.
+        # An unreadable file may still be a private half: it is destroyed when no key sealed to it can be valid.
         longest_ms = longest_life_ms(self._settings.epoch_seconds, self._settings.key_ttl_seconds)
         for epoch_id in list(self._unreadable):
             if self._keyring.epoch_written_ms(epoch_id) + longest_ms <= now_ms:
-                # Another user's file cannot be destroyed either; that must not end the making of epochs.
+                # Another user's file cannot be destroyed; this must not prevent new epochs.
                 with suppress(OSError):
                     self._keyring.destroy_epoch(epoch_id)
                     self._unreadable.discard(epoch_id)
@@ -97,19 +97,19 @@ class EpochKeeper:
             _log.info("epochs made", count=len(spans), from_ms=spans[0].starts_ms, until_ms=spans[-1].ends_ms)
 
     def announce(self, now_ms: int, stored_digest: bytes | None) -> None:
-        """Announces the epochs that ``tend`` has left, unless that announcement is the stored one, by its digest.
+        """Announces the epochs that ``tend`` has left, unless the stored announcement has the same digest.
 
         Raises KeyringError, StoreUnavailable, StoreRefused.
         """
         usable = {i: epoch for i, epoch in self._epochs.items() if epoch.span.ends_ms > now_ms}
         current = frozenset(usable)
-        # The store may have been emptied, or an old announcement put back.
+        # The store may have been emptied, or an old announcement restored.
         if current == self._announced and stored_digest == self._digest:
             return
         epochs = tuple(sorted(usable.values(), key=lambda epoch: epoch.span.starts_ms))
         with driver_errors(), self._engine.begin() as connection:
             local_id = self._settings.local_system_id
-            # Always newer than the one in the store, even when this host's clock was set back.
+            # Always newer than the stored one, even if this host's clock was set back.
             issued_ms = max(now_ms, fetch_announcement_issued_ms(connection, local_id) + 1)
             public_key = self._keyring.identity.public_key
             announcement = Announcement(local_id, public_key, issued_ms, ALGORITHM, epochs)

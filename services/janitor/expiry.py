@@ -1,9 +1,8 @@
-"""Zeroizes expired keys: deletes their records in batches that hold locks for milliseconds, and tells their sources.
+"""Zeroizes expired keys: deletes their records in batches that hold locks for milliseconds, and notifies their sources.
 
-The records of this KP go within a second of their expiry. Those of other KPs in the same store are left to their
-own janitors, and swept up only when they should have been gone for a minute: a KP that is gone for good must not
-leave its keys lying in a store that others go on using. What was sealed is unreadable all the same once its
-epoch's private half is destroyed.
+Records of this KP are deleted within a second of their expiry. Records of other KPs in the same store are left to
+their own janitors and deleted here only a minute after their expiry, so that a KP that never comes back leaves no keys
+in the store. A sealed key is unreadable in any case once its epoch's private half is destroyed.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
 
 BATCH = 4000
 ABANDONED_AFTER_MS = 60_000
-# Between batches the api has the store to itself: so long that a million keys take less than a minute, but for no less
-# than half of the time that a batch took, or the api's callers would notice on a slow machine, and for no more than two
-# and a half times as long: to issue a key takes the store over three times as long as to delete it, so it keeps up.
+# Pauses between batches leave the store to the api. A million keys still go in less than a minute. A pause is at least
+# half of the batch's time, so that callers do not notice on a slow machine, and at most two and a half times as long:
+# issuing a key costs the store more than three times as much as deleting it, so deleting keeps up.
 PACE_PER_SECOND = 18_000
-LEAST_REST_RATIO = 0.5
-GREATEST_REST_RATIO = 2.5
+MIN_PAUSE_RATIO = 0.5
+MAX_PAUSE_RATIO = 2.5
 
 _log = get_logger("expiry")
 
 
 class Zeroizer:
-    """Deletes what has expired, one batch after another, as long as ``go_on`` says so."""
+    """Deletes expired records, one batch after another, while ``go_on`` returns true."""
 
     def __init__(self, engine: Engine, local_id: str, go_on: Callable[[], bool]) -> None:
         self._engine = engine
@@ -40,11 +39,11 @@ class Zeroizer:
         self._go_on = go_on
 
     def zeroize_own(self, now_ms: int) -> int:
-        """Deletes all records of this KP that had expired at ``now_ms``; how many."""
+        """Deletes all records of this KP that expired before ``now_ms`` (UTC ms), and returns their number."""
         return self._zeroize(self._local_id, now_ms)
 
     def zeroize_abandoned(self, now_ms: int) -> int:
-        """Deletes records of other KPs that expired over a minute ago; how many."""
+        """Deletes records of other KPs that expired more than a minute ago, and returns their number."""
         with driver_errors(), self._engine.connect() as connection:
             others = [target for target in fetch_targets(connection) if target != self._local_id]
         return sum(self._zeroize(target, now_ms - ABANDONED_AFTER_MS) for target in others)
@@ -55,18 +54,18 @@ class Zeroizer:
             started = time.monotonic()
             with driver_errors(), self._engine.begin() as connection:
                 stretch = fetch_stretch(connection, target_id, from_ms, until_ms, BATCH)
-                # A peer is told by the KP that the keys were for; whoever sweeps up for another says nothing.
+                # Only the keys' own target notifies their sources.
                 if target_id == self._local_id:
-                    self._tell(connection, fetch_expired(connection, stretch), until_ms)
+                    self._notify(connection, fetch_expired(connection, stretch), until_ms)
                 total += delete_expired(connection, stretch)
             from_ms, is_rest = stretch.last_ms, stretch.is_rest
             if not is_rest:
-                time.sleep(rest_seconds(time.monotonic() - started))
+                time.sleep(pause_seconds(time.monotonic() - started))
         if total:
             _log.info("keys zeroized", target=target_id, count=total)
         return total
 
-    def _tell(self, connection: Connection, expired: Sequence[Expired], at_ms: int) -> None:
+    def _notify(self, connection: Connection, expired: Sequence[Expired], at_ms: int) -> None:
         rows = [
             OutboxRow(self._local_id, e.source_id, EnvelopeType.KEY_EXPIRED, e.payload, e.told, at_ms)
             for e in expired
@@ -77,7 +76,7 @@ class Zeroizer:
             connection.exec_driver_sql(insert_outbox_rows(rows))
 
 
-def rest_seconds(worked_seconds: float) -> float:
-    """The pause after a whole batch that took ``worked_seconds``."""
+def pause_seconds(worked_seconds: float) -> float:
+    """The pause after a full batch that took ``worked_seconds``."""
     paced = BATCH / PACE_PER_SECOND - worked_seconds
-    return min(max(paced, worked_seconds * LEAST_REST_RATIO), worked_seconds * GREATEST_REST_RATIO)
+    return min(max(paced, worked_seconds * MIN_PAUSE_RATIO), worked_seconds * MAX_PAUSE_RATIO)

@@ -1,5 +1,5 @@
-"""Prunes whatever else grows: stale wrapping keys, old outbox and inbox rows, notes on keys that have expired,
-processes that fell silent.
+"""Prunes everything else that grows: old wrapping keys, outbox and inbox rows, notes on expired keys, and processes
+without a sign of life.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from skipbus.shared.store.processes import delete_expired_processes
 
 _ROWS = 1000
 _PROCESS_LIFETIME_MS = 3_600_000
-# A record is stored while its expiry lies ahead, by whatever clock; for so long its withdrawal must be remembered.
+# A record is stored until its expiry by either clock, so its withdrawal must be remembered for so long.
 WITHDRAWN_KEPT_MS = 2 * MAX_CLOCK_SKEW_MS
 
 _log = get_logger("pruning")
 
 
 def prune(engine: Engine, local_id: str, now_ms: int, go_on: Callable[[], bool]) -> None:
-    """Deletes what nobody needs any more, a bounded batch a transaction. Raises StoreUnavailable, StoreRefused."""
+    """Deletes old rows, one bounded batch in each transaction. Raises StoreUnavailable, StoreRefused."""
     _in_batches(engine, go_on, lambda c: delete_expired_wrapping_keys(c, now_ms, _ROWS))
     _in_batches(engine, go_on, lambda c: delete_expired_inbox(c, local_id, now_ms - INBOX_LIFETIME_MS, _ROWS))
     _in_batches(engine, go_on, lambda c: delete_expired_held(c, local_id, now_ms, _ROWS))

@@ -136,11 +136,11 @@ def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
 ) -> None:
     worked: list[float] = []
 
-    def rest_seconds(worked_seconds: float) -> float:
+    def pause_seconds(worked_seconds: float) -> float:
         worked.append(worked_seconds)
         return 0.0
 
-    monkeypatch.setattr(expiry, "rest_seconds", rest_seconds)
+    monkeypatch.setattr(expiry, "pause_seconds", pause_seconds)
     # Many expire in the same millisecond, and batches end in the middle of one.
     expiries = [NOW_MS - 1 - n // 700 for n in range(2 * BATCH + 300)]
     key_ids = fill(store, expiries)
@@ -154,7 +154,7 @@ def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
 
 
 @pytest.mark.parametrize(
-    ("worked_seconds", "rest_seconds"),
+    ("worked_seconds", "pause_seconds"),
     [
         (0.01, 0.025),
         (0.04, 0.1),
@@ -162,8 +162,10 @@ def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
         (0.2, 0.1),
     ],
 )
-def test_it_rests_for_a_million_keys_in_a_minute_but_within_bounds(worked_seconds: float, rest_seconds: float) -> None:
-    assert expiry.rest_seconds(worked_seconds) == pytest.approx(rest_seconds)
+def test_it_pauses_for_a_million_keys_in_a_minute_but_within_bounds(
+    worked_seconds: float, pause_seconds: float
+) -> None:
+    assert expiry.pause_seconds(worked_seconds) == pytest.approx(pause_seconds)
     assert 10**6 / PACE_PER_SECOND < 57
 
 
