@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError
 from sandbox.servers import Database
-from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from skipbus.services.api.links import IssuedKey, IssueRequest
+from skipbus.services.api.links.sealing import Sealer
+from skipbus.services.api.links.store import IssueBatch
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import MySqlSettings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.secret import Secret
-from skipbus.shared.store.engine import connect, make_engine
-from skipbus.shared.store.steps import run_steps
+from skipbus.shared.store.engine import driver_errors, make_engine
 
 _BATCH = 1000
 _KEY_TTL_SECONDS = 3600
@@ -35,7 +36,6 @@ class Filler:
         self._directory = PeerDirectory(self._engine, source.system_id, RemoteSystemIds([target.system_id]))
         identity = Keyring.open(source.keyring_dir, source.system_id).identity
         self._sealer = Sealer(source.system_id, identity, self._directory)
-        self._connection = connect(mysql, several_statements=True)
 
     def fill(self, count: int, expires_at: float | None = None) -> list[str]:
         """Puts `count` keys into the store; their keyIds. `expires_at` is Unix time in seconds.
@@ -49,12 +49,14 @@ class Filler:
         return key_ids
 
     def close(self) -> None:
-        self._connection.close()
         self._engine.dispose()
 
     def _fill_batch(self, count: int, ttl_seconds: int) -> list[str]:
         requests = [IssueRequest(self._target_id, 256, "bench")] * count
-        return _key_ids(run_steps(self._connection, IssueBatch(self._sealer, ttl_seconds, requests).run()))
+        with driver_errors(), self._engine.connect() as connection:
+            answers = IssueBatch(self._sealer, ttl_seconds, requests).run(connection)
+            connection.commit()
+        return _key_ids(answers)
 
 
 def _key_ids(answers: Sequence[IssuedKey | Exception]) -> list[str]:

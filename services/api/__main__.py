@@ -12,12 +12,10 @@ from aiohttp import web
 
 from skipbus.services.api import workers
 from skipbus.services.api.app import Application
-from skipbus.services.api.batching import Lane
-from skipbus.services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
 from skipbus.services.api.draining import drain
-from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
-from skipbus.services.api.lanes import make_lane
+from skipbus.services.api.links import Links
 from skipbus.services.api.links.bus import BusLinks
+from skipbus.services.api.links.store import StoreLink
 from skipbus.services.api.listening import listen
 from skipbus.services.api.metrics import REGISTRY
 from skipbus.services.api.server import BoundedServer
@@ -27,6 +25,7 @@ from skipbus.services.api.store_view import StoreView
 from skipbus.services.api.sync import SyncEndpoint
 from skipbus.services.api.tls.plaintext import plain_host
 from skipbus.services.api.tls.serving import Tls
+from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, config_from_argv
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import BackendError
@@ -36,8 +35,7 @@ from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.store.engine import make_engine
-from skipbus.shared.store.keys import PREPARED
+from skipbus.shared.store.engine import make_engine, make_queue_engine
 
 _REFRESH_SECONDS = 1.0
 _FIRST_READING_SECONDS = 3.0
@@ -66,16 +64,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         keyring.pins,
         settings.peers,
     )
-    sealer = Sealer(settings.local_system_id, keyring.identity, directory)
-    opener = Opener(keyring, directory)
     hop = Hop()
-    view = StoreView(settings, keyring, directory, sealer, opener, hop)
-    issue: Lane[IssueRequest, IssuedKey] = make_lane(
-        settings, "issue", functools.partial(IssueBatch, sealer, settings.key_ttl_seconds), prepared=PREPARED
-    )
-    claim: Lane[ClaimRequest, ClaimedKey] = make_lane(settings, "claim", functools.partial(ClaimBatch, opener))
-    links = BusLinks(settings, keyring, directory, engine) if settings.bus_peers else None
-    skip = SkipMethods(settings, directory, issue, claim, links)
+    view = StoreView(settings, keyring, directory, hop)
+    store = StoreLink(settings, keyring, directory, make_queue_engine(settings.mysql))
+    links = BusLinks(settings, keyring, directory, engine, store) if settings.bus_peers else None
+    skip = SkipMethods(settings, Links(store, {peer.system_id: links for peer in settings.bus_peers} if links else {}))
     tls = Tls(settings)
     sync = _make_sync(settings, directory, links) if links is not None else None
     application = Application(skip, StatusPages(settings, directory, view, tls.warnings, links), sync)
@@ -92,10 +85,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await tls.listen(server)
             async with asyncio.TaskGroup() as tasks:
                 if links is not None:
-                    view.also_forgets(links.forget_ended)
                     tasks.create_task(links.keep_stock(stop), name="stock")
                     tasks.create_task(links.tidy(stop), name="settling")
                 tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
+                tasks.create_task(
+                    every(stop, _REFRESH_SECONDS, "epochs", functools.partial(_forget_ended, store, links)),
+                    name="epochs",
+                )
                 tasks.create_task(server.sweep(stop), name="connection sweep")
                 tasks.create_task(tls.watch(stop), name="tls files")
                 tasks.create_task(stop_group(stop), name="stop")
@@ -105,8 +101,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         finally:
             tls.close()
             await runner.cleanup()
-            await issue.close()
-            await claim.close()
+            await store.close()
             view.close()
             engine.dispose()
 
@@ -116,6 +111,13 @@ async def _first_reading(view: StoreView) -> None:
     with suppress(BackendError, TimeoutError):
         async with asyncio.timeout(_FIRST_READING_SECONDS):
             await view.refresh()
+
+
+async def _forget_ended(store: StoreLink, links: BusLinks | None) -> None:
+    """No wrapping key may be held for longer than its epoch's private half exists."""
+    store.forget_ended(now_ms())
+    if links is not None:
+        links.forget_ended(now_ms())
 
 
 def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLinks) -> SyncEndpoint:

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
+from skipbus.services.api.links import IssuedKey, IssueRequest
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, current_epoch
 from skipbus.shared.crypto.identity import Identity
@@ -25,22 +25,6 @@ from skipbus.shared.protocol.keys import new_key_id
 from skipbus.shared.store.keys import commit_issued, fetch_is_placed
 from skipbus.shared.store.packets import OutboxRow
 from skipbus.shared.store.steps import Steps
-
-
-class IssueRequest(NamedTuple):
-    """A fresh key of ``size_bits`` for the KP ``target_id``."""
-
-    target_id: str
-    size_bits: int
-    correlation_id: str
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class IssuedKey:
-    """A key that is placed: both parts in lower-case hex. Without a repr, so that no log can hold it."""
-
-    key_id: str
-    key: str
 
 
 @dataclass(slots=True)

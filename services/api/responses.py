@@ -6,13 +6,8 @@ another KP's business nor anything that the caller did not send; the reason in f
 
 from __future__ import annotations
 
-from typing import cast
-
 import orjson
-from aiohttp import HttpVersion11, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.helpers import rfc822_formatted_time
-from aiohttp.http import StreamWriter
+from aiohttp import web
 from multidict import CIMultiDict
 
 from skipbus.shared.errors import (
@@ -29,11 +24,6 @@ from skipbus.shared.errors import (
 _JSON = "application/json; charset=utf-8"
 _PLAIN = CIMultiDict({"Content-Type": _JSON, "Server": "skipbus"})
 _SECRET = CIMultiDict({**_PLAIN, "Cache-Control": "no-store", "Pragma": "no-cache"})
-_KEY_HEAD = (
-    b"HTTP/1.1 200 OK\r\n"
-    + b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in _SECRET.items())
-    + b"Content-Length: %d\r\nDate: %b\r\n\r\n"
-)
 RETRY_AFTER_SECONDS = 1
 
 # The first that fits; without a sentence the error's own is told.
@@ -71,32 +61,6 @@ def prepared_response(body: bytes) -> web.Response:
 def secret_response(body: bytes) -> web.Response:
     """An answer that no cache may keep."""
     return web.Response(body=body, headers=_SECRET)
-
-
-class KeyResponse(web.Response):
-    """``secret_response`` for a body that is still to come: all but the body is made while the store commits.
-
-    What goes out is, octet for octet, what aiohttp would write itself; where the client is not the usual one
-    (HTTP/1.1, connection kept) aiohttp does. The names that aiohttp does not promise to keep are held against the
-    pinned version by ``tests/unit/test_responses.py``.
-    """
-
-    def __init__(self, body_octets: int) -> None:
-        super().__init__(headers=_SECRET)
-        self._head = _KEY_HEAD % (body_octets, rfc822_formatted_time().encode())
-        self._body_octets = body_octets
-
-    async def _start(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        usual = request.version == HttpVersion11 and request.keep_alive and self.keep_alive is None
-        body = self.body
-        if not usual or not isinstance(body, bytes) or len(body) != self._body_octets:
-            return await super()._start(request)
-        self._req = request
-        self._keep_alive = True
-        writer = cast(StreamWriter, request._payload_writer)  # noqa: SLF001 -- as aiohttp's own method does
-        self._payload_writer = writer
-        writer._headers_buf = self._head  # noqa: SLF001 -- what write_headers() would put together
-        return writer
 
 
 def error_response(error: SkipbusError, correlation_id: str) -> web.Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import secrets
 
 import orjson
@@ -10,43 +9,24 @@ from aiohttp import web
 
 from skipbus.services.api import parameters
 from skipbus.services.api.access_log import Entry
-from skipbus.services.api.batching import Lane
-from skipbus.services.api.claiming import ClaimedKey, ClaimRequest
-from skipbus.services.api.issuing import IssuedKey, IssueRequest, no_entropy, not_usable
-from skipbus.services.api.links.bus import BusLinks
-from skipbus.services.api.responses import KeyResponse, prepared_response, secret_response
+from skipbus.services.api.links import Links
+from skipbus.services.api.responses import prepared_response, secret_response
 from skipbus.shared.config import Settings
-from skipbus.shared.errors import CallerError
-from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, KEY_ID_BYTES
+from skipbus.shared.errors import CallerError, NoEntropy
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 
 # What the earlier server says; routers show it to their operators (16 bytes are safe everywhere, draft 4.1).
 ALGORITHM = "pqc"
 _KEY_BODY = b'{"keyId":"%b","key":"%b"}'
-_KEY_BODY_OCTETS = len(_KEY_BODY % (b"", b""))
 
 
 class SkipMethods:
-    """Answers encryptors.
+    """Answers encryptors. Which link leads to a key provider is all that it knows of stores and buses."""
 
-    ``issue`` and ``claim`` are the lanes to the store; ``links`` is there where a peer has a store of its own.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        directory: PeerDirectory,
-        issue: Lane[IssueRequest, IssuedKey],
-        claim: Lane[ClaimRequest, ClaimedKey],
-        links: BusLinks | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, links: Links) -> None:
         self._peers = settings.peers
         self._links = links
         self._remote_ids = RemoteSystemIds(settings.remote_system_ids, settings.local_system_id)
-        self._directory = directory
-        self._issue = issue
-        self._claim = claim
         self._capabilities = orjson.dumps(
             {
                 "entropy": True,
@@ -66,19 +46,9 @@ class SkipMethods:
         target = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
         self._check_caller(entry, target)
         size_bits = parameters.key_size_bits(query)
-        body_octets = _KEY_BODY_OCTETS + 2 * KEY_ID_BYTES + size_bits // 4
-        if self._links is not None and self._links.covers(target):
-            issued = await self._links.issue(target, size_bits, entry.correlation_id)
-            response = KeyResponse(body_octets)
-        else:
-            if self._directory.get(target) is None:
-                raise not_usable(target, identity_changed=target in self._directory.conflicts())
-            on_its_way = self._issue.begin(IssueRequest(target, size_bits, entry.correlation_id))
-            response = KeyResponse(body_octets)
-            issued = await on_its_way
+        issued = await self._links.to(target).issue(target, size_bits, entry.correlation_id)
         entry.key_id = issued.key_id
-        response.body = _KEY_BODY % (issued.key_id.encode(), issued.key.encode())
-        return response
+        return secret_response(_KEY_BODY % (issued.key_id.encode(), issued.key.encode()))
 
     async def get_key_by_id(self, entry: Entry, query: str, key_id: str) -> web.Response:
         """``GET /key/{keyId}`` (draft 4.2): the key that the remote KP issued, once."""
@@ -86,18 +56,9 @@ class SkipMethods:
         entry.key_id = key_id
         source = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
         self._check_caller(entry, source)
-        request = ClaimRequest(wanted, source, entry.correlation_id)
-        if self._links is not None and self._links.covers(source):
-            claimed = await self._links.claim(source, wanted, functools.partial(self._claim.submit, request))
-            response = KeyResponse(_KEY_BODY_OCTETS + len(key_id) + len(claimed.key))
-        else:
-            on_its_way = self._claim.begin(request)
-            # The size of the key is not known yet; 256 bits is what nearly all have.
-            response = KeyResponse(_KEY_BODY_OCTETS + len(key_id) + DEFAULT_KEY_BITS // 4)
-            claimed = await on_its_way
+        claimed = await self._links.to(source).claim(source, wanted, entry.correlation_id)
         entry.issued_as = claimed.issued_as
-        response.body = _KEY_BODY % (key_id.encode(), claimed.key.encode())
-        return response
+        return secret_response(_KEY_BODY % (key_id.encode(), claimed.key.encode()))
 
     async def get_entropy(self, _entry: Entry, query: str) -> web.Response:
         """``GET /entropy`` (draft 4.3): random bytes that are used for nothing else."""
@@ -105,7 +66,7 @@ class SkipMethods:
         try:
             random = secrets.token_bytes(bits // 8).hex().upper()
         except OSError as error:
-            raise no_entropy() from error
+            raise NoEntropy("the random number generator of the operating system failed") from error
         return secret_response(b'{"randomStr":"%b","minentropy":%d}' % (random.encode(), bits))
 
     def _check_caller(self, entry: Entry, remote_system_id: str) -> None:

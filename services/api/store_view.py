@@ -7,11 +7,8 @@ reading stays, with its age. The store's schema is brought up to date by the fir
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from skipbus.services.api.claiming import Opener
-from skipbus.services.api.issuing import Sealer
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings
 from skipbus.shared.crypto.epochs import current_epoch
@@ -45,8 +42,6 @@ class StoreView:
         settings: Settings,
         keyring: Keyring,
         directory: PeerDirectory,
-        sealer: Sealer,
-        opener: Opener,
         hop: Hop,
     ) -> None:
         local_id, bus = settings.local_system_id, bool(settings.bus_peers)
@@ -56,13 +51,8 @@ class StoreView:
         self._settings = settings
         self._keyring = keyring
         self._directory = directory
-        self._forgetful: list[Callable[[int], None]] = [sealer.forget_ended, opener.forget_ended]
         self._schema_checked = False
         self.reading = Reading(0, (), ())
-
-    def also_forgets(self, forget_ended: Callable[[int], None]) -> None:
-        """Something else that holds opened wrapping keys; it is told the time (UTC ms) at each reading."""
-        self._forgetful.append(forget_ended)
 
     @property
     def store_present(self) -> bool:
@@ -85,8 +75,6 @@ class StoreView:
 
     def _refresh(self) -> None:
         at_ms = now_ms()
-        for forget_ended in self._forgetful:
-            forget_ended(at_ms)
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True

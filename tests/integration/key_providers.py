@@ -10,14 +10,17 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pymysql.connections import Connection
 from sqlalchemy import Engine
 
 from sandbox.servers import Database
-from skipbus.services.api.claiming import ClaimBatch, ClaimedKey, ClaimRequest, Opener
-from skipbus.services.api.issuing import IssueBatch, IssuedKey, IssueRequest, Sealer
+from skipbus.services.api import issuing
+from skipbus.services.api.group_commit import Batch
+from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
+from skipbus.services.api.links.sealing import Opener, Sealer
+from skipbus.services.api.links.store import ClaimBatch, ClaimRequest, IssueBatch
 from skipbus.services.janitor.epochs import EpochKeeper
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, load_settings
@@ -26,10 +29,11 @@ from skipbus.shared.errors import SkipbusError
 from skipbus.shared.glance import Glance
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.store.engine import connect, make_engine
+from skipbus.shared.store.engine import connect, driver_errors, make_engine, make_queue_engine
 from skipbus.shared.store.glances import look_at_due
 from skipbus.shared.store.migrate import upgrade_store
-from skipbus.shared.store.steps import run_steps
+
+Answer = TypeVar("Answer")
 
 
 def settings_for(database: Database, system_id: str, keyring_dir: Path, **environ: str) -> Settings:
@@ -111,33 +115,39 @@ class KeyProvider:
         tend(self.keeper, now_ms())
         self.sealer = Sealer(system_id, self.keyring.identity, self.directory)
         self.opener = Opener(self.keyring, self.directory)
+        self.bus_sealer = issuing.Sealer(system_id, self.keyring.identity, self.directory)
 
     def refresh(self) -> None:
         """Takes in what other KPs have announced."""
         self.directory.refresh(now_ms())
 
     def issue_batch(self, requests: Sequence[IssueRequest]) -> IssueBatch:
-        """A batch as the api's issuing lane makes it."""
+        """A batch as the api's queue of issues makes it."""
         return IssueBatch(self.sealer, self.settings.key_ttl_seconds, requests)
 
     def claim_batch(self, requests: Sequence[ClaimRequest]) -> ClaimBatch:
-        """A batch as the api's claiming lane makes it."""
+        """A batch as the api's queue of claims makes it."""
         return ClaimBatch(self.opener, requests)
+
+    def commit(self, batch: Batch[Answer], engine: Engine | None = None) -> Sequence[Answer | SkipbusError]:
+        """Runs a batch in a transaction of its own, as a queue does. Raises the store's errors as ours."""
+        with driver_errors(), (engine or self.engine).connect() as connection:
+            answers = batch.run(connection)
+            connection.commit()
+            return answers
 
     def issue(self, target: KeyProvider | str, count: int = 1, size_bits: int = 256) -> list[IssuedKey]:
         """Keys for ``target``, placed in one commit."""
         name = target if isinstance(target, str) else target.system_id
         requests = [IssueRequest(name, size_bits, f"issue-{n}") for n in range(count)]
-        with self.store.connect() as connection:
-            answers = run_steps(connection, self.issue_batch(requests).run())
+        answers = self.commit(self.issue_batch(requests))
         return [answer for answer in map(_or_raise, answers) if isinstance(answer, IssuedKey)]
 
     def claim(self, key_id: str | bytes, source: KeyProvider | str) -> ClaimedKey:
         """The key, once. Raises what the caller would be told."""
         name = source if isinstance(source, str) else source.system_id
         wanted = bytes.fromhex(key_id) if isinstance(key_id, str) else key_id
-        with self.store.connect() as connection:
-            (answer,) = run_steps(connection, self.claim_batch([ClaimRequest(wanted, name, "claim")]).run())
+        (answer,) = self.commit(self.claim_batch([ClaimRequest(wanted, name, "claim")]))
         claimed = _or_raise(answer)
         assert isinstance(claimed, ClaimedKey)
         return claimed
@@ -155,6 +165,11 @@ def announced(store: Store, *system_ids: str, **environ: str) -> list[KeyProvide
     for provider in providers:
         provider.refresh()
     return providers
+
+
+def queue_engine(settings: Settings, port: int | None = None) -> Engine:
+    """An engine as the api's queues have it, by another port if one is given."""
+    return make_queue_engine(replace(settings.mysql, port=port or settings.mysql.port))
 
 
 def through_port(settings: Settings, port: int) -> Callable[[], Connection[Any]]:

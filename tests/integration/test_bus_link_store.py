@@ -20,7 +20,8 @@ from pymysql.connections import Connection
 
 from sandbox.servers import Database
 from skipbus.services.api.batching import Batch, Lane
-from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer
+from skipbus.services.api.issuing import Sealer
+from skipbus.services.api.links import IssuedKey, IssueRequest
 from skipbus.services.api.links.confirmation import Settler
 from skipbus.services.api.links.placing import (
     Check,
@@ -57,7 +58,7 @@ class Ends:
     bob: KeyProvider
 
     def place(self, count: int = 1) -> list[PlacedKey]:
-        batch = PlaceBatch(self.alice.sealer, TTL_SECONDS, requests(count))
+        batch = PlaceBatch(self.alice.bus_sealer, TTL_SECONDS, requests(count))
         with self.store.connect() as connection:
             return [expect(answer, PlacedKey) for answer in run_steps(connection, batch.run())]
 
@@ -144,7 +145,7 @@ async def lane(
 
 @pytest.mark.parametrize("cut", ["cut_before", "cut_after"])
 async def test_keys_whose_commit_was_interrupted_are_placed_once(ends: Ends, proxy: CuttingProxy, cut: Cut) -> None:
-    make = functools.partial(PlaceBatch, ends.alice.sealer, TTL_SECONDS)
+    make = functools.partial(PlaceBatch, ends.alice.bus_sealer, TTL_SECONDS)
     async with lane(make, through_port(ends.store.settings, proxy.port)) as place:
         proxy.cut_next(cut)
         answers = await asyncio.gather(*(place.submit(request) for request in requests(5)))
@@ -157,7 +158,7 @@ async def test_keys_whose_commit_was_interrupted_are_placed_once(ends: Ends, pro
 def test_several_peers_of_one_batch_have_a_row_and_a_token_each(ends: Ends) -> None:
     both = [IssueRequest(peer, 128, "c") for peer in (BOB, ALICE, BOB, ALICE, BOB)]
     with ends.store.connect() as connection:
-        answered = run_steps(connection, PlaceBatch(ends.alice.sealer, TTL_SECONDS, both).run())
+        answered = run_steps(connection, PlaceBatch(ends.alice.bus_sealer, TTL_SECONDS, both).run())
     answers = [expect(answer, PlacedKey) for answer in answered]
     rows = ends.store.rows("SELECT peer_id, items FROM outbox ORDER BY items")
     assert rows == [(ALICE, 2), (BOB, 3)]
@@ -167,7 +168,7 @@ def test_several_peers_of_one_batch_have_a_row_and_a_token_each(ends: Ends) -> N
 def test_one_peer_that_cannot_be_sealed_to_fails_nobody_else(ends: Ends) -> None:
     mixed = [IssueRequest("KP_Nobody", 256, "c"), *requests(2)]
     with ends.store.connect() as connection:
-        first, *others = run_steps(connection, PlaceBatch(ends.alice.sealer, TTL_SECONDS, mixed).run())
+        first, *others = run_steps(connection, PlaceBatch(ends.alice.bus_sealer, TTL_SECONDS, mixed).run())
     assert isinstance(first, PeerNotReady)
     assert all(isinstance(answer, PlacedKey) for answer in others)
 

@@ -1,44 +1,41 @@
 """Facts about keys in the store: placed before they are answered, given out once, and to nobody else.
 
-Batches and lanes are the api's own, on real connections; what an interrupted commit does is shown by a proxy that
+Batches and queues are the api's own, on real connections; what an interrupted commit does is shown by a proxy that
 cuts the connection at that very moment, and by killing it from another one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import statistics
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
-from pymysql.connections import Connection
+from sqlalchemy import Connection, Engine, event
 
 from sandbox.servers import Database
-from skipbus.services.api.batching import Lane
-from skipbus.services.api.claiming import ClaimedKey, ClaimRequest
-from skipbus.services.api.issuing import IssuedKey, IssueRequest
-from skipbus.services.api.lanes import make_lane
+from skipbus.services.api.group_commit import GroupCommit, Limits
+from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
+from skipbus.services.api.links.store import ClaimBatch, ClaimRequest, IssueBatch
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import (
-    CommitUnknown,
     KeyNotAvailable,
     NoEntropy,
     PeerNotReady,
     SealBroken,
     SkipbusError,
+    StoreConflict,
     StoreRefused,
     StoreUnavailable,
 )
 from skipbus.shared.protocol import encoding
-from skipbus.shared.store.keys import PREPARED, commit_issued
-from skipbus.shared.store.packets import OutboxRow
-from skipbus.shared.store.steps import run_steps
+from skipbus.shared.store.engine import driver_errors
+from skipbus.shared.store.key_records import insert_key_records
+from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from tests.integration.cutting_proxy import Cut, CuttingProxy
-from tests.integration.key_providers import KeyProvider, Store, announced, tend, through_port
+from tests.integration.key_providers import KeyProvider, Store, announced, queue_engine, tend
 from tests.waiting import wait_for
 
 CUTS: list[Cut] = ["cut_before", "cut_after"]
@@ -58,16 +55,14 @@ def proxy(database: Database) -> Iterator[CuttingProxy]:
 
 def place(source: KeyProvider, target: KeyProvider, expires_ms: int) -> bytes:
     """A key that expires when the test says."""
-    announcement = source.directory.get(target.system_id)
-    assert announcement is not None
-    current = source.sealer.wrapping_key_for(target.system_id, now_ms())
     key_id = bytes([7]) * 16
-    record = current.key.seal(key_id, bytes(32), expires_ms, "placed")
-    told = encoding.pack([[key_id, 256, expires_ms, "placed"]])
-    event = OutboxRow(source.system_id, target.system_id, "key.issued", told, 1, now_ms())
-    with source.store.connect() as connection:
-        wrapping_keys = [current.unstored] if current.unstored else []
-        run_steps(connection, commit_issued(lambda: [record], wrapping_keys, [event]))
+    event = encoding.pack([[key_id, 256, expires_ms, "placed"]])
+    with driver_errors(), source.engine.connect() as connection:
+        wrapping_key = source.sealer.wrapping_key(connection, target.system_id, now_ms())
+        insert_key_records(connection, [wrapping_key.seal(key_id, bytes(32), expires_ms, "placed")])
+        row = OutboxRow(source.system_id, target.system_id, "key.issued", event, 1, now_ms())
+        insert_outbox_rows(connection, [row])
+        connection.commit()
     return key_id
 
 
@@ -172,14 +167,14 @@ def test_a_wrong_claim_changes_nothing_and_the_right_one_still_works(
     assert bob.claim(issued.key_id, alice).key == issued.key
 
 
-def test_a_refused_claim_leaves_no_lock_behind(store: Store, kps: list[KeyProvider]) -> None:
+def test_a_refused_claim_leaves_no_lock_behind(kps: list[KeyProvider]) -> None:
     alice, bob, carol = kps
     (issued,) = alice.issue(bob)
-    with store.connect() as connection:
-        wanted = bytes.fromhex(issued.key_id)
-        run_steps(connection, carol.claim_batch([ClaimRequest(wanted, "KP_Alice", "")]).run())
-        run_steps(connection, bob.claim_batch([ClaimRequest(wanted, "KP_Carol", "")]).run())
-        # The connection lives on, as a lane's does.
+    wanted = bytes.fromhex(issued.key_id)
+    with bob.engine.connect() as connection:
+        carol.claim_batch([ClaimRequest(wanted, "KP_Alice", "")]).run(connection)
+        bob.claim_batch([ClaimRequest(wanted, "KP_Carol", "")]).run(connection)
+        # The connection lives on, as a queue's does.
         assert bob.claim(issued.key_id, alice).key == issued.key
 
 
@@ -200,9 +195,7 @@ def test_a_key_is_served_until_the_moment_of_its_expiry(kps: list[KeyProvider]) 
 def test_no_key_outlives_the_private_half_that_opens_it(store: Store, kps: list[KeyProvider]) -> None:
     alice, bob, _ = kps
     # The source believes in a longer lifetime than the target keeps its epochs for.
-    long_lived = type(alice.issue_batch([]))(alice.sealer, 10 * 86_400, [IssueRequest("KP_Bob", 256, "")])
-    with store.connect() as connection:
-        run_steps(connection, long_lived.run())
+    alice.commit(IssueBatch(alice.sealer, 10 * 86_400, [IssueRequest("KP_Bob", 256, "")]))
     ((expires_ms, destroy_ms),) = store.rows(
         "SELECT k.expires_ms, w.expires_ms FROM key_records k JOIN wrapping_keys w USING (wrapping_key_id)"
     )
@@ -215,8 +208,7 @@ def test_a_peer_that_never_announced_itself_gets_no_key_and_the_others_of_the_ba
 ) -> None:
     alice = kps[0]
     requests = [IssueRequest(name, 256, "") for name in ("KP_Bob", "KP_Nobody", "KP_Carol")]
-    with store.connect() as connection:
-        answers = run_steps(connection, alice.issue_batch(requests).run())
+    answers = alice.commit(alice.issue_batch(requests))
     assert [type(answer) for answer in answers] == [IssuedKey, PeerNotReady, IssuedKey]
     assert store.count("key_records") == 2
 
@@ -236,44 +228,61 @@ def test_all_keys_of_one_epoch_share_one_wrapping_key(store: Store, kps: list[Ke
 
 def test_a_wrapping_key_is_used_during_its_epoch_only_whatever_the_clock_does(kps: list[KeyProvider]) -> None:
     alice, bob, _ = kps
-    current = alice.sealer.wrapping_key_for(bob.system_id, now_ms())
-    span = current.span
-    assert alice.sealer.held(bob.system_id, span.starts_ms) is current
-    assert alice.sealer.held(bob.system_id, span.ends_ms - 1) is current
-    assert alice.sealer.held(bob.system_id, span.ends_ms) is None
-    later = alice.sealer.wrapping_key_for(bob.system_id, span.ends_ms)
-    assert later.key.epoch_id != current.key.epoch_id
-    assert alice.sealer.held(bob.system_id, span.starts_ms) is None
+    announcement = alice.directory.get(bob.system_id)
+    assert announcement is not None
+    spans = [epoch.span for epoch in announcement.epochs]
+    (span,) = [span for span in spans if span.starts_ms <= now_ms() < span.ends_ms]
+    with alice.engine.connect() as connection:
+        current = alice.sealer.wrapping_key(connection, bob.system_id, now_ms())
+        assert alice.sealer.wrapping_key(connection, bob.system_id, span.starts_ms) is current
+        assert alice.sealer.wrapping_key(connection, bob.system_id, span.ends_ms - 1) is current
+        later = alice.sealer.wrapping_key(connection, bob.system_id, span.ends_ms)
+        assert later.epoch_id != current.epoch_id
+        assert alice.sealer.wrapping_key(connection, bob.system_id, span.starts_ms).epoch_id == current.epoch_id
 
 
 def test_a_wrapping_key_is_kept_when_its_target_announces_its_epoch_again(kps: list[KeyProvider]) -> None:
     alice, bob, _ = kps
-    at_ms = alice.sealer.wrapping_key_for(bob.system_id, now_ms()).span.ends_ms
-    current = alice.sealer.wrapping_key_for(bob.system_id, at_ms)
-    before = current.announcement
-    tend(bob.keeper, at_ms)
-    alice.refresh()
-    assert alice.sealer.held(bob.system_id, at_ms) is current
-    assert current.announcement is alice.directory.get(bob.system_id)
-    assert current.announcement is not before
+    before = alice.directory.get(bob.system_id)
+    assert before is not None
+    at_ms = next(epoch.span.ends_ms for epoch in before.epochs if epoch.span.ends_ms > now_ms())
+    with alice.engine.connect() as connection:
+        current = alice.sealer.wrapping_key(connection, bob.system_id, at_ms)
+        tend(bob.keeper, at_ms)
+        alice.refresh()
+        assert alice.directory.get(bob.system_id) is not before
+        assert alice.sealer.wrapping_key(connection, bob.system_id, at_ms) is current
 
 
 def test_a_target_that_is_not_believed_any_more_is_not_sealed_to(store: Store, kps: list[KeyProvider]) -> None:
     alice, bob, _ = kps
-    at_ms = now_ms()
-    alice.sealer.wrapping_key_for(bob.system_id, at_ms)
+    alice.issue(bob)
     store.rows("DELETE FROM announcements WHERE system_id = %s", bob.system_id)
     alice.refresh()
     with pytest.raises(PeerNotReady):
-        alice.sealer.held(bob.system_id, at_ms)
+        alice.issue(bob)
+
+
+@pytest.mark.parametrize("role", ["sealer", "opener"])
+def test_no_wrapping_key_is_held_for_longer_than_its_epoch(kps: list[KeyProvider], role: str) -> None:
+    alice, bob, _ = kps
+    (issued,) = alice.issue(bob)
+    bob.claim(issued.key_id, alice)
+    held = alice.sealer._in_use if role == "sealer" else bob.opener._opened
+    user = alice.sealer if role == "sealer" else bob.opener
+    assert len(held) == 1
+    ((expires_ms,),) = alice.store.rows("SELECT expires_ms FROM wrapping_keys")
+    user.forget_ended(expires_ms - 1)
+    assert len(held) == 1
+    user.forget_ended(expires_ms)
+    assert not held
 
 
 def test_of_two_claims_for_one_key_in_a_batch_the_first_gets_it(store: Store, kps: list[KeyProvider]) -> None:
     alice, bob, _ = kps
     first, second = alice.issue(bob, count=2)
     wanted = [bytes.fromhex(key.key_id) for key in (first, first, second, first)]
-    with store.connect() as connection:
-        answers = run_steps(connection, bob.claim_batch([ClaimRequest(i, "KP_Alice", "") for i in wanted]).run())
+    answers = bob.commit(bob.claim_batch([ClaimRequest(i, "KP_Alice", "") for i in wanted]))
     assert [answer.key if isinstance(answer, ClaimedKey) else type(answer) for answer in answers] == [
         first.key,
         KeyNotAvailable,
@@ -289,8 +298,7 @@ def test_a_wrong_claim_before_the_right_one_in_a_batch_takes_nothing_from_it(
     (issued,) = alice.issue(bob)
     wanted = bytes.fromhex(issued.key_id)
     requests = [ClaimRequest(wanted, "KP_Carol", ""), ClaimRequest(wanted, "KP_Alice", "")]
-    with store.connect() as connection:
-        wrong, right = run_steps(connection, bob.claim_batch(requests).run())
+    wrong, right = bob.commit(bob.claim_batch(requests))
     assert isinstance(wrong, KeyNotAvailable)
     assert isinstance(right, ClaimedKey)
 
@@ -301,8 +309,7 @@ def test_one_damaged_record_of_a_batch_leaves_the_others_theirs(store: Store, kp
     damaged = bytes.fromhex(issued[1].key_id)
     store.rows("UPDATE key_records SET sealed = REVERSE(sealed) WHERE key_id = %s", damaged)
     requests = [ClaimRequest(bytes.fromhex(key.key_id), "KP_Alice", "") for key in issued]
-    with store.connect() as connection:
-        answers = run_steps(connection, bob.claim_batch(requests).run())
+    answers = bob.commit(bob.claim_batch(requests))
     assert [type(answer) for answer in answers] == [ClaimedKey, SealBroken, ClaimedKey]
     assert store.rows("SELECT key_id FROM key_records") == [(damaged,)]
 
@@ -439,12 +446,13 @@ def race(callers: Sequence[Callable[[], object]]) -> list[object]:
 def test_of_two_racing_connections_exactly_one_gets_the_key(store: Store, kps: list[KeyProvider]) -> None:
     alice, bob, _ = kps
     keys = alice.issue(bob, count=60)
-    with store.connect() as first, store.connect() as second:
+    with bob.engine.connect() as first, bob.engine.connect() as second:
         for issued in keys:
             request = ClaimRequest(bytes.fromhex(issued.key_id), "KP_Alice", "")
 
-            def claim(connection: Connection[Any], request: ClaimRequest = request) -> object:
-                (answer,) = run_steps(connection, bob.claim_batch([request]).run())
+            def claim(connection: Connection, request: ClaimRequest = request) -> object:
+                (answer,) = bob.claim_batch([request]).run(connection)
+                connection.commit()
                 return answer
 
             answers = race([lambda c=first: claim(c), lambda c=second: claim(c)])  # type: ignore[misc]
@@ -452,71 +460,106 @@ def test_of_two_racing_connections_exactly_one_gets_the_key(store: Store, kps: l
     assert store.count("key_records") == 0
 
 
-async def run_lanes(lanes: Sequence[Lane[Any, Any]], work: Callable[[], Awaitable[list[object]]]) -> list[object]:
+Queue = GroupCommit[Any, Any]
+
+
+def queue_of(make_batch: Callable[[Any], Any], engine: Engine) -> Queue:
+    return GroupCommit("test", make_batch, engine, Limits(max_batch=16, max_queue=1000, timeout_seconds=20))
+
+
+@asynccontextmanager
+async def closing(*queues: Queue) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(60):
-            return await work()
+            yield
     finally:
-        for lane in lanes:
-            await lane.close()
+        for queue in queues:
+            await queue.close()
 
 
-def unobserved(_size: int, _seconds: float) -> None:
-    """For lanes whose measures nobody looks at."""
+async def answers_of(queue: Queue, requests: Sequence[object]) -> list[object]:
+    """The answers or errors to requests that arrive together."""
+    return list(await asyncio.gather(*map(queue.submit, requests), return_exceptions=True))
 
 
-def lane_of(make_batch: Callable[[Any], Any], connect: Callable[[], Connection[Any]]) -> Lane[Any, Any]:
-    return Lane(
-        "lane",
-        make_batch,
-        connect,
-        max_batch=16,
-        max_queue=1000,
-        timeout_seconds=20,
-        observe=unobserved,
-    )
-
-
-async def test_a_batch_of_many_keys_is_answered_when_it_is_committed_and_waits_for_nothing_else(
-    kps: list[KeyProvider], database: Database
-) -> None:
-    # Its results are longer than those of one key, and come in parts: none may lie unread until the next sweep.
-    alice, bob, _ = kps
-    issue = lane_of(alice.issue_batch, through_port(alice.settings, database.port))
-    claim = lane_of(bob.claim_batch, through_port(bob.settings, database.port))
-    took_seconds: list[float] = []
-
-    async def work() -> list[object]:
-        for _ in range(15):
-            started = time.monotonic()
-            keys = await asyncio.gather(*[issue.submit(IssueRequest("KP_Bob", 256, "")) for _ in range(17)])
-            wanted = [ClaimRequest(bytes.fromhex(key.key_id), "KP_Alice", "") for key in keys]
-            await asyncio.gather(*[claim.submit(request) for request in wanted])
-            took_seconds.append(time.monotonic() - started)
-        return []
-
-    await run_lanes([issue, claim], work)
-    assert statistics.median(took_seconds) < 0.2
-
-
-async def test_lanes_that_want_the_same_keys_in_opposite_orders_give_each_key_out_once(
-    store: Store, kps: list[KeyProvider], database: Database
+async def test_queues_that_want_the_same_keys_in_opposite_orders_give_each_key_out_once(
+    kps: list[KeyProvider],
 ) -> None:
     alice, bob, _ = kps
     keys = alice.issue(bob, count=200)
     requests = [ClaimRequest(bytes.fromhex(key.key_id), "KP_Alice", "") for key in keys]
-    connect = through_port(bob.settings, database.port)
-    lanes = [lane_of(bob.claim_batch, connect) for _ in range(3)]
-
-    async def work() -> list[object]:
-        orders = [requests, requests[::-1], requests[100:] + requests[:100]]
-        calls = [lane.submit(r) for lane, order in zip(lanes, orders, strict=True) for r in order]
-        return list(await asyncio.gather(*calls, return_exceptions=True))
-
-    answers = await run_lanes(lanes, work)
+    queues = [queue_of(bob.claim_batch, queue_engine(bob.settings)) for _ in range(3)]
+    orders = [requests, requests[::-1], requests[100:] + requests[:100]]
+    async with closing(*queues):
+        calls = [answers_of(queue, order) for queue, order in zip(queues, orders, strict=True)]
+        answers = [answer for of_queue in await asyncio.gather(*calls) for answer in of_queue]
     got = [answer.key for answer in answers if isinstance(answer, ClaimedKey)]
     assert sorted(got) == sorted(key.key for key in keys)
     assert {type(answer) for answer in answers} == {ClaimedKey, KeyNotAvailable}
+
+
+# --- only what was deleted is handed out
+
+
+@contextmanager
+def before_the_deletion(engine: Engine, action: Callable[[Connection], None]) -> Iterator[list[str]]:
+    """``action`` is done once, between the SELECT and the DELETE of the next claim; notes that it was."""
+    done: list[str] = []
+
+    def act(connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("DELETE") and not done:
+            done.append(statement)
+            action(connection)
+
+    event.listen(engine, "before_cursor_execute", act)
+    try:
+        yield done
+    finally:
+        event.remove(engine, "before_cursor_execute", act)
+
+
+async def test_a_key_that_another_transaction_deletes_after_it_was_locked_is_not_handed_out(
+    store: Store, kps: list[KeyProvider]
+) -> None:
+    # On a cluster, two nodes can lock one row each. Here the lock is given up, as if it were only the other node's.
+    alice, bob, _ = kps
+    stolen, kept = alice.issue(bob, count=2)
+    store.rows("DELETE FROM outbox")
+    engine = queue_engine(bob.settings)
+
+    def steal(connection: Connection) -> None:
+        dbapi: Any = connection.connection.dbapi_connection
+        dbapi.rollback()
+        store.rows("DELETE FROM key_records WHERE key_id = %s", bytes.fromhex(stolen.key_id))
+
+    queue = queue_of(bob.claim_batch, engine)
+    requests = [ClaimRequest(bytes.fromhex(key.key_id), "KP_Alice", "") for key in (stolen, kept)]
+    with before_the_deletion(engine, steal) as stole:
+        async with closing(queue):
+            first, second = await answers_of(queue, requests)
+    assert stole
+    assert isinstance(first, KeyNotAvailable)
+    assert isinstance(second, ClaimedKey)
+    assert second.key == kept.key
+    # One event, with one key: what was rolled back left neither an event nor a token.
+    ((items, payload),) = store.rows("SELECT items, payload FROM outbox")
+    assert (items, [item[0].hex() for item in encoding.unpack(payload)]) == (1, [kept.key_id])
+
+
+def test_a_claim_that_deletes_nothing_does_not_commit_and_leaves_no_token(store: Store, kps: list[KeyProvider]) -> None:
+    alice, bob, _ = kps
+    (issued,) = alice.issue(bob)
+    store.rows("DELETE FROM outbox")
+
+    def vanish(connection: Connection) -> None:
+        dbapi: Any = connection.connection.dbapi_connection
+        dbapi.cursor().execute("DELETE FROM key_records")
+
+    with before_the_deletion(bob.engine, vanish) as vanished, pytest.raises(StoreConflict):
+        bob.claim(issued.key_id, alice)
+    assert vanished
+    assert (store.count("key_records"), store.count("outbox")) == (1, 0)
+    assert bob.claim(issued.key_id, alice).key == issued.key
 
 
 # --- interrupted commits
@@ -527,17 +570,31 @@ async def test_a_key_whose_commit_was_interrupted_is_retrievable_when_it_is_answ
     store: Store, kps: list[KeyProvider], proxy: CuttingProxy, cut: Cut
 ) -> None:
     alice, bob, _ = kps
-    lane = lane_of(alice.issue_batch, through_port(alice.settings, proxy.port))
+    # The wrapping key is committed with the first key, on its own.
+    alice.issue(bob)
+    store.rows("DELETE FROM key_records")
+    store.rows("DELETE FROM outbox")
+    queue = queue_of(alice.issue_batch, queue_engine(alice.settings, proxy.port))
     proxy.cut_next(cut)
-
-    async def work() -> list[object]:
-        return [await lane.submit(IssueRequest("KP_Bob", 256, ""))]
-
-    (issued,) = await run_lanes([lane], work)
-    assert isinstance(issued, IssuedKey)
+    async with closing(queue):
+        issued = await queue.submit(IssueRequest("KP_Bob", 256, ""))
     assert proxy.cut_count == 1
+    assert (store.count("key_records"), store.count("outbox")) == (1, 1)
     assert bob.claim(issued.key_id, alice).key == issued.key
     assert store.count("key_records") == 0
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_a_wrapping_key_whose_commit_was_interrupted_costs_no_key(
+    kps: list[KeyProvider], proxy: CuttingProxy, cut: Cut
+) -> None:
+    alice, bob, _ = kps
+    queue = queue_of(alice.issue_batch, queue_engine(alice.settings, proxy.port))
+    proxy.cut_next(cut)
+    async with closing(queue):
+        issued = await queue.submit(IssueRequest("KP_Bob", 256, ""))
+    assert proxy.cut_count == 1
+    assert bob.claim(issued.key_id, alice).key == issued.key
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -546,55 +603,51 @@ async def test_a_claim_whose_commit_was_interrupted_gives_the_key_out_once(
 ) -> None:
     alice, bob, _ = kps
     (issued,) = alice.issue(bob)
-    lane = lane_of(bob.claim_batch, through_port(bob.settings, proxy.port))
+    queue = queue_of(bob.claim_batch, queue_engine(bob.settings, proxy.port))
     proxy.cut_next(cut)
     request = ClaimRequest(bytes.fromhex(issued.key_id), "KP_Alice", "")
-
-    async def work() -> list[object]:
-        return [await lane.submit(request), await asyncio.gather(lane.submit(request), return_exceptions=True)]
-
-    first, second = await run_lanes([lane], work)
-    assert isinstance(first, ClaimedKey)
+    async with closing(queue):
+        first = await queue.submit(request)
+        with pytest.raises(KeyNotAvailable):
+            await queue.submit(request)
     assert first.key == issued.key
-    assert isinstance(second, list)
-    assert isinstance(second[0], KeyNotAvailable)
+    assert proxy.cut_count == 1
     assert store.rows("SELECT COUNT(*) FROM outbox WHERE type = 'key.retrieved'") == [(1,)]
 
 
 async def test_commits_that_are_interrupted_again_and_again_lose_no_answered_key(
-    store: Store, kps: list[KeyProvider], proxy: CuttingProxy
+    kps: list[KeyProvider], proxy: CuttingProxy
 ) -> None:
     alice, bob, _ = kps
-    lane = lane_of(alice.issue_batch, through_port(alice.settings, proxy.port))
+    queue = queue_of(alice.issue_batch, queue_engine(alice.settings, proxy.port))
     proxy.cut_next("cut_before", "cut_after", "cut_before", "cut_before", "cut_after")
-
-    async def work() -> list[object]:
-        return list(await asyncio.gather(*[lane.submit(IssueRequest("KP_Bob", 256, "")) for _ in range(60)]))
-
-    answers = await run_lanes([lane], work)
+    async with closing(queue):
+        answers = await answers_of(queue, [IssueRequest("KP_Bob", 256, "")] * 60)
     assert proxy.cut_count == 5
     for issued in answers:
         assert isinstance(issued, IssuedKey)
         assert bob.claim(issued.key_id, alice).key == issued.key
 
 
+def run_and_lose_the_connection(batch: IssueBatch | ClaimBatch, provider: KeyProvider, proxy: CuttingProxy) -> None:
+    """Runs a batch whose commit the proxy cuts."""
+    with pytest.raises(StoreUnavailable):
+        provider.commit(batch, queue_engine(provider.settings, proxy.port))
+
+
 def test_a_commit_that_lands_after_it_was_given_up_does_not_vouch_for_the_next_one(
-    store: Store, kps: list[KeyProvider], proxy: CuttingProxy
+    kps: list[KeyProvider], proxy: CuttingProxy
 ) -> None:
     # The store was asked too early, found nothing, and the batch was run again; then the first commit landed.
     alice, bob, _ = kps
     batch = alice.issue_batch([IssueRequest("KP_Bob", 256, "")])
-    with store.connect() as connection:
-        run_steps(connection, batch.run())
+    alice.commit(batch)
     proxy.cut_next("cut_before")
-    again = through_port(alice.settings, proxy.port)()
-    with pytest.raises(CommitUnknown):
-        run_steps(again, batch.run())
-    with store.connect() as connection:
-        answers = run_steps(connection, batch.committed())
-    for issued in answers or []:
-        assert isinstance(issued, IssuedKey)
-        assert bob.claim(issued.key_id, alice).key == issued.key
+    run_and_lose_the_connection(batch, alice, proxy)
+    with alice.engine.connect() as connection:
+        (issued,) = batch.committed(connection) or []
+    assert isinstance(issued, IssuedKey)
+    assert bob.claim(issued.key_id, alice).key == issued.key
 
 
 def test_a_claim_that_was_committed_but_whose_event_is_gone_is_not_given_out_again(
@@ -605,13 +658,11 @@ def test_a_claim_that_was_committed_but_whose_event_is_gone_is_not_given_out_aga
     (issued,) = alice.issue(bob)
     batch = bob.claim_batch([ClaimRequest(bytes.fromhex(issued.key_id), "KP_Alice", "")])
     proxy.cut_next("cut_after")
-    cut_off = through_port(bob.settings, proxy.port)()
-    with pytest.raises(CommitUnknown):
-        run_steps(cut_off, batch.run())
+    run_and_lose_the_connection(batch, bob, proxy)
     store.rows("DELETE FROM outbox")
-    with store.connect() as connection:
-        assert run_steps(connection, batch.committed()) is None
-        (answer,) = run_steps(connection, batch.run())
+    with bob.engine.connect() as connection:
+        assert batch.committed(connection) is None
+        (answer,) = batch.run(connection)
     assert isinstance(answer, StoreUnavailable)
     assert store.count("key_records") == 0
 
@@ -621,202 +672,81 @@ async def test_a_claim_whose_connection_is_killed_while_it_waits_is_tried_again(
 ) -> None:
     alice, bob, _ = kps
     (issued,) = alice.issue(bob)
-    lane = lane_of(bob.claim_batch, through_port(bob.settings, database.port))
+    queue = queue_of(bob.claim_batch, queue_engine(bob.settings))
     waiting = "SELECT id FROM information_schema.processlist WHERE info LIKE '%%FOR UPDATE' AND db = %s"
 
-    async def work() -> list[object]:
+    def waits() -> list[tuple[Any, ...]]:
+        return store.rows(waiting, database.database)
+
+    async with closing(queue):
         with store.connect() as holder, holder.cursor() as cursor:
             cursor.execute("SELECT * FROM key_records FOR UPDATE")
-            call = asyncio.create_task(lane.submit(ClaimRequest(bytes.fromhex(issued.key_id), "KP_Alice", "")))
-            await asyncio.to_thread(wait_for, lambda: bool(store.rows(waiting, database.database)), timeout_seconds=3)
-            ((victim,),) = store.rows(waiting, database.database)
+            call = asyncio.create_task(queue.submit(ClaimRequest(bytes.fromhex(issued.key_id), "KP_Alice", "")))
+            await asyncio.to_thread(wait_for, lambda: bool(waits()), timeout_seconds=3)
+            ((victim,),) = waits()
             store.rows(f"KILL {int(victim)}")
-            await asyncio.to_thread(
-                wait_for,
-                lambda: (victim,) not in store.rows(waiting, database.database),
-                timeout_seconds=3,
-            )
+            await asyncio.to_thread(wait_for, lambda: (victim,) not in waits(), timeout_seconds=3)
             holder.rollback()
-        return [await call]
-
-    (answer,) = await run_lanes([lane], work)
-    assert isinstance(answer, ClaimedKey)
-    assert answer.key == issued.key
+        assert (await call).key == issued.key
 
 
-# --- commands that leave without waiting for one another
-
-
-def prepared_lane(source: KeyProvider, port: int) -> Lane[Any, Any]:
-    """The issuing lane as the api makes it."""
-    settings = replace(source.settings, mysql=replace(source.settings.mysql, port=port))
-    return make_lane(settings, "issue", source.issue_batch, prepared=PREPARED)
-
-
-def executed(store: Store) -> int:
-    """How many prepared statements the server has executed for anybody."""
-    return int(store.rows("SHOW GLOBAL STATUS LIKE 'Com_stmt_execute'")[0][1])
-
-
-async def issued_over(lane: Lane[Any, Any], *targets: str, size_bits: int = 256) -> list[object]:
-    """The answers to requests that go in one batch."""
-    requests = [IssueRequest(target, size_bits, f"issue-{n}") for n, target in enumerate(targets)]
-
-    async def work() -> list[object]:
-        return list(await asyncio.gather(*map(lane.submit, requests), return_exceptions=True))
-
-    return await run_lanes([lane], work)
-
-
-@pytest.mark.parametrize("size_bits", [128, 256, 512])
-async def test_a_key_alone_goes_in_prepared_statements_and_is_the_same_as_any_other(
-    store: Store, kps: list[KeyProvider], database: Database, size_bits: int
-) -> None:
-    alice, bob, _ = kps
-    alice.issue(bob)
-    text = store.rows("SELECT * FROM outbox")[0], store.rows("SELECT * FROM key_records")[0]
-    store.rows("DELETE FROM outbox")
-    store.rows("DELETE FROM key_records")
-    before = executed(store)
-    (issued,) = await issued_over(prepared_lane(alice, database.port), "KP_Bob", size_bits=size_bits)
-    assert executed(store) >= before + 2
-    bound = store.rows("SELECT * FROM outbox")[0], store.rows("SELECT * FROM key_records")[0]
-    assert [[type(value) for value in row] for row in bound] == [[type(value) for value in row] for row in text]
-    assert isinstance(issued, IssuedKey)
-    (told,) = encoding.unpack(store.rows("SELECT payload FROM outbox")[0][0])
-    assert (told[0].hex(), told[1], told[3]) == (issued.key_id, size_bits, "issue-0")
-    claimed = bob.claim(issued.key_id, alice)
-    assert (claimed.key, claimed.issued_as) == (issued.key, "issue-0")
-
-
-async def test_ids_of_every_printable_character_come_through_prepared_statements(
-    store: Store, database: Database
-) -> None:
-    printable = "".join(chr(n) for n in range(0x21, 0x7F) if chr(n) not in "*?[]")
-    first, second = announced(store, "KP_" + printable[:60], "KP_" + printable[60:])
-    for source, target in ((first, second), (second, first)):
-        # A wrapping key that is new goes as text, and the event with it.
-        source.issue(target)
-        before = executed(store)
-        (issued,) = await issued_over(prepared_lane(source, database.port), target.system_id)
-        assert executed(store) >= before + 2
-        assert isinstance(issued, IssuedKey)
-        assert target.claim(issued.key_id, source).key == issued.key
-
-
-@pytest.mark.parametrize("cut", CUTS)
-async def test_a_prepared_key_whose_commit_was_interrupted_is_there_once_when_it_is_answered(
-    store: Store, kps: list[KeyProvider], proxy: CuttingProxy, cut: Cut
-) -> None:
-    alice, bob, _ = kps
-    # The wrapping key goes as text with the first key.
-    alice.issue(bob)
-    store.rows("DELETE FROM key_records")
-    store.rows("DELETE FROM outbox")
-    proxy.cut_next(cut)
-    (issued,) = await issued_over(prepared_lane(alice, proxy.port), "KP_Bob")
-    assert proxy.cut_count == 1
-    assert isinstance(issued, IssuedKey)
-    assert (store.count("key_records"), store.count("outbox")) == (1, 1)
-    assert bob.claim(issued.key_id, alice).key == issued.key
+# --- a key and its event are committed together or not at all
 
 
 @pytest.mark.parametrize("targets", [["KP_Bob"], ["KP_Bob", "KP_Bob", "KP_Carol"]])
-async def test_where_the_events_are_refused_no_key_is_committed_although_it_has_left(
-    store: Store, kps: list[KeyProvider], database: Database, targets: list[str]
+async def test_where_the_events_are_refused_no_key_is_committed(
+    store: Store, kps: list[KeyProvider], targets: list[str]
 ) -> None:
     alice, bob, carol = kps
     alice.issue(bob)
     alice.issue(carol)
     store.rows("DELETE FROM key_records")
-    # The column takes 128 characters.
-    alice.sealer.local_id = "KP_" + "A" * 200
-    before = connected(store)
-    answers = await issued_over(prepared_lane(alice, database.port), *targets)
-    assert [type(answer) for answer in answers] == [StoreRefused] * len(targets)
-    wait_for(lambda: connected(store) <= before, timeout_seconds=5)
-    assert store.count("key_records") == 0
-    alice.sealer.local_id = "KP_Alice"
-    (issued,) = alice.issue(bob)
+    store.rows("ALTER TABLE outbox RENAME TO outbox_away")
+    queue = queue_of(alice.issue_batch, queue_engine(alice.settings))
+    async with closing(queue):
+        answers = await answers_of(queue, [IssueRequest(target, 256, "") for target in targets])
+        assert [type(answer) for answer in answers] == [StoreRefused] * len(targets)
+        assert store.count("key_records") == 0
+        store.rows("ALTER TABLE outbox_away RENAME TO outbox")
+        issued = await queue.submit(IssueRequest("KP_Bob", 256, ""))
     assert bob.claim(issued.key_id, alice).key == issued.key
 
 
-async def test_a_key_alone_that_cannot_be_inserted_is_refused_and_the_one_with_its_key_id_stays(
-    store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
+async def test_a_key_that_cannot_be_inserted_is_refused_alone_and_the_one_with_its_key_id_stays(
+    store: Store, kps: list[KeyProvider], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice, bob, _ = kps
-    alice.issue(bob)
     key_id = place(alice, bob, now_ms() + 60_000)
     store.rows("DELETE FROM outbox")
-    before, connections = store.rows("SELECT * FROM key_records"), connected(store)
-    monkeypatch.setattr("skipbus.services.api.issuing.new_key_id", lambda: key_id)
-    answers = await issued_over(prepared_lane(alice, database.port), "KP_Bob")
-    assert [type(answer) for answer in answers] == [StoreRefused]
-    wait_for(lambda: connected(store) <= connections, timeout_seconds=5)
-    assert store.rows("SELECT * FROM key_records") == before
-    # Its COMMIT had left: the event is counted, and nobody was given a key.
-    assert store.count("outbox") == 1
+    before = store.rows("SELECT * FROM key_records")
+    key_ids = iter([b"1" * 16, key_id, b"2" * 16, b"3" * 16, key_id, b"4" * 16])
+    monkeypatch.setattr("skipbus.services.api.links.store.new_key_id", lambda: next(key_ids))
+    queue = queue_of(alice.issue_batch, queue_engine(alice.settings))
+    async with closing(queue):
+        answers = await answers_of(queue, [IssueRequest("KP_Bob", 256, "")] * 3)
+    assert [type(answer) for answer in answers] == [IssuedKey, StoreRefused, IssuedKey]
+    assert (store.count("key_records"), store.count("outbox")) == (3, 2)
+    assert store.rows("SELECT * FROM key_records WHERE key_id = %s", key_id) == before
     assert bob.claim(key_id, alice).key == bytes(32).hex()
 
 
-@pytest.mark.parametrize("altered", [False, True])
-async def test_the_guard_holds_on_a_connection_on_which_keys_were_placed_before(
-    store: Store, kps: list[KeyProvider], database: Database, *, altered: bool
-) -> None:
-    alice, bob, _ = kps
-    alice.issue(bob)
-    lane = prepared_lane(alice, database.port)
-    request = IssueRequest("KP_Bob", 256, "")
-    connections = connected(store)
-
-    async def work() -> list[object]:
-        for _ in range(3):
-            await lane.submit(request)
-        if altered:
-            # The server prepares the statements anew.
-            store.rows("ALTER TABLE key_records COMMENT = 'altered'")
-            store.rows("ALTER TABLE outbox COMMENT = 'altered'")
-        local_id, alice.sealer.local_id = alice.sealer.local_id, "KP_" + "A" * 200
-        with pytest.raises(StoreRefused):
-            await lane.submit(request)
-        alice.sealer.local_id = local_id
-        await asyncio.to_thread(wait_for, lambda: connected(store) <= connections, timeout_seconds=5)
-        assert store.count("key_records") == 4
-        return [await lane.submit(request)]
-
-    (issued,) = await run_lanes([lane], work)
-    assert isinstance(issued, IssuedKey)
-    assert bob.claim(issued.key_id, alice).key == issued.key
-    assert (store.count("key_records"), store.count("outbox")) == (4, 6)
-
-
-def connected(store: Store) -> set[object]:
-    """The server's connections to this database. One that was ended from here has had all done that it was sent."""
-    others = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()"
-    return {row[0] for row in store.rows(others)}
-
-
 async def test_where_no_key_can_be_made_nothing_is_committed_and_the_next_request_is_served(
-    store: Store, kps: list[KeyProvider], database: Database, monkeypatch: pytest.MonkeyPatch
+    store: Store, kps: list[KeyProvider], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alice, bob, _ = kps
-    lane = prepared_lane(alice, database.port)
+    queue = queue_of(alice.issue_batch, queue_engine(alice.settings))
 
     def fail(_count: int) -> bytes:
         raise OSError("no entropy")
 
-    async def work() -> list[object]:
-        monkeypatch.setattr("skipbus.services.api.issuing.os.urandom", fail)
-        with pytest.raises(NoEntropy):
-            await lane.submit(IssueRequest("KP_Bob", 256, ""))
-        monkeypatch.undo()
-        assert store.count("outbox") == 0
-        return [await lane.submit(IssueRequest("KP_Bob", 256, ""))]
-
-    (issued,) = await run_lanes([lane], work)
-    assert isinstance(issued, IssuedKey)
+    async with closing(queue):
+        with monkeypatch.context() as patched:
+            patched.setattr("skipbus.services.api.links.store.os.urandom", fail)
+            with pytest.raises(NoEntropy):
+                await queue.submit(IssueRequest("KP_Bob", 256, ""))
+        assert (store.count("key_records"), store.count("outbox")) == (0, 0)
+        issued = await queue.submit(IssueRequest("KP_Bob", 256, ""))
     assert bob.claim(issued.key_id, alice).key == issued.key
-    assert store.count("outbox") == 2
 
 
 # --- statements

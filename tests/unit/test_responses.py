@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import re
-from collections.abc import Awaitable, Callable
 
 import pytest
-from aiohttp import web
 
-from skipbus.services.api.claiming import not_available
-from skipbus.services.api.issuing import not_usable
+from skipbus.services.api.links.sealing import not_usable
+from skipbus.services.api.links.store import not_available
 from skipbus.services.api.responses import (
-    KeyResponse,
     RouteError,
     error_response,
     json_response,
@@ -38,6 +33,7 @@ from skipbus.shared.errors import (
     PeerNotReady,
     SealBroken,
     SkipbusError,
+    StoreConflict,
     StoreRefused,
     StoreUnavailable,
 )
@@ -65,6 +61,7 @@ STATUSES: list[tuple[SkipbusError, int, bool]] = [
     (EnvelopeRefused("replayed", INNER), 500, False),
     (StoreUnavailable(INNER), 500, False),
     (CommitUnknown(INNER), 500, False),
+    (StoreConflict(INNER), 500, False),
     (StoreRefused(INNER), 500, False),
     (BackendError(INNER), 500, False),
     (BusUnavailable(INNER), 500, False),
@@ -157,40 +154,3 @@ def test_a_kp_that_never_announced_itself_is_named_to_the_caller() -> None:
     assert response.status == 500
     assert isinstance(response.body, bytes)
     assert "KP_Bob has not announced itself" in json.loads(response.body)["error"]
-
-
-@pytest.mark.parametrize(
-    "request_text",
-    ["GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nConnection: close\r\n", "GET / HTTP/1.0\r\nConnection: keep-alive\r\n"],
-)
-@pytest.mark.parametrize("promised_octets", [8, 9])
-async def test_an_answer_made_ahead_of_its_body_is_what_aiohttp_would_write(
-    request_text: str, promised_octets: int
-) -> None:
-    async def ahead(_request: web.BaseRequest) -> web.Response:
-        response = KeyResponse(promised_octets)
-        response.body = b'{"a": 1}'
-        return response
-
-    async def plain(_request: web.BaseRequest) -> web.Response:
-        return secret_response(b'{"a": 1}')
-
-    octets = f"{request_text}Host: h\r\n\r\n".encode()
-    assert sorted(await answer_of(ahead, octets)) == sorted(await answer_of(plain, octets))
-
-
-async def answer_of(handler: Callable[[web.BaseRequest], Awaitable[web.Response]], octets: bytes) -> list[bytes]:
-    """The lines of two answers over one connection, as far as it is kept; the date without its digits."""
-    runner = web.ServerRunner(web.Server(handler))
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    reader, writer = await asyncio.open_connection(*runner.addresses[0][:2])
-    writer.write(octets * 2)
-    received = b""
-    async with asyncio.timeout(5):
-        while received.count(b'{"a": 1}') < 2 and (data := await reader.read(4096)):
-            received += data
-    writer.close()
-    await runner.cleanup()
-    return re.sub(rb"Date: [^\r]+", b"Date:", received).split(b"\r\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ from sqlalchemy import Engine
 
 from skipbus.services.api import metrics
 from skipbus.services.api.batching import Lane
-from skipbus.services.api.claiming import ClaimedKey
-from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer
+from skipbus.services.api.issuing import Sealer
 from skipbus.services.api.lanes import make_lane
+from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest, Link
 from skipbus.services.api.links.arrivals import Arrivals
 from skipbus.services.api.links.confirmation import Settler
 from skipbus.services.api.links.placing import MAX_BATCH, Outcome, PlaceBatch, PlacedKey, SettleBatch, Settlement
@@ -54,11 +54,15 @@ class _Lanes:
 class BusLinks:
     """Of one event loop. Works only inside ``running``."""
 
-    def __init__(self, settings: Settings, keyring: Keyring, directory: PeerDirectory, engine: Engine) -> None:
+    def __init__(
+        self, settings: Settings, keyring: Keyring, directory: PeerDirectory, engine: Engine, store: Link
+    ) -> None:
+        """``store`` claims what has arrived."""
         local_id = settings.local_system_id
         self._settings = settings
         self._peers = {peer.system_id: peer for peer in settings.bus_peers}
         self._directory = directory
+        self._store = store
         # One for the lane, on the event loop, and one for the thread that makes stock: neither may meet the other.
         self._sealers = [Sealer(local_id, keyring.identity, directory) for _ in range(2)]
         # Of the stock lane alone.
@@ -90,8 +94,9 @@ class BusLinks:
                 return from_stock
         return await self._place(target_id, size_bits, correlation_id)
 
-    async def claim(self, source_id: str, key_id: bytes, attempt: Callable[[], Awaitable[ClaimedKey]]) -> ClaimedKey:
-        """What ``attempt`` claims, waited for where it is ahead of the key's arrival. Raises what it raises."""
+    async def claim(self, source_id: str, key_id: bytes, correlation_id: str) -> ClaimedKey:
+        """The key, waited for where the request is ahead of its arrival. Raises what a store link raises."""
+        attempt = functools.partial(self._store.claim, source_id, key_id, correlation_id)
         claimed = await self._arrivals.claim(key_id, attempt)
         self._settler.release(source_id, key_id)
         return claimed

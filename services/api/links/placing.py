@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from skipbus.services.api.issuing import IssuedKey, IssueRequest, Sealer, no_entropy
+from skipbus.services.api.issuing import Sealer, no_entropy
+from skipbus.services.api.links import IssuedKey, IssueRequest
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, WrappingKey
 from skipbus.shared.errors import SkipbusError

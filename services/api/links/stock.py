@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from skipbus.services.api.claiming import Opener
 from skipbus.services.api.commit_tokens import CommitTokens
-from skipbus.services.api.issuing import IssuedKey
+from skipbus.services.api.links import IssuedKey
 from skipbus.services.api.links.placing import withdrawn_row
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.sealing import KeyRecord
