@@ -1,9 +1,8 @@
-"""skipctl: the operator's command line for one key provider.
+"""skipctl: the operator's commands for one key provider.
 
-Owns the list of commands, and what becomes of errors: one of the error tree is one sentence and exit code
-1, a configuration that cannot be used is all its problems and exit code 2, as a wrong argument is.
-Leaves the commands to the modules of their names. Only the one that is asked for is loaded: half of a start would go
-into what only the store's commands need.
+Owns the list of commands and the exit codes: an error of the error tree is one sentence and exit code 1; a wrong
+configuration is all its problems and exit code 2, like a wrong argument. Each command is in the module of its name,
+and only the requested module is imported, because the store's modules take half of the start.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """With one command alone where that is the one; with all where it is none of them, so that help lists them."""
-    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Look after one key provider.")
+    """A parser for the requested command only; if there is no such command, for all, so that help lists them."""
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Commands for the operator of one key provider.")
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {project_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name in (command,) if command in _COMMANDS else _COMMANDS:

@@ -1,8 +1,8 @@
-"""``skipctl cert init``: a certificate authority for a lab, with certificates for one key provider and its clients.
+"""``skipctl cert init``: a certificate authority for a laboratory, with certificates for one key provider and clients.
 
-Rules: it never overwrites; private keys are their owner's alone, without passwords, so that the api starts by itself.
-RSA with 3072 bits and P-384, SHA-384. It is for labs: nothing here revokes or renews, and the authority's key lies
-beside what it signed. Where there is a real authority, use its certificates.
+It never overwrites. Only the owner can read private keys, which have no passwords, so that the api starts by itself.
+RSA with 3072 bits and P-384, SHA-384. It is for laboratories: nothing is revoked or renewed, and the authority's key is
+beside the certificates. With a real authority, use its certificates.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from skipbus.shared.errors import OperatorError
 PrivateKey: TypeAlias = "rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey"
 _RSA_BITS = 3072
 _DEFAULT_DAYS = 365
-# Clocks of routers in a lab are rarely right.
+# Clocks of routers in a laboratory are often wrong.
 _BACKDATED = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Authority:
-    """What signs."""
+    """The key and name that sign certificates."""
 
     key: rsa.RSAPrivateKey
     name: x509.Name
@@ -43,9 +43,9 @@ class Authority:
 
 def register(commands: Commands) -> None:
     """Add `cert` and its subcommand."""
-    group = add_group(commands, "cert", "certificates for a lab")
+    group = add_group(commands, "cert", "make certificates for a laboratory")
     init = add_command(group, "init", "make an authority, and certificates for the api and for clients", _init)
-    init.add_argument("folder", type=Path, help="where everything is put; made when it is not there")
+    init.add_argument("folder", type=Path, help="the folder for all files; it is made if it does not exist")
     init.add_argument("--name", default="skipbus lab", help="the authority's common name")
     init.add_argument(
         "--host", action="append", help="a name or address of the api (default localhost, 127.0.0.1, ::1)"
@@ -69,7 +69,7 @@ def _init(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
 
 
 def make_certificates(folder: Path, name: str, hosts: list[str], clients: list[str], days: int = _DEFAULT_DAYS) -> None:
-    """An authority and what it signs: `rsa` and `ecdsa` for ``hosts``, one for each client. Raises OperatorError."""
+    """An authority and its certificates: `rsa` and `ecdsa` for ``hosts``, one for each client. Raises OperatorError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         authority = _make_authority(folder, name, days)
@@ -84,10 +84,10 @@ def make_certificates(folder: Path, name: str, hosts: list[str], clients: list[s
 
 
 def make_broker_certificate(authority_folder: Path, folder: Path, host: str) -> None:
-    """An authority of its own for a site's broker, and what the broker both serves and calls other brokers with.
+    """An authority for a site's broker, and the broker's certificate, as a server and as a client of other brokers.
 
-    It is not the authority of encryptors: whoever may ask for keys must not be able to pass for a broker, or the other
-    way round. Its name is like no other's, because brokers know several sites' authorities at once.
+    It is not the authority of encryptors, so that an encryptor cannot act as a broker, or a broker as an encryptor. Its
+    name is unique, because a broker trusts the authorities of several sites.
     """
     authority_folder.mkdir(mode=0o700, parents=True)
     authority = _make_authority(authority_folder, f"skipbus broker {secrets.token_hex(8)}", _DEFAULT_DAYS)

@@ -1,8 +1,4 @@
-"""Owns `skipctl config`: the effective configuration, as the services would start with it.
-
-Rules: secrets show as `***`.
-Leaves to others: reading and checking the configuration (`skipbus.shared.config`).
-"""
+"""``skipctl config check``: prints the effective configuration of the services, with secrets as `***`."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from skipbus.shared.config import describe_text, load_settings
 
 def register(commands: Commands) -> None:
     """Add `config` and its subcommands."""
-    group = add_group(commands, "config", "look at the configuration")
+    group = add_group(commands, "config", "show the configuration")
     add_command(group, "check", "print the effective configuration, with secrets hidden", check)
 
 

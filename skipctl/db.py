@@ -1,6 +1,6 @@
 """``skipctl db upgrade|status|provision``: the store's schema, and the services' accounts.
 
-Processes upgrade a store by themselves where their account may; this is for those who plan.
+Processes upgrade a store by themselves if their account may; these commands do it at a chosen time.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from skipbus.shared.store.migrate import HEAD_REVISION, is_known, store_revision
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser("db", help="the store's schema")
+    parser = subparsers.add_parser("db", help="upgrade the store's schema, and make the services' accounts")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("upgrade", help="bring the store up to this release").set_defaults(handler=_upgrade)
-    commands.add_parser(
-        "status", help="compare the store with this release; exit code 1 where they differ"
-    ).set_defaults(handler=_status)
+    commands.add_parser("status", help="compare the store with this release; exit code 1 if they differ").set_defaults(
+        handler=_status
+    )
     add_provision(commands.add_parser("provision", help="upgrade it, and give each service its account and grants"))
 
 

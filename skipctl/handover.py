@@ -1,8 +1,8 @@
-"""What one site hands to another so that they are joined: who it is, where its broker is, and how to be let in there.
+"""The hand-over file by which two sites are joined: a site's identity, its broker's address, and an account there.
 
-Owns the file's form. It is TOML and secret: it holds the password of the account that is made for the other site alone.
-Rules: it is read as something that a stranger may have written. What it says goes into files that a broker and the
-services believe, so every value is checked against what it may be, and nothing of it is copied unread.
+Owns the file's format: TOML, and secret, because it holds the password of the account for the other site. It is read
+as if an attacker had written it: its values go into files that a broker and the services trust, so each value is
+checked, and nothing is copied unchecked.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from skipbus.shared.protocol.system_ids import validate_system_id
 FORM = 1
 DEFAULT_BROKER_PORT = 5671
 _FIELDS = {"form", "from", "for", "identity", "broker", "account", "password", "authority"}
-# A name, because the certificate is checked against it; letters that mean nothing in a URI or in .env.
+# A host name, because the certificate is checked against it; without characters that are special in a URI or in .env.
 _BROKER = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)(?::([0-9]{1,5}))?")
 _PASSWORD = re.compile(r"[A-Za-z0-9]{32,128}")
 
 
 @dataclass(frozen=True)
 class Handover:
-    """From the site of ``sender`` for the site of ``receiver``. ``authority`` vouches for the sender's broker."""
+    """From the site of ``sender`` for the site of ``receiver``. ``authority`` signs the sender's broker."""
 
     sender: str
     receiver: str
@@ -65,12 +65,12 @@ class Handover:
             "# skipctl site join FOLDER THIS_FILE and deletes it.\n"
             f"# Identity {fingerprint(self.identity)}\n"
         )
-        # A string of JSON is one of TOML too.
+        # A JSON string is also a TOML string.
         return head + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
 
 def account_for(peer_id: str) -> str:
-    """What the account is called by which the broker of ``peer_id`` fetches."""
+    """The name of the account with which the broker of ``peer_id`` fetches."""
     return f"federation.{encode_id(peer_id)}"
 
 
@@ -86,7 +86,7 @@ def parse_broker(text: str) -> tuple[str, int]:
 
 
 def read_handover(path: Path) -> Handover:
-    """Raises OperatorError where it is not one, with what is wrong."""
+    """The hand-over in the file. Raises OperatorError with what is wrong."""
     try:
         values = tomllib.loads(read_regular_file(str(path))[0].decode())
         return _handover(values)
@@ -119,7 +119,7 @@ def _handover(values: dict[str, object]) -> Handover:
 
 
 def _authorities(pem: str) -> str:
-    """The certificates alone, without what else may stand around them."""
+    """Only the certificates, without other text."""
     certificates = x509.load_pem_x509_certificates(pem.encode())
     for certificate in certificates:
         try:

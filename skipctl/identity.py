@@ -1,6 +1,4 @@
-"""``skipctl identity show|accept``: what this KP is to others, whom it believes to be whom, and an operator's word on
-a change.
-"""
+"""``skipctl identity show|accept``: the own identity, the pinned identities, and accepting a changed one."""
 
 from __future__ import annotations
 
@@ -22,21 +20,21 @@ from skipbus.shared.store.pinned_identities import Pin, fetch_pin, fetch_pins, u
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser("identity", help="the pinned identities of key providers")
+    parser = subparsers.add_parser("identity", help="show identities, and accept a changed one")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("show", help="show the own identity for others' files, and the pins").set_defaults(
+    commands.add_parser("show", help="print the block for the peers' TOML files, and the pins").set_defaults(
         handler=_show
     )
     accept = commands.add_parser("accept", help="accept the identity that a key provider presents now")
     accept.add_argument("system_id", help="the key provider whose new identity is accepted")
-    accept.add_argument("--fingerprint", help="accept only this fingerprint, as its operator told you")
+    accept.add_argument("--fingerprint", help="accept only this fingerprint, which its operator has confirmed")
     accept.set_defaults(handler=_accept)
 
 
 def _show(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
     keyring = _keyring(settings)
-    # First, and whether or not the store is there: it is what the other side's operator waits for.
+    # First, because it needs no store, and the other side's operator waits for it.
     own_id, own_key = settings.local_system_id, keyring.identity.public_key
     print(f"# For the TOML files of the peers of {own_id}, whose fingerprint is {fingerprint(own_key)}")
     print(peer_block(own_id, own_key))
@@ -94,7 +92,7 @@ def _accept_presented(settings: Settings, system_id: str, wanted: str | None) ->
 
 
 def _pinned(keyring: Keyring, system_id: str) -> bytes | None:
-    """A damaged pin is nobody's: whatever is presented is another identity then."""
+    """A damaged pin equals no identity, so that any presented one can be accepted."""
     try:
         return keyring.pins.get(system_id)
     except KeyringError:

@@ -1,5 +1,6 @@
-"""``skipctl keyring init|take|show``: makes a KP's keyring once, or moves one that was made elsewhere into its place,
-and shows what is in it without its secrets.
+"""``skipctl keyring init|take|show``: makes a KP's keyring once, moves one that was made elsewhere, or shows it.
+
+No command shows a private key.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("keyring", help="the key provider's own private keys")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     init = commands.add_parser("init", help="make a new identity in an empty folder")
-    init.add_argument("--if-missing", action="store_true", help="leave a keyring of this key provider as it is")
+    init.add_argument("--if-missing", action="store_true", help="do nothing if the keyring of this key provider exists")
     init.set_defaults(handler=_init)
-    take = commands.add_parser("take", help="move a keyring here that was made elsewhere, and destroy it there")
-    take.add_argument("source", type=Path, help="the folder that it was made in")
+    take = commands.add_parser("take", help="move a keyring from another folder, and destroy it there")
+    take.add_argument("source", type=Path, help="the folder of the keyring")
     take.set_defaults(handler=_take)
     commands.add_parser("show", help="show the identity and the live epochs").set_defaults(handler=_show)
 
 
 def _init(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
-    # Any content counts as a keyring: one that is damaged is for an operator to restore, not to be replaced.
+    # Any content counts as a keyring: an operator restores a damaged one, it is never replaced.
     if arguments.if_missing and settings.keyring_dir.is_dir() and any(settings.keyring_dir.iterdir()):
         keyring = Keyring.open(settings.keyring_dir, settings.local_system_id)
-        print(f"the keyring of {keyring.system_id} is there: identity {fingerprint(keyring.identity.public_key)}")
+        print(f"the keyring of {keyring.system_id} exists: identity {fingerprint(keyring.identity.public_key)}")
         return 0
     keyring = Keyring.create(settings.keyring_dir, settings.local_system_id)
     print(f"made a keyring for {keyring.system_id} in {keyring.path}")

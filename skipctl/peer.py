@@ -1,8 +1,7 @@
-"""Owns `skipctl peer list|check`: how every peer is, and what is wrong with it in words.
+"""``skipctl peer list|check``: the state of every peer, and what is wrong with it.
 
-Rules: reads only, nothing is learned or pinned by looking; exit code 0 where all is well and 1 where something is
-not. An endpoint is asked as the syncer would reach it, at `GET {endpoint}/capabilities`.
-Leaves to others: the words (`skipbus.ctl.peer_words`).
+The commands only read: nothing is pinned. Exit code 0 if nothing is wrong, else 1. An endpoint is requested as the
+syncer reaches it, at ``GET {endpoint}/capabilities``. The sentences are in `skipbus.ctl.peer_words`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import orjson
 from sqlalchemy import Connection
 
 from skipbus.ctl.command import Commands, add_command, add_group
-from skipbus.ctl.peer_words import PeerView, complaints
+from skipbus.ctl.peer_words import PeerView, problems
 from skipbus.shared.clock import now_ms
 from skipbus.shared.config import Settings, load_settings
 from skipbus.shared.crypto.keyring import Keyring
@@ -39,9 +38,9 @@ _SYNCER_LATE_INTERVALS = 3
 
 def register(commands: Commands) -> None:
     """Add `peer` and its subcommands."""
-    group = add_group(commands, "peer", "look at the other key providers")
-    add_command(group, "list", "a line for each peer", _list)
-    check = add_command(group, "check", "say what is wrong with a peer, or with any", _check)
+    group = add_group(commands, "peer", "show the other key providers")
+    add_command(group, "list", "print one line for each peer", _list)
+    check = add_command(group, "check", "print what is wrong with a peer, or with all peers", _check)
     check.add_argument("system_id", nargs="?", metavar="ID", help="the peer; without it all of them")
 
 
@@ -49,7 +48,7 @@ def _list(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
     at_ms, faulty = now_ms(), 0
     for view in _read(settings, None):
-        found = complaints(view, at_ms)
+        found = problems(view, at_ms)
         faulty += bool(found)
         print(f"{view.peer.system_id}  {_in_short(view, at_ms)}  {_verdict(found)}")
     return 1 if faulty else 0
@@ -57,11 +56,11 @@ def _list(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _check(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
-    own = _own_complaints(settings)
+    own = _own_problems(settings)
     _print(f"{settings.local_system_id} (this key provider)", own)
     at_ms, faulty = now_ms(), bool(own)
     for view in _read(settings, arguments.system_id):
-        found = complaints(view, at_ms)
+        found = problems(view, at_ms)
         faulty = faulty or bool(found)
         _print(view.peer.system_id, found)
     return 1 if faulty else 0
@@ -112,7 +111,7 @@ class _Reader:
         self._stored = pinned_identities.fetch_pins(connection, self._local_id)
 
     def names(self) -> list[str]:
-        """The peers that the configuration names, and whoever is announced or was heard that a glob matches."""
+        """The peers that the configuration names, and the announced or known ones that a glob matches."""
         seen = {*announcements.fetch_announcement_digests(self._connection), *self._rows}
         matching = {name for name in seen if name in self._remote_ids}
         return sorted(self._remote_ids.exact | matching | set(self._settings.peers))
@@ -158,7 +157,7 @@ class _Reader:
         return fetch_stock_level(self._connection, self._local_id, peer.system_id, usable_until_ms).placed
 
 
-def _own_complaints(settings: Settings) -> list[str]:
+def _own_problems(settings: Settings) -> list[str]:
     engine = make_engine(settings.mysql, pool_size=1)
     try:
         with driver_errors(), engine.connect() as connection:
@@ -174,7 +173,7 @@ def _own_complaints(settings: Settings) -> list[str]:
 
 
 def endpoint_fault(peer: PeerSettings) -> str | None:
-    """Why the peer does not answer at its endpoint, None where it does."""
+    """Why the peer does not answer at its endpoint, or None."""
     try:
         answer = _ask(f"{peer.endpoint}/capabilities", peer)
         name = orjson.loads(answer).get("localSystemID")
@@ -201,12 +200,12 @@ def _connection_fault(reason: object) -> str:
 
 class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:  # noqa: ANN401 -- the library's own arguments
-        """The syncer follows none either."""
+        """The syncer follows no redirect either."""
 
 
 def _ask(url: str, peer: PeerSettings) -> bytes:
     context = ssl.create_default_context(cafile=peer.endpoint_ca_file)
-    # Proxies of the environment are not for this: the syncer goes straight.
+    # No proxy of the environment: the syncer connects directly.
     opener = build_opener(ProxyHandler({}), HTTPSHandler(context=context), _NoRedirect())
     with opener.open(url, timeout=ENDPOINT_TIMEOUT_SECONDS) as response:
         answer: bytes = response.read(_MAX_ANSWER_BYTES)

@@ -1,7 +1,7 @@
-"""What is wrong with a peer, in words. Pure: what was read comes in, sentences come out.
+"""Sentences about what is wrong with a peer. Pure.
 
-Rules: one sentence a fault, with what to do where that is known; no sentence where all is well. What others said
-(a refusal's words) is shown, never interpreted.
+One sentence for each problem, with what to do if that is known; none if nothing is wrong. The text of a peer's
+rejection is shown and never interpreted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store.peers import PeerRow
 
-# A refusal is news for so long; what waits for longer than this is stuck.
+# How long a rejection is reported, and how long an event may wait before it counts as stuck.
 REFUSAL_NEWS_MS = 3_600_000
 WAITING_MS = 30_000
 
 
 @dataclass(frozen=True)
 class PeerView:
-    """What is known of one peer. ``identity`` is the one it is believed by; ``stock`` is None where there is none."""
+    """The state of one peer. ``identity`` is the pinned or configured one; ``stock`` is None without a bus link."""
 
     peer: PeerSettings
     configured: bool
@@ -36,8 +36,8 @@ class PeerView:
     endpoint_fault: str | None = None
 
 
-def complaints(view: PeerView, now_ms: int) -> list[str]:
-    """Everything that is wrong, gravest first."""
+def problems(view: PeerView, now_ms: int) -> list[str]:
+    """All problems, the most severe first."""
     if not view.configured:
         return ["It is not configured: neither SKIP_REMOTE_SYSTEM_ID_n nor [[peers]] names it."]
     found = _of_identity(view) + _of_announcement(view, now_ms) + _of_heartbeats(view, now_ms)
@@ -52,7 +52,7 @@ def _of_identity(view: PeerView) -> list[str]:
     if view.announcement is not None and view.announcement.public_key != view.identity:
         presented = view.announcement.public_key
     heard_ms = (view.row.last_heartbeat_ms if view.row else None) or 0
-    # Anybody who can publish can present an identity; the peer's own heartbeat since then says that all is well.
+    # Everybody who can publish can present an identity; a later heartbeat of the peer shows that nothing is wrong.
     if presented in (None, view.identity) or (view.presented and view.presented[1] < heard_ms):
         return []
     how = (
@@ -61,7 +61,7 @@ def _of_identity(view: PeerView) -> list[str]:
         else f"Compare both with its operator, then run skipctl identity accept {view.peer.system_id}"
     )
     believed, other = fingerprint(view.identity), fingerprint(presented or b"")
-    return [f"It presents another identity ({other}) than the one it is believed by ({believed}). {how}."]
+    return [f"It presents another identity ({other}) than the pinned or configured one ({believed}). {how}."]
 
 
 def _of_announcement(view: PeerView, now_ms: int) -> list[str]:
@@ -114,7 +114,7 @@ def _of_stock(view: PeerView) -> list[str]:
 
 
 def ago(at_ms: int, now_ms: int) -> str:
-    """How long before now, roughly."""
+    """How long ago, in words."""
     seconds = max(0, now_ms - at_ms) // 1000
     for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * size:

@@ -1,9 +1,9 @@
-"""``skipctl db provision``: the store as the services need it: tables, one account for each service, its grants.
+"""``skipctl db provision``: prepares the store for the services: tables, one account for each service, its grants.
 
-Owns who may what in the store's server. Run with the administrator's account (MYSQL_USER), before the services start,
-at each new release: it migrates first, because a grant needs its table. It may run again and while services work:
-it only adds, and sets passwords to what the files say. The statements about tables are ``compose/grants/*.sql``.
-Rules: names that become part of a statement are letters, digits and ``_``; a password goes in as a parameter.
+Run it with the administrator's account (MYSQL_USER) before the services, at each new release. It migrates first,
+because a grant needs its table. It may run again, also while services run: it only adds, and sets the passwords of the
+files. The grants are ``compose/grants/*.sql``. Names that become part of a statement are letters, digits and ``_``; a
+password is a parameter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from skipbus.shared.secret import Secret
 from skipbus.shared.store.engine import connect, driver_errors
 from skipbus.shared.store.migrate import HEAD_REVISION, StoreNewer, upgrade_store
 
-# Those with "bus-" in front may all that the others may, and what links between sites take besides.
+# Roles with "bus-" have all rights of the others, and those that bus links need in addition.
 ROLES = ("api", "syncer", "janitor", "bus-api", "bus-syncer")
 _ACCOUNT = re.compile(rf"([A-Za-z0-9_]{{1,32}})=({'|'.join(ROLES)}):(.+)")
 
@@ -80,7 +80,7 @@ def _read_account(text: str) -> Account:
 
 def _grant(connection: Connection, account: Account, database: str) -> None:
     with driver_errors(), connection.cursor() as cursor:
-        # The second for an account that was there: it gets the password that the service will use.
+        # The second statement is for an existing account: it gets the password that the service uses.
         for statement in ("CREATE USER IF NOT EXISTS %s@%s IDENTIFIED BY %s", "ALTER USER %s@%s IDENTIFIED BY %s"):
             cursor.execute(statement, (account.name, "%", account.password.reveal()))
         for grants in _grants_of(account.role):
@@ -94,7 +94,7 @@ def _grants_of(role: str) -> list[str]:
 
 
 def statements(text: str, account: str, database: str) -> Iterator[str]:
-    """The statements of a grants file, for one account and one database, both quoted already."""
+    """The statements of a grants file, for one quoted account and one quoted database."""
     sql = "\n".join(line for line in text.splitlines() if not line.startswith("--"))
     for statement in sql.split(";"):
         if statement.strip():

@@ -1,9 +1,7 @@
 """``skipctl psk add|list|remove``: the file of TLS pre-shared keys, and the lines to paste into a router.
 
-Rules: keys have 256 bits from the operating system. The file is exchanged in one step, so that neither a running api
-nor stunnel ever reads half of it; comments stay. A key is shown once, when it is made, because the router needs it;
-``list`` shows none.
-Leaves to others: what such a file may hold (``skipbus.shared.protocol.psk_file``); the api reads it again by itself.
+Keys have 256 bits from the operating system. The file is replaced in one step, so that a running api or stunnel never
+reads half of it; comments stay. A key is shown once, when it is made, because the router needs it; ``list`` shows none.
 """
 
 from __future__ import annotations
@@ -30,11 +28,11 @@ def register(commands: Commands) -> None:
     """Add `psk` and its subcommands."""
     group = add_group(commands, "psk", "the pre-shared keys of encryptors")
     add = add_command(group, "add", "make a key for an encryptor, and print what its router needs", _add)
-    add.add_argument("identity", help="what the encryptor calls itself, 1 to 127 bytes")
+    add.add_argument("identity", help="the encryptor's PSK identity, 1 to 127 bytes")
     add.add_argument("--server", default="<address>", help="this key provider's address, for the router's lines")
     add.add_argument("--port", type=int, default=None, help=f"its TLS port (default SKIP_TLS_PORT or {_DEFAULT_PORT})")
     add_command(group, "list", "list the identities and the lengths of their keys", _list)
-    remove = add_command(group, "remove", "forget an encryptor's key", _remove)
+    remove = add_command(group, "remove", "remove an encryptor's key", _remove)
     remove.add_argument("identity", help="the identity as `skipctl psk list` shows it")
     for parser in group.choices.values():
         parser.add_argument("--file", type=Path, default=None, help="the file (default SKIP_TLS_PSK_FILE)")
@@ -61,7 +59,7 @@ def _add(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def router_lines(identity: str, key: bytes, server: str, port: int) -> list[str]:
-    """What to paste into IOS XE in configuration mode."""
+    """The lines for IOS XE, in configuration mode."""
     family = "ipv6" if ":" in server else "ipv4"
     return [
         "! IOS XE, in configuration mode. The key is shown this once.",
@@ -104,7 +102,7 @@ def _file_and_port(arguments: argparse.Namespace, environ: Mapping[str, str]) ->
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One skipctl at a time: the folder is locked, since the file itself is exchanged."""
+    """One skipctl at a time: the folder is locked, because the file itself is replaced."""
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -117,7 +115,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, octets: bytes) -> None:
-    """In one step, with the owner and the mode that the file had; a new one is its owner's alone."""
+    """Replaces the file in one step, with its owner and mode; only its owner can read a new one."""
     real = path.resolve()
     draft = real.with_name(f".{real.name}.new")
     draft.unlink(missing_ok=True)

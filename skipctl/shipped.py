@@ -14,7 +14,7 @@ _PLACES = (
 
 
 def read_shipped(name: str) -> str:
-    """The text of ``compose/<name>``. Raises OperatorError where it did not come with this installation."""
+    """The text of ``compose/<name>``. Raises OperatorError if this installation has no such file."""
     for place in _PLACES:
         if (place / name).is_file():
             return (place / name).read_text()

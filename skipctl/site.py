@@ -1,9 +1,8 @@
-"""``skipctl site init|invite|join|pair``: ready folders for Compose: `.env`, secrets, certificates, definitions.
+"""``skipctl site init|invite|join|pair``: folders for Compose, with `.env`, secrets, certificates and definitions.
 
-Owns which files a folder has, and the commands. ``init`` never overwrites: the folder must be new or empty. Every
-password is random and in a file of its own. The authorities' private keys and what clients need stay with the operator,
-outside of what any container mounts. Leaves who may read what to ``skipctl/site_folder.py``, and what joins two sites
-to ``skipctl/site_link.py``.
+Owns the commands and the list of files. ``init`` never overwrites: the folder must be new or empty. Every password is
+random and in a file of its own. No container mounts the authorities' private keys or the clients' files.
+``skipctl/site_folder.py`` sets owners and modes, ``skipctl/site_link.py`` joins two sites.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ _LIFETIMES = ("# Seconds; alike at all key providers.", "KEY_TTL_SECONDS=3600", 
 
 def register(commands: Commands) -> None:
     """Add `site` and its subcommands."""
-    group = add_group(commands, "site", "folders for Compose")
-    init = add_command(group, "init", "make a ready folder: .env, secrets, certificates, definitions", _init)
+    group = add_group(commands, "site", "make folders for Compose, and join sites")
+    init = add_command(group, "init", "make a folder with .env, secrets, certificates and definitions", _init)
     init.add_argument("folder", type=Path, help="a new or empty folder")
     init.add_argument("--kp", action="append", required=True, help="a key provider's id; two of them share the store")
     init.add_argument("--peer", action="append", default=[], help="an id at another site, where this site has one --kp")
@@ -57,13 +56,13 @@ def register(commands: Commands) -> None:
         "--broker", metavar="HOST[:PORT]", help="with --peer: where other sites reach this site's broker (port 5671)"
     )
     init.add_argument("--host", action="append", help=f"a name or address of the api (default {', '.join(_HOSTS)})")
-    invite = add_command(group, "invite", "make a hand-over for one more site, or a new one for the same", _invite)
+    invite = add_command(group, "invite", "make a hand-over file for another site", _invite)
     invite.add_argument("folder", type=Path, help="this site's folder")
     invite.add_argument("peer", help="the other key provider's id")
-    join = add_command(group, "join", "take in another site's hand-over", _join)
+    join = add_command(group, "join", "read another site's hand-over file", _join)
     join.add_argument("folder", type=Path, help="this site's folder")
     join.add_argument("handover", type=Path, nargs="+", help="the file that the other site made for this one")
-    pair = add_command(group, "pair", "make two sites on one host that are joined already, for trying out", _pair)
+    pair = add_command(group, "pair", "make two joined sites on one host, to try them out", _pair)
     pair.add_argument("sites", nargs=2, metavar="FOLDER=ID", help="a new or empty folder, and its key provider's id")
 
 
@@ -88,7 +87,7 @@ def _invite(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
     _check_id(arguments.peer)
     with _refused_writes(arguments.folder):
         made = SiteFolder(arguments.folder).invite(arguments.peer)
-    print(f"{made}: secret; give it to the operator of {arguments.peer}. Where the site runs already:\n")
+    print(f"{made}: secret; give it to the operator of {arguments.peer}. If the site runs already:\n")
     print(f"docker compose --project-directory {arguments.folder} restart rabbitmq")
     return 0
 
@@ -101,12 +100,12 @@ def _join(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
         with _refused_writes(folder):
             site.join(handover)
         print(
-            f"{site.system_id} believes {fingerprint(handover.identity)} to be {handover.sender}:"
+            f"{site.system_id} accepts the identity {fingerprint(handover.identity)} for {handover.sender}:"
             " compare it by telephone"
         )
-        print(f"its broker is {handover.broker[0]}:{handover.broker[1]}. {path} is of no more use: delete it\n")
+        print(f"its broker is {handover.broker[0]}:{handover.broker[1]}. {path} is not needed any more: delete it\n")
     print(f"docker compose --project-directory {folder} up -d --wait")
-    print("where it runs already, then also: restart rabbitmq syncer janitor api, and last: restart api-b")
+    print("if the site runs already, then also: restart rabbitmq syncer janitor api, and at the end: restart api-b")
     return 0
 
 
@@ -127,7 +126,7 @@ def _pair(arguments: argparse.Namespace, _environ: Mapping[str, str]) -> int:
             (made,) = (there / "handover").iterdir()
             SiteFolder(here).join(read_handover(made))
             made.unlink()
-    print(f"made {folders[0]} and {folders[1]}, which know each other. In this order:\n")
+    print(f"made {folders[0]} and {folders[1]}, which are joined. Start them in this order:\n")
     for folder in folders:
         print(f"docker compose --project-directory {folder} up -d")
     return 0
@@ -158,7 +157,7 @@ def _check_id(system_id: str) -> None:
 
 @contextmanager
 def _new(folder: Path) -> Iterator[None]:
-    """A folder that is filled in the block; what is in it then belongs to whom it should."""
+    """A new folder that the block fills; afterwards every file gets its owner."""
     check_new(folder)
     with _refused_writes(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +168,7 @@ def _new(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _refused_writes(folder: Path) -> Iterator[None]:
-    """Files are written for their owner alone unless more is said; one that cannot be written is the operator's."""
+    """New files are readable by their owner only. Raises OperatorError for a file that cannot be written."""
     os.umask(0o077)
     try:
         yield
@@ -178,7 +177,7 @@ def _refused_writes(folder: Path) -> Iterator[None]:
 
 
 def _tell_handovers(folder: Path) -> None:
-    print("secret; give each to the operator of the other site, on a way that you trust:")
+    print("secret; give each to the operator of the other site, by a way that you trust:")
     for made in sorted((folder / "handover").iterdir()):
         print(f"    {made}")
     print((folder / "identity").read_text().splitlines()[0].removeprefix("# ") + "\n")
@@ -199,12 +198,12 @@ def _make_shared(folder: Path, ids: list[str], hosts: list[str]) -> None:
 def _make_site(
     folder: Path, system_id: str, peers: list[str], hosts: list[str], broker: tuple[str, int], first: bool | None = None
 ) -> None:
-    """A site of its own, which is still to be joined. ``first`` says which of two on one host it is, if any."""
+    """A site that is not joined yet. ``first`` says which of two sites on one host it is, or None."""
     ((account, password),) = _make_common(folder, (SITE_PLACE,), [system_id], hosts).values()
     made = folder / "rabbitmq" / "broker"
     for name in ("rabbitmq/broker/authorities", "config", "handover"):
         (folder / name).mkdir(parents=True)
-    # Each container sees the folder itself, so that a file in it can be replaced while the container stays.
+    # Containers mount the folder, so that a file in it can be replaced while they run.
     for name in ("rabbitmq/broker", "rabbitmq/broker/authorities", "config"):
         (folder / name).chmod(0o755)
     make_broker_certificate(folder / "authorities" / "broker", made, broker[0])
@@ -227,7 +226,7 @@ def _make_site(
 
 
 def _make_common(folder: Path, places: tuple[str, ...], ids: list[str], hosts: list[str]) -> dict[str, tuple[str, str]]:
-    """What both kinds of folder have; the syncers' accounts at the broker, by system id."""
+    """Makes what both kinds of folder have; returns the syncers' accounts at the broker, by system id."""
     for name in ("secrets", "rabbitmq", "clients", "authorities"):
         (folder / name).mkdir()
     syncers = {}
@@ -249,7 +248,7 @@ def _write_accounts(folder: Path, place: str, broker_password: str) -> None:
 
 
 def _write_tls(folder: Path, place: str, system_id: str, hosts: list[str]) -> None:
-    """An authority for one key provider, what its api serves with, and what a client of it needs."""
+    """An authority for one key provider, the certificates of its api, and those of a client."""
     authority, served, client = folder / "authorities" / place, folder / place / "tls", folder / "clients" / place
     make_certificates(authority, f"skipbus {place}", hosts, ["client"])
     for target in (served, client):
@@ -267,7 +266,7 @@ def _write_tls(folder: Path, place: str, system_id: str, hosts: list[str]) -> No
 
 def _toml(peers: list[str]) -> str:
     listed = ", ".join(f'"{peer}"' for peer in peers)
-    return f"# What all services of this site are told beside their variables.\nremote_system_ids = [{listed}]\n"
+    return f"# Settings of all services of this site, in addition to their variables.\nremote_system_ids = [{listed}]\n"
 
 
 def _site_environment(folder: Path, system_id: str, broker: tuple[str, int], first: bool | None) -> str:

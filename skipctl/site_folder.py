@@ -1,8 +1,8 @@
-"""Owns who may read what in a folder for Compose, and how a file of it is written and replaced.
+"""Owners and modes in a folder for Compose, and how its files are written and replaced.
 
-Rules: what the services read belongs to the image's user and to nobody else; what the images of the database and the
-broker read must be open to their users, whose numbers nobody here knows, and is guarded by the folders `secrets` and
-`rabbitmq` above it (a container sees what is mounted alone). Everything else is the operator's.
+Files of the services belong to the image's user only. Files of the database's and the broker's images must be readable
+by their users, whose ids are unknown here, so the folders `secrets` and `rabbitmq` above protect them (a container sees
+only what is mounted). Everything else belongs to the operator.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from skipbus.shared.errors import OperatorError
 
 # The image's user.
 SERVICE_USER = 10001
-# What the Compose files call the key providers: those that share a store, or the only one.
+# The names of the key providers in the Compose files: two that share a store, or the only one.
 SHARED_PLACES = ("alice", "bob")
 SITE_PLACE = "site"
 # The keyring waits there until the first `up`.
@@ -25,14 +25,14 @@ NEW_KEYRING = "keyring"
 
 @dataclass(frozen=True)
 class Owners:
-    """Who owns what: the services' user, and the operator, to whom the folder above belongs."""
+    """The two owners: the services' user, and the operator, who owns the folder above."""
 
     service: tuple[int, int]
     operator: tuple[int, int]
 
 
 def owners_of(folder: Path) -> Owners:
-    """Raises OperatorError where this process cannot give files away."""
+    """Raises OperatorError if this process cannot change owners."""
     if os.geteuid() not in (0, SERVICE_USER):
         raise OperatorError(
             f"secrets must be given to user {SERVICE_USER}, which the services run as: run this as root, for example "
@@ -43,21 +43,21 @@ def owners_of(folder: Path) -> Owners:
 
 
 def check_new(folder: Path) -> None:
-    """Raises OperatorError where the folder holds something."""
+    """Raises OperatorError if the folder is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OperatorError(f"{folder} is not an empty folder; nothing is overwritten")
 
 
 def write_new(path: Path, text: str, mode: int = 0o600) -> None:
-    """A file that is not there yet."""
+    """Writes a file that must not exist yet."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
         file.write(text)
-        # Whatever the umask left of it.
+        # Independent of the umask.
         os.fchmod(file.fileno(), mode)
 
 
 def replace(path: Path, text: str, mode: int = 0o600) -> None:
-    """A file that may be there: the old one whole, or the new one whole. It belongs to whom its folder belongs."""
+    """Replaces a file in one step, or makes it. It gets the owner of its folder."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     write_new(temporary, text, mode)
     above = path.parent.stat()
@@ -66,7 +66,7 @@ def replace(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def give(folder: Path, owners: Owners) -> None:
-    """Everything to the operator, but to the services what they read."""
+    """Sets owners: the services' user for what the services read, the operator for everything else."""
     service = {(place,) for place in (*SHARED_PLACES, SITE_PLACE, NEW_KEYRING)}
     for path in (folder, *folder.rglob("*")):
         inside = path.relative_to(folder).parts
@@ -75,7 +75,7 @@ def give(folder: Path, owners: Owners) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, str]:
-    """What `.env` says. Raises OperatorError where it is not the folder of a site."""
+    """The values of `.env`. Raises OperatorError if it is not the folder of a site."""
     try:
         lines = (folder / ".env").read_text().splitlines()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What joins a site's folder to other sites: their accounts at its broker, and what their hand-overs say.
+"""Joins a site's folder to other sites: their accounts at its broker, and the content of their hand-over files.
 
-Owns the broker's files (`rabbitmq/broker`), `handover` and the ``[[peers]]`` tables of `config/skipbus.toml`. Of one
-other site, everything can be renewed but its identity: to put another one in its place is for the operator, by hand.
+Owns the broker's files (`rabbitmq/broker`), `handover` and the ``[[peers]]`` tables of `config/skipbus.toml`. For a
+known site everything is renewed except its identity: only the operator replaces that, by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from skipbus.shared.peers_config import parse_identity_line, peer_block, read_pe
 
 
 class SiteFolder:
-    """The folder of a site that `skipctl site init` made with ``--peer``. Raises OperatorError where it is none."""
+    """The folder of a site that `skipctl site init` made with ``--peer``. Raises OperatorError."""
 
     def __init__(self, folder: Path) -> None:
         environment = read_environment(folder)
@@ -31,7 +31,7 @@ class SiteFolder:
         self._broker = folder / "rabbitmq" / "broker"
 
     def invite(self, peer_id: str) -> Path:
-        """Makes the account of a peer's broker, with a new password, and the file that tells the peer of it."""
+        """Makes the account of a peer's broker, with a new password, and the hand-over file for the peer."""
         self._check_other(peer_id)
         password = secrets.token_hex(24)
         made = Handover(
@@ -51,12 +51,12 @@ class SiteFolder:
         return path
 
     def join(self, handover: Handover) -> None:
-        """Takes in what a peer made for this site. Raises OperatorError where it is for another one."""
+        """Applies a hand-over file that a peer made for this site. Raises OperatorError."""
         if handover.receiver != self.system_id:
             raise OperatorError(f"the hand-over is for {handover.receiver}, not for {self.system_id}")
         self._check_other(handover.sender)
-        # First of all what may be refused.
-        self._believe(handover.sender, handover.identity)
+        # First what may be refused.
+        self._add_peer(handover.sender, handover.identity)
         name = f"authorities/{encode_id(handover.sender)}.pem"
         replace(self._broker / name, handover.authority, 0o444)
         self._bundle_authorities()
@@ -70,7 +70,7 @@ class SiteFolder:
         if peer_id == self.system_id:
             raise OperatorError(f"{peer_id} is this site itself")
 
-    def _believe(self, peer_id: str, identity: bytes) -> None:
+    def _add_peer(self, peer_id: str, identity: bytes) -> None:
         file = self._folder / "config" / "skipbus.toml"
         text = file.read_text()
         try:
@@ -89,7 +89,7 @@ class SiteFolder:
             )
 
     def _bundle_authorities(self) -> None:
-        """Who may vouch for whoever fetches here: each other site's authority, and the own one."""
+        """The authorities that brokers which fetch here may have: the other sites', and the own one."""
         files = sorted((self._broker / "authorities").glob("*.pem"))
         texts = [self._own_authority(), *(file.read_text() for file in files)]
         replace(self._broker / "authorities.pem", "".join(texts), 0o444)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from skipbus.ctl.peer_words import PeerView, ago, complaints
+from skipbus.ctl.peer_words import PeerView, ago, problems
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.peers_config import PeerSettings
@@ -38,7 +38,7 @@ def announced(*epochs: PublicEpoch, key: bytes = BOB) -> PeerView:
 
 
 def test_a_peer_that_is_well_has_no_complaint() -> None:
-    assert complaints(WELL, NOW_MS) == []
+    assert problems(WELL, NOW_MS) == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_peer_that_is_well_has_no_complaint() -> None:
     ],
 )
 def test_a_fault_is_one_sentence(view: PeerView, words: str) -> None:
-    (sentence,) = complaints(view, NOW_MS)
+    (sentence,) = problems(view, NOW_MS)
     assert words in sentence
     assert sentence.isprintable()
 
@@ -86,18 +86,18 @@ def test_a_fault_is_one_sentence(view: PeerView, words: str) -> None:
     ids=["presented before it was heard", "old refusal", "young rows", "at the low mark", "no stock wanted"],
 )
 def test_what_is_over_or_usual_is_no_fault(view: PeerView) -> None:
-    assert complaints(view, NOW_MS) == []
+    assert problems(view, NOW_MS) == []
 
 
 def test_a_learned_identity_is_accepted_with_skipctl_and_a_configured_one_in_the_file() -> None:
     learned = replace(WELL, peer=PeerSettings("KP_Bob"), stock=None, presented=(THIEF, NOW_MS))
-    (sentence,) = complaints(learned, NOW_MS)
+    (sentence,) = problems(learned, NOW_MS)
     assert "skipctl identity accept KP_Bob" in sentence
 
 
 def test_everything_that_is_wrong_is_told() -> None:
     view = replace(WELL, announcement=None, row=None, stock=0, endpoint_fault="x")
-    assert len(complaints(view, NOW_MS)) == 4
+    assert len(problems(view, NOW_MS)) == 4
 
 
 @pytest.mark.parametrize(
