@@ -1,9 +1,9 @@
-"""Owns the logs of a process: set up once, one line an event, ours and the libraries' alike, on stdout.
+"""The logs of a process: set up once, one line for each event, ours and the libraries' alike, on standard output.
 
-Rules: JSON lines in production, readable ones in development; every line has `timestamp`, `level`,
-`event`, `service`, `system_id` and `pid`; within a request also its `correlation_id`. Known secrets never
-come out, and the libraries' levels that show messages or credentials stay off.
-Leaves to others: rendering (`shared/log_rendering.py`), writing (`shared/line_writer.py`), what is worth a line.
+Rules: JSON lines in production, readable ones in development. Every line has `timestamp`, `level`, `event`, `service`,
+`system_id` and `pid`; within a request also its `correlation_id`. A log call never raises and never waits for standard
+output. A `Secret` shows as `***` and bytes show as their number, because they may be a key. Levels at which a library
+logs messages or credentials stay off.
 """
 
 from __future__ import annotations
@@ -12,79 +12,65 @@ import atexit
 import itertools
 import logging
 import os
-import secrets as random_source
+import re
+import secrets
 import sys
 import threading
-from collections.abc import Iterable
-from contextvars import ContextVar
+import traceback
 from types import TracebackType
 from typing import cast
 
+import orjson
 import structlog
-from structlog.contextvars import merge_contextvars
+from structlog.contextvars import bind_contextvars, merge_contextvars
+from structlog.processors import TimeStamper
+from structlog.stdlib import ProcessorFormatter, add_logger_name
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 from skipbus.shared.config import Settings
-from skipbus.shared.line_writer import LineWriter
-from skipbus.shared.log_rendering import (
-    console_renderer,
-    explain_exception,
-    fields,
-    json_renderer,
-    redactor,
-    show_plainly,
-    utc_timestamp,
-)
-from skipbus.shared.secret import Secret
+from skipbus.shared.log_queue import LogQueue
 
-__all__ = [
-    "CORRELATION_ID",
-    "LineWriter",
-    "configure_logging",
-    "get_logger",
-    "line_writer",
-    "new_correlation_id",
-    "utc_timestamp",
-]
-
-# The id of the request or message that is being handled. Set it once for each; tasks inherit it.
-CORRELATION_ID: ContextVar[str | None] = ContextVar("correlation_id", default=None)
-
-# At debug, aiormq writes the frames that it sends, the log-in with the password among them; at info,
-# sqlalchemy writes statements with their values.
-# alembic tells at info what it assumes, at every start.
-_LIBRARY_FLOORS = {
+# At debug, aiormq logs the frames that it sends, the password among them; at info, sqlalchemy logs statements with
+# their values, and alembic logs what it assumes, at every start.
+_LIBRARY_LEVELS = {
     "aiormq": logging.INFO,
     "aio_pika": logging.INFO,
     "sqlalchemy": logging.WARNING,
     "alembic": logging.WARNING,
 }
+_MAX_CAUSES = 8
+_MAX_MESSAGE_LENGTH = 300
+_MAX_TRACEBACK_LENGTH = 20_000
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+log_queue = LogQueue()
+_id_prefix = secrets.token_hex(4)
+_id_counter = itertools.count()
 
 
-class _Process:
-    """What belongs to this process and not to its parent: the writer, and the ids' prefix and counter."""
-
-    writer: LineWriter | None = None
-    id_prefix = random_source.token_hex(4)
-    id_counter = itertools.count()
-
-
-def configure_logging(settings: Settings, service: str, secrets: Iterable[Secret] = ()) -> None:
-    """Set up the logs of this process, once, before anything else is done.
-
-    `secrets` are kept out of every line, and so are the password of the store and the URL of the bus.
-    """
-    writer = line_writer()
+def configure_logging(settings: Settings, service: str) -> None:
+    """Sets up the logs of this process, before anything else is done."""
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    redact = redactor([settings.mysql.password, settings.rabbitmq_url, *secrets])
-    if settings.environment == "development":
-        render = console_renderer(redact, colors=os.isatty(1))
-    else:
-        render = json_renderer(redact)
-    chain = _chain(fields(service, settings.local_system_id), render)
-    _configure_structlog(chain, level, writer)
-    _configure_standard_library(chain, level, writer)
-    _log_what_nobody_caught()
+    processors: list[Processor] = [
+        merge_contextvars,
+        add_logger_name,
+        structlog.processors.add_log_level,
+        TimeStamper(fmt="iso", utc=True),
+        explain_exception,
+        _common_fields_first(service, settings.local_system_id),
+    ]
+    render = render_for_people if settings.environment == "development" else render_json
+    structlog.configure(
+        processors=[*processors, render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=_Output,
+        cache_logger_on_first_use=True,
+    )
+    _configure_libraries(processors, render, level)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+    log_queue.start()
+    atexit.register(log_queue.close)
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
@@ -92,110 +78,152 @@ def get_logger(name: str) -> FilteringBoundLogger:
     return cast(FilteringBoundLogger, structlog.get_logger(name))
 
 
-def line_writer() -> LineWriter:
-    """The one writer on stdout that all lines of this process go through."""
-    if _Process.writer is None:
-        _Process.writer = LineWriter(1)
-        atexit.register(_Process.writer.close)
-    return _Process.writer
-
-
 def new_correlation_id() -> str:
     """An id for one request: 8 hex digits of this process, and 4 or more of a counter."""
-    return f"{_Process.id_prefix}{next(_Process.id_counter):04x}"
+    return f"{_id_prefix}{next(_id_counter):04x}"
 
 
-def _renew_after_fork() -> None:
-    # A forked child would go on counting under the same prefix, and so give out its parent's ids again.
-    _Process.id_prefix = random_source.token_hex(4)
-    _Process.id_counter = itertools.count()
-    if _Process.writer is not None:
-        _Process.writer.forget()
-
-
-os.register_at_fork(after_in_child=_renew_after_fork)
-
-
-def _chain(add_fields: Processor, render: Processor) -> list[Processor]:
-    return [merge_contextvars, _add_origin, add_fields, explain_exception, show_plainly, render]
-
-
-def _add_origin(logger: object, _method: str, event: EventDict) -> EventDict:
-    if isinstance(logger, _Output):
-        event["logger"] = logger.name
-    correlation_id = CORRELATION_ID.get()
-    if correlation_id is not None:
-        event.setdefault("correlation_id", correlation_id)
-    return event
+def log_correlation_id(correlation_id: str) -> None:
+    """Puts the id into every later line of this task, and of the tasks that it makes."""
+    bind_contextvars(correlation_id=correlation_id)
 
 
 class _Output:
-    """What structlog hands rendered lines to."""
+    """Where structlog puts the rendered lines of one logger, whatever their level."""
 
-    def __init__(self, writer: LineWriter, name: str) -> None:
+    def __init__(self, name: str = "") -> None:
         self.name = name
-        self.msg = writer.write_now
-
-    def __getattr__(self, _level: str) -> object:
-        # One line goes the same way at every level.
-        return self.msg
+        self.debug = self.info = self.warning = self.error = self.critical = log_queue.put
 
 
-def _configure_structlog(chain: list[Processor], level: int, writer: LineWriter) -> None:
-    structlog.configure(
-        processors=chain,
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda name="": _Output(writer, name),
-        cache_logger_on_first_use=True,
-    )
-
-
-class _StandardHandler(logging.Handler):
-    """Brings the records of libraries through the same chain."""
-
-    def __init__(self, chain: list[Processor], writer: LineWriter) -> None:
-        super().__init__()
-        self._chain = chain
-        self._writer = writer
+class _LibraryHandler(logging.Handler):
+    """Puts rendered records of libraries into the same queue."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        event: EventDict = {"event": _message(record), "logger": record.name, "exc_info": record.exc_info}
-        line: object = event
-        for process in self._chain:
-            line = process(None, record.levelname.lower(), cast(EventDict, line))
-        self._writer.write_now(cast(bytes, line))
+        try:
+            log_queue.put(self.format(record).encode())
+        except Exception:  # noqa: BLE001 -- as logging's own handlers do, for wrong arguments of a library
+            self.handleError(record)
 
 
-def _message(record: logging.LogRecord) -> str:
-    try:
-        return record.getMessage()
-    except Exception:  # noqa: BLE001 -- a library's wrong arguments must not end what was being done
-        return str(record.msg)
-
-
-def _configure_standard_library(chain: list[Processor], level: int, writer: LineWriter) -> None:
+def _configure_libraries(processors: list[Processor], render: Processor, level: int) -> None:
+    handler = _LibraryHandler()
+    handler.setFormatter(
+        ProcessorFormatter(
+            foreign_pre_chain=processors,
+            processors=[ProcessorFormatter.remove_processors_meta, render, _as_text],
+        )
+    )
     root = logging.getLogger()
-    root.handlers[:] = [_StandardHandler(chain, writer)]
+    root.handlers[:] = [handler]
     root.setLevel(level)
-    for name, floor in _LIBRARY_FLOORS.items():
-        logging.getLogger(name).setLevel(max(level, floor))
+    for name, least in _LIBRARY_LEVELS.items():
+        logging.getLogger(name).setLevel(max(level, least))
     logging.captureWarnings(True)
 
 
-def _log_what_nobody_caught() -> None:
-    """Exceptions that end the process or a thread come out as a line too, not as a bare traceback."""
-    sys.excepthook = _log_uncaught
-    threading.excepthook = _log_uncaught_in_thread
+def _as_text(_logger: object, _method: str, line: object) -> str:
+    return cast(bytes, line).decode()
+
+
+def _common_fields_first(service: str, system_id: str) -> Processor:
+    common = {"service": service, "system_id": system_id, "pid": os.getpid()}
+
+    def order(_logger: object, _method: str, event: EventDict) -> EventDict:
+        first = {"timestamp": event["timestamp"], "level": event["level"], "event": event["event"], **common}
+        # Once more at the end: no field of an event replaces one of these.
+        return {**first, **event, **common}
+
+    return order
+
+
+def explain_exception(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Turns `exc_info` into `error`, the chain of causes in one line, and `traceback`, without local variables."""
+    given = event.pop("exc_info", None)
+    if given is True:
+        given = sys.exc_info()
+    error = given[1] if isinstance(given, tuple) else given
+    if isinstance(error, BaseException):
+        event["error"] = cause_chain(error)
+        # Of a long one the end is kept: it names the exception.
+        event["traceback"] = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK_LENGTH:]
+    return event
+
+
+def cause_chain(error: BaseException) -> str:
+    """The exception and its causes in one line, the outermost first."""
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links and len(links) < _MAX_CAUSES:
+        links.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return "; caused by ".join(map(_one_line, links))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(_message(error).split())[:_MAX_MESSAGE_LENGTH]
+    if isinstance(error, BaseExceptionGroup):
+        text += f" [{', '.join(map(_one_line, error.exceptions))}]"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 -- the text of an exception must not cost the line about it
+        return "its message cannot be shown"
+
+
+def render_json(_logger: object, _method: str, event: EventDict) -> bytes:
+    """The last processor in production."""
+    try:
+        return orjson.dumps(event, default=shown)
+    except TypeError:
+        # A lone surrogate, which a client can send and UTF-8 cannot carry, or a value that contains itself.
+        return orjson.dumps({name: _plain(value) for name, value in event.items()})
+
+
+def shown(value: object) -> object:
+    """What the log shows of a value that JSON does not know."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, set | frozenset):
+        return list(value)
+    try:
+        return cause_chain(value) if isinstance(value, BaseException) else repr(value)
+    except Exception:  # noqa: BLE001 -- whatever is in an event, the line must come
+        return f"<{type(value).__name__}>"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    is_small_number = isinstance(value, int | float) and abs(value) < 1 << 53
+    return value if is_small_number else f"<{type(value).__name__}>"
+
+
+def render_for_people(logger: object, method: str, event: EventDict) -> bytes:
+    """The last processor in development. Control characters are escaped: a client must not steer the terminal."""
+    fields: EventDict = orjson.loads(render_json(logger, method, event))
+    below = fields.pop("traceback", None)
+    fields = {name: _visible(value) if isinstance(value, str) else value for name, value in fields.items()}
+    if below is not None:
+        fields["exception"] = "\n".join(map(_visible, below.splitlines()))
+    return _console(logger, method, fields).encode()
+
+
+_console = structlog.dev.ConsoleRenderer(colors=os.isatty(1), sort_keys=False)
+
+
+def _visible(text: str) -> str:
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        return
-    get_logger("uncaught").critical("the process ends by an exception", exc_info=(kind, error, trace))
+    if not issubclass(kind, KeyboardInterrupt):
+        get_logger("uncaught").critical("the process ends by an exception", exc_info=(kind, error, trace))
 
 
 def _log_uncaught_in_thread(found: threading.ExceptHookArgs) -> None:
     thread = found.thread.name if found.thread else "unknown"
-    get_logger("uncaught").critical(
-        "a thread ended by an exception", thread=thread, exc_info=(found.exc_type, found.exc_value, None)
-    )
+    get_logger("uncaught").critical("a thread ended by an exception", thread=thread, exc_info=found.exc_value)

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.logs import line_writer
+from skipbus.shared.logs import log_queue
 
 _TASKS = CollectorRegistry()
 _INTERVAL = Gauge("skipbus_task_interval_seconds", "How often a regular task is done.", ["task"], registry=_TASKS)
@@ -55,11 +55,11 @@ def serve_metrics(port: int, registry: CollectorRegistry) -> None:
 
 
 class _LogLines(Collector):
-    """Read when it is asked for: the writer counts without a lock or a library in its way."""
+    """The queue counts; the number is read when the metrics are asked for."""
 
     def collect(self) -> Iterator[Metric]:
         yield CounterMetricFamily(
             "skipbus_log_lines_dropped",
             "Log lines given up because the reader of standard output stopped or went away.",
-            value=line_writer().dropped_lines,
+            value=log_queue.dropped_lines,
         )

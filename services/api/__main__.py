@@ -45,6 +45,7 @@ _log = get_logger("api")
 
 def main() -> int:
     """Console script ``skip-api``. Exit code 0 after a signal, 1 after a failure, 2 for a bad configuration."""
+    workers.end_with_parent()
     settings = config_from_argv("skip-api", sys.argv[1:], os.environ)
     configure_logging(settings, "api")
     if settings.api_workers > 1:

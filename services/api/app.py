@@ -18,7 +18,7 @@ from skipbus.services.api.status import StatusPages
 from skipbus.services.api.sync import PATH as SYNC_PATH
 from skipbus.services.api.sync import SyncEndpoint
 from skipbus.shared.errors import SkipbusError
-from skipbus.shared.logs import CORRELATION_ID, get_logger, new_correlation_id
+from skipbus.shared.logs import get_logger, log_correlation_id, new_correlation_id
 
 _log = get_logger("app")
 _KEY_PREFIX = "/key/"
@@ -44,7 +44,7 @@ class Application:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer to one request; every error of skipbus is one, any other is a 500 and a traceback in the log."""
         correlation_id = new_correlation_id()
-        CORRELATION_ID.set(correlation_id)
+        log_correlation_id(correlation_id)
         entry = Entry(correlation_id, getattr(request.protocol, "caller", None))
         try:
             response = await self._dispatch(request, entry)

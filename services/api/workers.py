@@ -22,8 +22,9 @@ from skipbus.shared.logs import get_logger
 _PR_SET_PDEATHSIG = 1
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _STABLE_SECONDS = 30.0
-# Of the parent's making: not a setting.
+# Set by the parent for its workers; no settings.
 _TOGETHER = "SKIPBUS_API_WORKERS_TOGETHER"
+_PARENT = "SKIPBUS_API_WORKERS_PARENT"
 
 _log = get_logger("workers")
 
@@ -35,19 +36,14 @@ class _Worker:
         self.index = index
         self.failures = 0
         self.restart_at = 0.0
-        self._environment = {**os.environ, "SKIP_API_WORKERS": "1", _TOGETHER: str(count)}
+        self._environment = {**os.environ, "SKIP_API_WORKERS": "1", _TOGETHER: str(count), _PARENT: str(os.getpid())}
         if metrics_port:
             self._environment["SKIP_METRICS_PORT"] = str(metrics_port + index)
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.started = time.monotonic()
-        parent = os.getpid()
-        return subprocess.Popen(
-            [sys.executable, "-m", "skipbus.services.api"],
-            env=self._environment,
-            preexec_fn=lambda: _die_with(parent),  # noqa: PLW1509 -- this process has one thread
-        )
+        return subprocess.Popen([sys.executable, "-m", "skipbus.services.api"], env=self._environment)
 
     def look_after(self) -> None:
         """Starts the worker anew when it has died; the more often it dies young, the later."""
@@ -68,6 +64,15 @@ class _Worker:
 def together() -> int:
     """How many workers serve together, this process among them."""
     return int(os.environ.get(_TOGETHER, "1"))
+
+
+def end_with_parent() -> None:
+    """In a worker: has the kernel end this process when its parent dies. Call it first."""
+    if _PARENT not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(os.environ[_PARENT]):  # it has died already
+        sys.exit(EXIT_FAILED)
 
 
 def supervise(settings: Settings) -> int:
@@ -106,9 +111,3 @@ def _stop_all(workers: list[_Worker]) -> None:
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
-
-
-def _die_with(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died between fork and here
-        os._exit(EXIT_FAILED)
