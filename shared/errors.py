@@ -1,8 +1,8 @@
-"""The one error tree, by whose fault it is: the caller's, the peer's, a backend's, or ours.
+"""The error tree, by whose fault it is: the caller's, the peer's, a backend's, or ours.
 
-Rules: a message is one sentence that a stranger may read; it never carries key material. An error
-becomes an HTTP status in one place (``skipbus.services.api.responses``) and an ack or a reject in one other
-(``skipbus.services.syncer.inbox``). Driver errors are wrapped where the driver is used, cause kept.
+A message is one sentence that every client may read, and never has key material. One place maps errors to HTTP
+statuses (``skipbus.services.api.responses``), and one maps them to accepting or rejecting an envelope (syncer). Driver
+errors are wrapped where the driver is used, and keep their cause.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class SkipbusError(Exception):
 
 
 class CallerError(SkipbusError):
-    """The encryptor asked for something it may not have or said it wrongly (400)."""
+    """The encryptor asked for something that it may not have, or in a wrong form (400)."""
 
     def __init__(self, message: str, *, parameter: str) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class KeyNotAvailable(CallerError):
 
 
 class PeerError(SkipbusError):
-    """A peer sent something that is refused, or has not sent what is needed."""
+    """A peer sent something that is rejected, or has not sent what is needed."""
 
     reason = "peer_error"
 
@@ -37,13 +37,13 @@ class PeerNotReady(PeerError):
 
 
 class NotPlaced(PeerNotReady):
-    """The peer refused a key or did not store it in time; the key is withdrawn (500)."""
+    """The peer rejected a key or did not store it in time; the key is withdrawn (500)."""
 
     reason = "not_placed"
 
 
 class EnvelopeRefused(PeerError):
-    """An envelope is not accepted; ``reason`` is one of a fixed set, counted and dead-lettered."""
+    """An envelope is rejected; ``reason`` is one of a fixed set, which is counted, and the envelope dead-lettered."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class EnvelopeRefused(PeerError):
 
 
 class IdentityChanged(PeerError):
-    """A KP presents another identity than the one pinned for it; an operator must accept it first."""
+    """A KP presents another identity than the pinned one; an operator must accept it first."""
 
     reason = "identity_changed"
 
@@ -63,11 +63,11 @@ class SealBroken(PeerError):
 
 
 class BackendError(SkipbusError):
-    """MySQL or RabbitMQ did not do its part."""
+    """MySQL or RabbitMQ failed."""
 
 
 class StoreUnavailable(BackendError):
-    """The store cannot be reached, or did not answer in time; worth another try."""
+    """The store cannot be reached, or did not answer in time; another try may succeed."""
 
 
 class StoreConflict(StoreUnavailable):
@@ -75,7 +75,7 @@ class StoreConflict(StoreUnavailable):
 
 
 class StoreRefused(BackendError):
-    """The store answered with an error that another try will not mend."""
+    """The store answered with an error that another try does not fix."""
 
 
 class CommitUnknown(StoreUnavailable):
@@ -87,7 +87,7 @@ class BusUnavailable(BackendError):
 
 
 class Overloaded(SkipbusError):
-    """More callers wait than may wait (503 with Retry-After)."""
+    """Too many callers wait already (503 with Retry-After)."""
 
 
 class NoEntropy(SkipbusError):
@@ -95,7 +95,7 @@ class NoEntropy(SkipbusError):
 
 
 class OperatorError(SkipbusError):
-    """Something that only an operator can put right; the message says how."""
+    """A problem that only an operator can fix; the message says how."""
 
 
 class KeyringError(OperatorError):

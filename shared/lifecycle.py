@@ -1,11 +1,9 @@
-"""Life and death of a process: one event loop, named tasks, a stop that drains, an exit code that tells.
+"""Start and end of a process: one event loop, named tasks, a stop that drains, an exit code.
 
-Rules: the first task that fails ends the process, non-zero, with its cause in the log, so that whatever
-supervises it (Compose, systemd, the demo) starts it anew. SIGTERM and SIGINT set ``stop``: tasks end by
-themselves within ``DRAIN_SECONDS``; after that the process ends all the same.
-
-Regular tasks of a process keep one beat, a second long: waking once for all of them costs an idle process less than
-waking for each, and what they ask of the store then goes together (``shared/hop.py``). Each process has its own phase.
+The first task that fails ends the process with exit code 1 and its cause in the log, so that the supervisor (Compose,
+systemd, the demo) starts it again. SIGTERM and SIGINT set ``stop``: tasks end by themselves within ``DRAIN_SECONDS``;
+after that the process is ended. The regular tasks of a process wake at the same tick, once a second, because waking
+once costs an idle process less than waking for each task. Each process has its own phase.
 """
 
 from __future__ import annotations
@@ -31,23 +29,23 @@ DRAIN_SECONDS = 10.0
 EXIT_OK = 0
 EXIT_FAILED = 1
 _PR_SET_DUMPABLE = 4
-# New objects between two looks for cycles; Python's own is 700.
-_LOOK_FOR_CYCLES_AFTER = 10_000
+# New objects between two garbage collections; Python's default is 700.
+_COLLECT_AFTER = 10_000
 BEAT_SECONDS = 1.0
-# A beat that comes by this much later than what was asked for will do; otherwise it is the one before.
+# A tick may be this much later than requested; otherwise the earlier one is used.
 _LATENESS_SECONDS = 0.25
-# Many processes must not beat as one. A whole number of milliseconds, as the event loop's timers count them.
+# Many processes must not wake at the same time. Whole milliseconds, as the event loop's timers count them.
 _PHASE_SECONDS = random.randrange(1000) / 1000  # noqa: S311 -- spreads load, no secret
 
 _log = get_logger("lifecycle")
 
 
 class Stopped(Exception):
-    """Raised inside a task group to end it once a stop was asked for."""
+    """Raised inside a task group to end it after a stop was requested."""
 
 
 def run_service(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
-    """Runs ``serve(stop)`` on an event loop until it returns; the process's exit code."""
+    """Runs ``serve(stop)`` on an event loop until it returns, and returns the exit code of the process."""
     _raise_file_limit()
     _keep_memory_private()
     _collect_less_garbage()
@@ -63,14 +61,14 @@ def run_service(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> 
 
 
 def _collect_less_garbage() -> None:
-    """What is there now stays till the end, so it is never looked through for cycles again.
+    """Excludes all present objects from garbage collection, because they stay until the end.
 
-    An envelope of thousands of keys is thousands of lists: looking for cycles after every 700 of them, and now and then
-    through all modules, was half of what a syncer did while keys expired.
+    An envelope of thousands of keys is thousands of lists: collecting after every 700 of them, and sometimes through
+    all modules, took half of a syncer's time while keys expired.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_LOOK_FOR_CYCLES_AFTER)
+    gc.set_threshold(_COLLECT_AFTER)
 
 
 async def _serve_until_signalled(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
@@ -94,22 +92,22 @@ async def _serve_until_signalled(serve: Callable[[asyncio.Event], Coroutine[Any,
 
 
 async def pause(stop: asyncio.Event, seconds: float) -> bool:
-    """Waits until ``stop`` or for ``seconds``; whether to go on."""
+    """Waits for ``stop`` or for ``seconds``; returns whether to continue."""
     return await _pause_until(stop, asyncio.get_running_loop().time() + seconds)
 
 
 async def pause_to_beat(stop: asyncio.Event, seconds: float) -> bool:
-    """``pause`` until a beat that is about ``seconds`` away."""
+    """``pause`` until a tick that is about ``seconds`` away."""
     return await _pause_until(stop, next_beat(asyncio.get_running_loop().time(), seconds))
 
 
 def next_beat(now: float, seconds: float) -> float:
-    """When, by the loop's time, to do again what is done every ``seconds``. What is done more often has no beat."""
+    """The loop time of the next tick for a task that runs every ``seconds``; below one second there are no ticks."""
     if seconds < BEAT_SECONDS:
         return now + seconds
     earliest = now + seconds + _LATENESS_SECONDS - BEAT_SECONDS
     beat = _PHASE_SECONDS + BEAT_SECONDS * math.ceil((earliest - _PHASE_SECONDS) / BEAT_SECONDS)
-    # To the very number that the loop's clock, which counts milliseconds, will show then.
+    # The exact value of the loop's clock at that time, which counts milliseconds.
     return round(beat, 3)
 
 
@@ -121,9 +119,9 @@ async def _pause_until(stop: asyncio.Event, when: float) -> bool:
 
 
 async def every(stop: asyncio.Event, seconds: float, what: str, action: Callable[[], Awaitable[None]]) -> None:
-    """Does ``action`` every ``seconds``, at a beat, until ``stop``.
+    """Runs ``action`` every ``seconds``, at a tick, until ``stop``.
 
-    A backend that is away is logged once, and once when it is back; any other error ends the task.
+    An unavailable backend is logged once, and once when it is back; any other error ends the task.
     """
     away, age = False, TaskAge(what, seconds)
     while not stop.is_set():
@@ -143,7 +141,7 @@ async def every(stop: asyncio.Event, seconds: float, what: str, action: Callable
 
 
 async def stop_group(stop: asyncio.Event) -> NoReturn:
-    """A task for a TaskGroup whose other tasks run for ever: ends them all at ``stop``."""
+    """A task for a TaskGroup whose other tasks run forever: ends them all at ``stop``."""
     await stop.wait()
     raise Stopped
 

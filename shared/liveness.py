@@ -1,8 +1,7 @@
-"""What a peer's heartbeats say about it. Pure arithmetic.
+"""The status of a peer, from its heartbeats. Pure.
 
-A peer is online until two of its own intervals have passed without a heartbeat, then late, and offline after
-five. The interval is the one that the peer announced, so that KPs with different settings judge each other
-rightly. Leaves to others: keeping the times (syncer) and showing the answer (api).
+A peer is online until two of its own intervals have passed without a heartbeat, then late, and offline after five. The
+interval is the peer's own, so that KPs with different settings are compared correctly.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ OFFLINE_AFTER_INTERVALS = 5
 
 
 def peer_status(last_heartbeat_ms: int | None, interval_ms: int, now_ms: int) -> PeerStatus:
-    """The status of a peer heard last at ``last_heartbeat_ms`` (UTC ms, None for never)."""
+    """The status of a peer whose last heartbeat came at ``last_heartbeat_ms`` (UTC ms, None for never)."""
     if last_heartbeat_ms is None or interval_ms <= 0:
         return "offline"
     silence_ms = now_ms - last_heartbeat_ms

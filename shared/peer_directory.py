@@ -1,19 +1,11 @@
-"""What one KP knows of the KPs in its store: their verified announcements, and whom it believes to be whom.
+"""A KP's directory of peers: their verified announcements, and which identity is trusted for each of them.
 
-Owns the trust decision. A peer whose identity is configured is believed by that alone, from the start; nothing is
-ever learned about it. For any other the identity in the first announcement seen under a name is pinned, in the store
-for operators to see and in the keyring, which decides. An announcement counts only while it carries the pinned
-identity. A changed identity is reported and refused until an operator accepts it; the earlier announcement is not
-used meanwhile, because the KP that could have opened what is sealed to it may be gone.
-
-Announcements of bus peers come only from what they sent to this KP, those of others only from the store: whoever
-can write into one of the two places must not speak for a KP of the other.
-
-``refresh`` blocks and belongs in a thread; it reads and verifies only what changed. Whoever looks at the digests each
-second (``skipbus.shared.store.glances``) spares it as long as ``is_current`` says so. The reading methods look
-at one snapshot that is replaced as a whole, so any thread may call them at any time. While the store is away
-the last snapshot stays. Leaves to others: who writes announcements (janitor, syncer) and the SQL
-(``skipbus.shared.store``: announcements, pinned_identities).
+A peer with a configured identity is trusted by that identity only. For any other peer the identity in the first
+announcement under its name is pinned (trust on first use), in the keyring, which decides, and in the store, for
+operators. An announcement counts only with the pinned identity. A changed identity is reported and refused until an
+operator accepts it; the earlier announcement is not used in the meantime, because its KP may be gone. Announcements of
+bus peers come only from their envelopes, all others only from the store, so that who can write to one of the two cannot
+speak for a KP of the other. ``refresh`` blocks; readers use a snapshot that is replaced as a whole, from any thread.
 """
 
 from __future__ import annotations
@@ -37,10 +29,10 @@ from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import Digests
 from skipbus.shared.store.pinned_identities import Pin
 
-# Pins change only by an operator's hand; while one is awaited they are read at every refresh.
+# Only operators change pins. During a conflict they are read at every refresh.
 PIN_REREAD_MS = 10_000
 CONFLICT_REMINDER_MS = 600_000
-# Whoever can publish can present identities under a bus peer's name, a new one each time.
+# Everybody who can publish can present identities under a bus peer's name, a new one each time.
 PRESENTED_EVERY_MS = 60_000
 PRESENTED_KEPT_MS = 3 * PRESENTED_EVERY_MS
 
@@ -66,7 +58,7 @@ class _Presented:
 
 @dataclass(frozen=True)
 class _Known:
-    """One announcement as it was read; None where its bytes do not verify or name another KP."""
+    """One stored announcement; None if its bytes do not verify or name another KP."""
 
     stored_digest: bytes
     digest: bytes
@@ -81,7 +73,7 @@ class _Snapshot:
     peers: tuple[str, ...] = ()
 
     def usable(self, system_id: str) -> _Known | None:
-        """What is known of the KP, when it is verified and carries the pinned identity."""
+        """The entry of the KP, if it is verified and has the pinned identity."""
         known, pin = self.known.get(system_id), self.pins.get(system_id)
         if known is None or known.announcement is None or pin is None:
             return None
@@ -89,7 +81,7 @@ class _Snapshot:
 
 
 class PeerDirectory:
-    """The announcements and pins that ``local_id`` goes by, its own included."""
+    """The announcements and pins that ``local_id`` uses, its own included."""
 
     def __init__(
         self,
@@ -99,7 +91,7 @@ class PeerDirectory:
         pin_book: PinBook | None = None,
         peers: Mapping[str, PeerSettings] | None = None,
     ) -> None:
-        """``pin_book`` is the keyring's; without one the pins in the store decide. ``peers`` is the configuration's."""
+        """``pin_book`` is the keyring's; without it the pins in the store decide. ``peers`` are the configured ones."""
         self._pin_book = pin_book
         self._configured = {k: Pin(peer.identity, None) for k, peer in (peers or {}).items() if peer.identity}
         self._bus_ids = frozenset(k for k, peer in (peers or {}).items() if peer.link == "bus")
@@ -115,7 +107,7 @@ class PeerDirectory:
         self._reported: dict[str, tuple[bytes, int]] = {}
 
     def is_current(self, digests: Digests, now_ms: int) -> bool:
-        """Whether ``refresh`` would change nothing, where these are the digests in the store now."""
+        """Whether ``refresh`` would change nothing if these are the current digests in the store."""
         snapshot = self._snapshot
         return (
             self._relevant(digests) == {k: known.stored_digest for k, known in snapshot.known.items()}
@@ -124,38 +116,38 @@ class PeerDirectory:
         )
 
     def refresh(self, now_ms: int) -> None:
-        """Takes in what changed in the store since the last call. Raises StoreUnavailable, StoreRefused."""
+        """Reads what changed in the store since the last call. Raises StoreUnavailable, StoreRefused."""
         with self._refreshing:
             presented = self._recently_presented(now_ms)
             with driver_errors(), self._engine.begin() as connection:
                 self._write_presented(connection, presented)
                 snapshot, pins_read_ms = self._read(connection, now_ms)
-            # Only now: a pin that was not committed must not be gone by.
+            # Only after the commit: an uncommitted pin must not be used.
             self._snapshot, self._pins_read_ms = snapshot, pins_read_ms
             self._written.update(presented)
             self._report_conflicts(now_ms)
 
     def get(self, system_id: str) -> Announcement | None:
-        """The KP's announcement, when it is verified and carries the pinned identity."""
+        """The KP's announcement, if it is verified and has the pinned identity."""
         known = self._snapshot.usable(system_id)
         return known.announcement if known else None
 
     def digest(self, system_id: str) -> bytes | None:
-        """SHA-384 of the announcement's bytes, when ``get`` would return one."""
+        """SHA-384 of the announcement's bytes, if ``get`` returns one."""
         known = self._snapshot.usable(system_id)
         return known.digest if known else None
 
     def pin(self, system_id: str) -> bytes | None:
-        """The public key that is believed to be the KP's, whether or not it is announced now."""
+        """The trusted public key of the KP, announced or not."""
         pin = self._snapshot.pins.get(system_id)
         return pin.public_key if pin else None
 
     def peers(self) -> list[str]:
-        """The KPs to talk to: exact ids of the configuration, and whoever is announced that it matches."""
+        """The peers: exact ids of the configuration, and announced KPs that it matches."""
         return list(self._snapshot.peers)
 
     def allows(self, system_id: str) -> bool:
-        """Whether the configuration lets this KP take part: it is remote, or the local one itself."""
+        """Whether the configuration names this KP or matches it, or it is the local one."""
         return system_id == self._local_id or system_id in self._named or system_id in self._remote_ids
 
     def is_bus_peer(self, system_id: str) -> bool:
@@ -163,14 +155,14 @@ class PeerDirectory:
         return system_id in self._bus_ids
 
     def conflicts(self) -> dict[str, Conflict]:
-        """The KPs that present another identity than the pinned one: nothing signed with it is used."""
+        """The KPs that present another identity than the pinned one; nothing signed by that identity is used."""
         return dict(self._snapshot.conflicts)
 
     def note_presented(self, system_id: str, public_key: bytes, now_ms: int) -> None:
-        """A bus peer's name came with a message signed by another identity than the configured one.
+        """Notes that an envelope under a bus peer's name was signed by another identity than the configured one.
 
-        It is reported and kept for the operator at the next ``refresh``. It takes nothing from the peer itself, because
-        anybody who can publish can present an identity.
+        The next ``refresh`` reports it and stores it for the operator. It does not affect the peer itself, because
+        everybody who can publish can present an identity.
         """
         pin, before = self._configured.get(system_id), self._presented.get(system_id)
         if pin is None or pin.public_key == public_key or system_id not in self._bus_ids:
@@ -184,7 +176,7 @@ class PeerDirectory:
         if known == old.known and self._is_quiet(old) and now_ms - self._pins_read_ms < PIN_REREAD_MS:
             return old, self._pins_read_ms
         stored = pinned_identities.fetch_pins(connection, self._local_id)
-        pins = self._believed(stored) | self._configured
+        pins = self._trusted(stored) | self._configured
         for system_id, announcement in _announced(known):
             presented, pin = announcement.public_key, pins.get(system_id) or stored.get(system_id)
             if system_id in self._bus_ids:
@@ -193,14 +185,14 @@ class PeerDirectory:
                 self._note_configured(connection, system_id, presented, stored.get(system_id), now_ms)
                 continue
             try:
-                pins[system_id] = self._settle(connection, system_id, presented, pin, now_ms)
+                pins[system_id] = self._pin(connection, system_id, presented, pin, now_ms)
             except KeyringError as error:
-                # Without its pin this one peer cannot be trusted; all others go on.
+                # Without its pin this peer cannot be trusted; the others are not affected.
                 log.warning("peer not usable", peer=system_id, reason=str(error))
                 pins.pop(system_id, None)
         announced = (system_id for system_id in known if system_id in self._remote_ids)
         peers = tuple(sorted(self._named.union(announced)))
-        # What a bus peer sent was signed by the identity that was configured then: an old one is no presentation.
+        # A bus peer's announcement was signed by the identity configured at that time: an old one is no conflict.
         claims = [(k, one.public_key) for k, one in _announced(known) if k not in self._bus_ids]
         claims += self._claims(stored, now_ms)
         return _Snapshot(known, pins, self._conflicts(claims, pins), peers), now_ms
@@ -216,7 +208,7 @@ class PeerDirectory:
         return known
 
     def _read_digests(self, connection: Connection) -> dict[str, bytes]:
-        """Of the KPs that matter here, each from the one place where its announcements are."""
+        """The digests of all relevant KPs, each from the place where its announcements are stored."""
         # Without bus peers the account has no right to that table.
         sent = announcements.fetch_bus_announcement_digests(connection, self._local_id) if self._bus_ids else {}
         return self._relevant(Digests(announcements.fetch_announcement_digests(connection), sent))
@@ -234,27 +226,27 @@ class PeerDirectory:
             return announcements.fetch_bus_announcement(connection, self._local_id, system_id)
         return announcements.fetch_announcement(connection, system_id)
 
-    def _believed(self, stored: Mapping[str, Pin]) -> dict[str, Pin]:
-        """The pins that the keyring has too. The local KP's own is the store's: the keyring is compared with it."""
+    def _trusted(self, stored: Mapping[str, Pin]) -> dict[str, Pin]:
+        """The pins that are also in the keyring. The local KP's own pin is the store's."""
         if self._pin_book is None:
             return dict(stored)
-        believed: dict[str, Pin] = {}
+        trusted: dict[str, Pin] = {}
         for system_id, pin in stored.items():
-            # A damaged file is dealt with where the peer is settled.
+            # `_pin` handles a damaged file.
             with suppress(KeyringError):
                 kept = pin.public_key if system_id == self._local_id else self._pin_book.get(system_id)
                 if kept is not None:
-                    believed[system_id] = replace(pin, public_key=kept)
-        return believed
+                    trusted[system_id] = replace(pin, public_key=kept)
+        return trusted
 
     def _keep(self, system_id: str, public_key: bytes) -> bytes:
-        """Puts a pin into the keyring; the one that the keyring has then."""
+        """Writes a pin to the keyring, and returns the keyring's pin."""
         if self._pin_book is None or system_id == self._local_id:
             return public_key
         return self._pin_book.get(system_id) or self._pin_book.learn(system_id, public_key)
 
-    def _settle(self, connection: Connection, system_id: str, presented: bytes, pin: Pin | None, now_ms: int) -> Pin:
-        """The pin after this announcement: learned at first sight, otherwise as it was."""
+    def _pin(self, connection: Connection, system_id: str, presented: bytes, pin: Pin | None, now_ms: int) -> Pin:
+        """The pin after this announcement: a new one on first use, otherwise the existing one."""
         if pin is None:
             winner = pinned_identities.insert_pin(connection, self._local_id, system_id, presented, now_ms)
             log.info("identity pinned", peer=system_id, fingerprint=fingerprint(winner))
@@ -268,7 +260,7 @@ class PeerDirectory:
     def _note_configured(
         self, connection: Connection, system_id: str, announced: bytes, stored: Pin | None, now_ms: int
     ) -> None:
-        """Keeps for the operator that a peer announces another identity than the configured one."""
+        """Stores for the operator that a peer announces another identity than the configured one."""
         configured = self._configured[system_id].public_key
         if announced != configured and (stored is None or stored.presented_key != announced):
             pinned_identities.upsert_presented(connection, self._local_id, system_id, configured, announced, now_ms)
@@ -288,7 +280,7 @@ class PeerDirectory:
                 )
 
     def _claims(self, stored: Mapping[str, Pin], now_ms: int) -> Iterator[tuple[str, bytes]]:
-        """What was presented over the bus lately under bus peers' names, as any process of this KP noted it."""
+        """The identities that were recently presented under bus peers' names, noted by any process of this KP."""
         for system_id in self._bus_ids & self._configured.keys() & stored.keys():
             pin = stored[system_id]
             if pin.presented_key is not None and now_ms - (pin.presented_ms or 0) < PRESENTED_KEPT_MS:
@@ -303,10 +295,10 @@ class PeerDirectory:
 
     def _report_conflicts(self, now_ms: int) -> None:
         conflicts = self._snapshot.conflicts
-        self._reported = {peer: told for peer, told in self._reported.items() if peer in conflicts}
+        self._reported = {peer: last for peer, last in self._reported.items() if peer in conflicts}
         for system_id, conflict in conflicts.items():
-            key, told_ms = self._reported.get(system_id, (b"", 0))
-            if key != conflict.presented_key or now_ms - told_ms >= CONFLICT_REMINDER_MS:
+            key, reported_ms = self._reported.get(system_id, (b"", 0))
+            if key != conflict.presented_key or now_ms - reported_ms >= CONFLICT_REMINDER_MS:
                 self._reported[system_id] = (conflict.presented_key, now_ms)
                 _report(system_id, conflict)
 
@@ -316,7 +308,7 @@ def _announced(known: Mapping[str, _Known]) -> Iterator[tuple[str, Announcement]
 
 
 def _verified(system_id: str, stored_digest: bytes, body: bytes) -> _Known:
-    """The announcement in a row; a row that does not verify is remembered too, so that it is read once."""
+    """The verified announcement of a row; a row that does not verify is kept too, so that it is read only once."""
     announcement, fault = None, "it names another system id than its row"
     try:
         announcement = read_announcement(body)

@@ -1,9 +1,9 @@
-"""The end of an api process that costs no client its answer.
+"""Ends an api process so that every client gets its answer.
 
-Order: take no more connections; let those that came in the last moment shake hands and send their first request; tell
-every client with its answer that the connection ends. Closing a connection that has had no request is what a client
-cannot tell from a key provider that is broken. One that has been idle since its last answer may be closed at any
-time: HTTP clients know that (RFC 9112, 9.5). Leaves to others: requests in hand (the server's own shutdown).
+Order: accept no new connections; let new clients finish their handshake and send their first request; close each
+connection with its next answer. A client cannot distinguish a connection that closes without any request from a broken
+key provider. A connection that is idle after an answer may be closed at any time (RFC 9112, 9.5). The server's own
+shutdown answers requests in progress.
 """
 
 from __future__ import annotations
