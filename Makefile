@@ -23,7 +23,7 @@ demo:
 	@$(PYTHON) -m sandbox.demo
 
 test:
-	@scripts/setup python servers curl stunnel clients
+	@scripts/setup python servers curl stunnel haproxy clients
 	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # A missing engine fails the run; it is not installed here, because it would be the whole machine's.

@@ -1,4 +1,4 @@
-"""The command ``skipbus``, which an image starts: the services, the front, and ``ready`` and ``alive`` for probes.
+"""The command ``skipbus``, which an image starts: the services, and ``ready`` and ``alive`` for probes.
 
 Rules: the service runs in this very process, so that as PID 1 of a container it gets the signals itself; only the
 service that is asked for is imported, since a probe runs every few seconds.
@@ -13,13 +13,12 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-_SERVICES = ("api", "syncer", "janitor", "front")
+_SERVICES = ("api", "syncer", "janitor")
 _PROBES = ("ready", "alive")
 _USAGE = """usage: skipbus api|syncer|janitor [--check-config | --version | --help]
-       skipbus front HOST:PORT [HOST:PORT ...]
        skipbus ready|alive
 
-api, syncer and janitor run that service of a key provider until SIGTERM. front is one port before several apis.
+api, syncer and janitor run that service of a key provider until SIGTERM.
 ready exits with 0 while the service of this container can do its work, alive while it runs at all; else with 1, and
 one line says why. Both ask the process itself, on 127.0.0.1 and SKIP_METRICS_PORT.
 """

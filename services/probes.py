@@ -21,8 +21,8 @@ _ASK_SECONDS = 3.0
 _SLACK_SECONDS = 12.0
 _MISSED_INTERVALS = 3
 _LINE = re.compile(r"^(skipbus_\w+?)(?:\{task=\"([^\"]*)\"\})? (\S+)$", re.MULTILINE)
-# Each of the others has one of these from its start.
-_NOT_THE_API = frozenset({"skipbus_bus_up", "skipbus_janitor_elected", "skipbus_front_connections"})
+# The syncer and the janitor each have one of these from their start.
+_NOT_THE_API = frozenset({"skipbus_bus_up", "skipbus_janitor_elected"})
 
 Metrics = dict[tuple[str, str], float]
 

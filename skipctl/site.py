@@ -192,6 +192,7 @@ def _make_shared(folder: Path, ids: list[str], hosts: list[str]) -> None:
     write_new(folder / "stunnel.conf", stunnel, 0o444)
     write_new(folder / "compose.yaml", read_shipped("shared-store.yaml"))
     write_new(folder / "two-apis.yaml", read_shipped("two-apis.yaml"))
+    write_new(folder / "haproxy.cfg", read_shipped("haproxy.cfg"), 0o444)
     write_new(folder / ".env", _shared_environment(folder, ids))
 
 
@@ -218,6 +219,7 @@ def _make_site(
     head = f"# {system_id} has the identity {fingerprint(identity)}\n"
     write_new(folder / "identity", f"{head}{identity_line(identity)}\n", 0o444)
     write_new(folder / "compose.yaml", read_shipped("site.yaml"))
+    write_new(folder / "haproxy.cfg", read_shipped("haproxy.cfg"), 0o444)
     write_new(folder / ".env", _site_environment(folder, system_id, broker, first))
     if first is not None:
         write_new(folder / "compose.override.yaml", read_shipped("two-sites.yaml"))
@@ -273,8 +275,8 @@ def _site_environment(folder: Path, system_id: str, broker: tuple[str, int], fir
     second = first is False
     return _lines(
         *_head(folder),
-        "# The front keeps the port while the apis are exchanged: it changes only when this does.",
-        "FRONT_IMAGE=skipbus:latest",
+        "# HAProxy keeps the port while the apis are replaced.",
+        "FRONT_IMAGE=haproxy:3.0",
         f"SYSTEM_ID='{system_id}'",
         f"SITE_PORT={_FIRST_PORT + second * _PORT_STEP}",
         "# Where other sites reach the broker; its certificate is for this name.",
@@ -295,8 +297,8 @@ def _link_environment(first: bool | None) -> list[str]:
 def _shared_environment(folder: Path, ids: list[str]) -> str:
     lines = [
         *_head(folder),
-        "# Used with two-apis.yaml: copy that to compose.override.yaml for two apis and a front for each key provider.",
-        "FRONT_IMAGE=skipbus:latest",
+        "# For two-apis.yaml: copy that to compose.override.yaml for two apis behind HAProxy at each key provider.",
+        "FRONT_IMAGE=haproxy:3.0",
         "# 8443 leads to the api's own TLS; 9443, with COMPOSE_PROFILES=stunnel, to stunnel.",
         "TLS_TARGET=8443",
     ]

@@ -36,7 +36,6 @@ STORE = (
 BUS = (
     "bus_link_bounds",
     "bus_link_syncer",
-    "front",
     "https_link",
     "intake",
     "notifications",

@@ -24,7 +24,7 @@ SERVICES = ("api", "api-b", "syncer", "janitor", "front", "mysql", "rabbitmq")
 @pytest.fixture
 def site(image: str, tmp_path: Path) -> Iterator[Stack]:
     stack = Stack(tmp_path, image)
-    stack.environ |= {"FRONT_IMAGE": image, "SITE_PORT": str(free_port()), "BROKER_PORT": str(free_port())}
+    stack.environ |= {"SITE_PORT": str(free_port()), "BROKER_PORT": str(free_port())}
     stack.init(*PARIS)
     yield stack
     stack.down()

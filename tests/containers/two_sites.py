@@ -25,7 +25,6 @@ class Site(Stack):
         self.environ = {**os.environ, "COMPOSE_PROJECT_NAME": self.project}
         self._settings = {
             "SKIPBUS_IMAGE": image,
-            "FRONT_IMAGE": image,
             "ADDRESS": "127.0.0.1",
             "SITE_PORT": str(self.port),
             "COMPOSE_PROJECT_NAME": self.project,

@@ -1,113 +1,151 @@
-"""The front gives each connection to one api, waits for one, and changes it only while nobody has answered."""
+"""The HAProxy configuration that is shipped: it spreads connections, leaves out an api that is down, and waits for one.
+
+The apis are played by servers that answer each line with their name; in one test they are real ones.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
+from sandbox.front import Front
 from sandbox.ports import LOOPBACK, free_port
-from skipbus.services.front.passing import Backends, Passage
+from tests.system.tls_api import TlsApi, s_client
 
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@asynccontextmanager
-async def serving(port: int, serve: Serve) -> AsyncIterator[None]:
-    async with await asyncio.start_server(serve, LOOPBACK, port):
-        yield
+# A check that fails or succeeds is noticed in half a second; this is ample for a loaded machine.
+NOTICED_SECONDS = 2.0
 
 
 @asynccontextmanager
-async def front(*ports: int) -> AsyncIterator[int]:
-    """The front before apis on these ports; its own port."""
-    backends, port = Backends([(LOOPBACK, backend) for backend in ports]), free_port()
-
-    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await Passage(backends, reader, writer).run()
-
-    async with serving(port, take):
-        yield port
-
-
-def api(name: bytes) -> Serve:
-    """Answers each line with its name and the line, until the client ends."""
+async def serving(port: int, name: bytes) -> AsyncIterator[None]:
+    """An api; connections that are open at its end are ended with it."""
+    open_ones: set[asyncio.StreamWriter] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            writer.write(name + b":" + line)
+        open_ones.add(writer)
+        with suppress(ConnectionError):
+            while line := await reader.readline():
+                writer.write(name + b":" + line)
         writer.close()
 
-    return serve
-
-
-async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Takes the first octets and ends without a word, as one that is about to end."""
-    await reader.read(10)
-    writer.transport.abort()
-
-
-async def mute_after_a_word(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read(10)
-    writer.write(b"half an ")
-    await writer.drain()
-    writer.close()
-
-
-async def ask(port: int, *lines: bytes) -> bytes:
-    """What comes back for these lines, to the end of the connection."""
-    reader, writer = await asyncio.open_connection(LOOPBACK, port)
+    server = await asyncio.start_server(serve, LOOPBACK, port)
     try:
-        for line in lines:
-            writer.write(line)
-            await asyncio.sleep(0.05)
-        writer.write_eof()
-        return await asyncio.wait_for(reader.read(), 10)
+        yield
     finally:
-        writer.close()
+        server.close()
+        for writer in open_ones:
+            writer.transport.abort()
 
 
-async def test_connections_go_to_each_api_in_turn() -> None:
+@contextmanager
+def front(root: Path, api_a: int, api_b: int) -> Iterator[Front]:
+    made = Front(root, [api_a, api_b])
+    try:
+        yield made.start()
+    finally:
+        made.stop()
+
+
+async def ask(made: Front, seconds: float = 10.0) -> bytes:
+    """The answer to one line, over a connection of its own."""
+    async with asyncio.timeout(seconds):
+        reader, writer = await asyncio.open_connection(LOOPBACK, made.port)
+        try:
+            writer.write(b"x\n")
+            return await reader.readline()
+        finally:
+            writer.close()
+
+
+async def test_connections_go_to_each_api_in_turn(tmp_path: Path) -> None:
     a, b = free_port(), free_port()
-    async with serving(a, api(b"A")), serving(b, api(b"B")), front(a, b) as port:
-        assert sorted([await ask(port, b"x\n") for _ in range(4)]) == [b"A:x\n", b"A:x\n", b"B:x\n", b"B:x\n"]
+    async with serving(a, b"A"), serving(b, b"B"):
+        with front(tmp_path, a, b) as made:
+            answers = [await ask(made) for _ in range(6)]
+    assert sorted(answers) == [b"A:x\n"] * 3 + [b"B:x\n"] * 3
 
 
-async def test_an_api_that_is_not_there_is_passed_over() -> None:
-    a, gone = free_port(), free_port()
-    async with serving(a, api(b"A")), front(gone, a) as port:
-        assert [await ask(port, b"x\n") for _ in range(3)] == [b"A:x\n"] * 3
-
-
-async def test_a_connection_is_held_until_an_api_is_there() -> None:
-    a = free_port()
-    async with front(a) as port:
-        asked = asyncio.create_task(ask(port, b"x\n"))
-        await asyncio.sleep(1.0)
-        assert not asked.done()
-        async with serving(a, api(b"A")):
-            assert await asked == b"A:x\n"
-
-
-@pytest.mark.parametrize("attempt", range(4))
-async def test_what_an_api_ended_without_a_word_is_given_to_another_whole(attempt: int) -> None:
+async def test_an_api_that_is_down_is_left_out_until_it_is_back(tmp_path: Path) -> None:
     a, b = free_port(), free_port()
-    async with serving(a, mute), serving(b, api(b"B")), front(a, b) as port:
-        for _ in range(attempt % 2):
-            await ask(port, b"turn\n")
-        assert await ask(port, b"first\n", b"second\n") == b"B:first\nB:second\n"
+    async with serving(b, b"B"):
+        with front(tmp_path, a, b) as made:
+            assert [await ask(made) for _ in range(8)] == [b"B:x\n"] * 8
+            async with serving(a, b"A"):
+                await asyncio.sleep(NOTICED_SECONDS)
+                assert {await ask(made) for _ in range(4)} == {b"A:x\n", b"B:x\n"}
 
 
-async def test_what_an_api_began_to_answer_is_given_to_no_other() -> None:
+async def test_the_end_of_an_api_costs_new_connections_nothing(tmp_path: Path) -> None:
+    """It ends between two checks, so that a connection is the first to notice."""
     a, b = free_port(), free_port()
-    async with serving(a, mute_after_a_word), serving(b, api(b"B")), front(a, b) as port:
-        answers = {await ask(port, b"x\n") for _ in range(4)}
-    assert answers == {b"half an ", b"B:x\n"}
+    async with AsyncExitStack() as outer, serving(b, b"B"):
+        async with serving(a, b"A"):
+            made = outer.enter_context(front(tmp_path, a, b))
+            assert {await ask(made) for _ in range(4)} == {b"A:x\n", b"B:x\n"}
+        assert [await ask(made) for _ in range(6)] == [b"B:x\n"] * 6
 
 
-async def test_a_client_that_nobody_wants_is_ended() -> None:
+async def test_connections_wait_while_no_api_is_there(tmp_path: Path) -> None:
     a, b = free_port(), free_port()
-    async with serving(a, mute), serving(b, mute), front(a, b) as port:
-        assert await ask(port, b"x\n") == b""
+    async with AsyncExitStack() as outer:
+        async with serving(a, b"A"), serving(b, b"B"):
+            made = outer.enter_context(front(tmp_path, a, b))
+            assert {await ask(made) for _ in range(4)} == {b"A:x\n", b"B:x\n"}
+        # Between two checks, and when both are known to be down.
+        for pause in (0.0, NOTICED_SECONDS):
+            await asyncio.sleep(pause)
+            asked = [asyncio.create_task(ask(made, 30)) for _ in range(8)]
+            await asyncio.sleep(5)
+            assert not any(one.done() for one in asked)
+            async with serving(b, b"B"):
+                assert await asyncio.gather(*asked) == [b"B:x\n"] * 8
+
+
+async def test_an_operator_sees_the_apis_in_its_metrics(tmp_path: Path) -> None:
+    a, b = free_port(), free_port()
+    async with serving(a, b"A"):
+        with front(tmp_path, a, b) as made:
+            await asyncio.sleep(NOTICED_SECONDS)
+            text = await asyncio.to_thread(read_metrics, made)
+    assert re.search(r'haproxy_server_status\{proxy="apis",server="api-a",state="UP"\} 1', text)
+    assert re.search(r'haproxy_server_status\{proxy="apis",server="api-b",state="DOWN"\} 1', text)
+
+
+def read_metrics(made: Front) -> str:
+    with urlopen(f"http://{LOOPBACK}:{made.status_port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.fixture
+def apis(tmp_path: Path) -> Iterator[list[TlsApi]]:
+    """Two real ones of one key provider, with the same keys and certificates."""
+    made = []
+    try:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            made.append(TlsApi(tmp_path / name))
+            made[-1].prepare()
+            made[-1].start()
+        yield made
+    finally:
+        for one in made:
+            one.stop()
+
+
+def test_tls_ends_in_the_api_and_checks_leave_no_line_in_its_log(apis: list[TlsApi], tmp_path: Path) -> None:
+    with front(tmp_path, *(api.port for api in apis)) as made:
+        # Long enough for a few checks.
+        time.sleep(3 * NOTICED_SECONDS)
+        for arguments in (["-tls1_3", *apis[0].certificate()], ["-tls1_2", *apis[0].psk()]):
+            assert [s_client(made.port, *arguments).served for _ in range(2)] == [True] * 2
+    for api in apis:
+        proofs = [line["proof"] for line in api.lines("request")]
+        assert sorted(proofs) == ["certificate", "psk"]
+        assert api.refusals() == 0

@@ -67,7 +67,7 @@ def test_an_api_that_cannot_serve_keys_is_alive_and_says_why_it_is_not_ready(ser
     assert ready_fault(service.environ) == "alive, not ready: the key store does not answer"
 
 
-@pytest.mark.parametrize("own", ["skipbus_bus_up 1.0", "skipbus_janitor_elected 0.0", "skipbus_front_connections 0.0"])
+@pytest.mark.parametrize("own", ["skipbus_bus_up 1.0", "skipbus_janitor_elected 0.0"])
 def test_what_is_no_api_is_not_asked_for_its_health(service: Service, own: str) -> None:
     service.pages |= {"/metrics": (200, tasks() + own + "\n")}
     assert ready_fault(service.environ) is None

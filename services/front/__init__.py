@@ -1,1 +1,0 @@
-"""The front: one port before several api processes in containers of their own."""
