@@ -1,9 +1,7 @@
-"""The command ``skipbus``, which an image starts: the services, and ``ready`` and ``alive`` for probes.
+"""The command ``skipbus`` of the image: the services, and the probes ``ready`` and ``alive``.
 
-Rules: the service runs in this very process, so that as PID 1 of a container it gets the signals itself; only the
-service that is asked for is imported, since a probe runs every few seconds.
-Leaves to others: everything that the services do (``skipbus.services.*.__main__``), and what the probes ask
-(``skipbus.services.probes``).
+A service runs in this process, so that as process 1 of a container it gets the signals. Only the requested service is
+imported, because a probe runs every few seconds.
 """
 
 from __future__ import annotations
@@ -19,13 +17,13 @@ _USAGE = """usage: skipbus api|syncer|janitor [--check-config | --version | --he
        skipbus ready|alive
 
 api, syncer and janitor run that service of a key provider until SIGTERM.
-ready exits with 0 while the service of this container can do its work, alive while it runs at all; else with 1, and
-one line says why. Both ask the process itself, on 127.0.0.1 and SKIP_METRICS_PORT.
+ready exits with 0 while the service of this container can do its work, alive while its event loop runs; else with 1,
+and one line says why. Both ask the process itself, on 127.0.0.1 and SKIP_METRICS_PORT.
 """
 
 
 def main() -> int:
-    """Console script ``skipbus``. Exit codes are the service's or the probe's; 2 for a wrong word."""
+    """Console script ``skipbus``. Exit codes are the service's or the probe's; 2 for a wrong argument."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in _SERVICES:
         # The services read their arguments as their own console scripts do.
@@ -44,7 +42,7 @@ def _main_of(module: str) -> int:
 
 
 def _probe(word: str) -> int:
-    # Here, so that a service does not carry it.
+    # Imported here, so that a service does not load it.
     from skipbus.services import probes  # noqa: PLC0415
 
     fault = probes.ready_fault(os.environ) if word == "ready" else probes.alive_fault(os.environ)

@@ -1,11 +1,9 @@
-"""Asks a service of this container whether it lives and whether it is ready, as a health check does.
+"""The probes of a container: is the service alive, and is it ready?
 
-Rules: standard library only and nothing of the project, so that it costs little every few seconds; one sentence when
-something is wrong, nothing when all is well; it asks the process over loopback, never the store or the broker.
-
-Alive means that the event loop turns: some regular task was begun lately. Ready means that the work is done: every
-regular task succeeded lately, and, beside that, the api's ``/health`` is 200 and the syncer has its broker. A process
-whose store is away is alive and not ready: to restart it would help nobody.
+Standard library only, so that a probe costs little every few seconds. It asks the process over loopback, never the
+store or the broker. Alive: the event loop runs, because some regular task was started recently. Ready: every regular
+task succeeded recently, the api's ``/health`` is 200, and the syncer has its broker. A process whose store is down is
+alive and not ready: a restart would not help.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from collections.abc import Mapping
 
 _LOOPBACK = "127.0.0.1"
 _ASK_SECONDS = 3.0
-# A task may take its time: the janitor's largest batches, the ten seconds after which a statement is given up.
+# A task may take long: the janitor's largest batches, or the ten seconds until a statement is given up.
 _SLACK_SECONDS = 12.0
 _MISSED_INTERVALS = 3
 _LINE = re.compile(r"^(skipbus_\w+?)(?:\{task=\"([^\"]*)\"\})? (\S+)$", re.MULTILINE)
@@ -28,7 +26,7 @@ Metrics = dict[tuple[str, str], float]
 
 
 class Unanswered(Exception):
-    """The process did not answer; the message says which question."""
+    """The process did not answer; the message says which request."""
 
 
 def alive_fault(environ: Mapping[str, str]) -> str | None:
@@ -85,7 +83,7 @@ def _health_faults(environ: Mapping[str, str]) -> list[str]:
 
 
 def _plain_host(environ: Mapping[str, str]) -> str:
-    """Where the api serves its plain port: on loopback, unless an operator opened it elsewhere."""
+    """The address of the api's plain port: loopback, unless the operator chose another one."""
     host = environ.get("SKIP_HOST", _LOOPBACK)
     opened = environ.get("SKIP_ALLOW_PLAINTEXT", "false").lower() in ("true", "1", "yes")
     return host if opened and host not in ("0.0.0.0", "::") else _LOOPBACK  # noqa: S104 -- compared with, not bound
@@ -106,7 +104,7 @@ def _of_tasks(metrics: Metrics, name: str) -> dict[str, float]:
 
 
 def _limits(metrics: Metrics) -> dict[str, float]:
-    """How old each task's last time may be."""
+    """The largest allowed age (s) of each task's last run."""
     intervals = _of_tasks(metrics, "skipbus_task_interval_seconds")
     return {task: _MISSED_INTERVALS * seconds + _SLACK_SECONDS for task, seconds in intervals.items()}
 
