@@ -1,7 +1,6 @@
-"""From a request to its answer: routes, the correlation id, and errors turned into answers.
+"""Dispatches requests: routes, the correlation id, and errors turned into answers.
 
-Encryptors' methods are GET and take no body (draft Table 2); ``POST /sync`` is for peers, where there are any that
-keys travel to over a bus.
+Encryptors' methods are GET and have no body (draft Table 2); ``POST /sync`` is for bus peers.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ class Application:
             "/health": status.get_health,
             "/status/sync": status.get_status_sync,
         }
-        # Each answer is its connection's last, because the process is about to end.
+        # While the process drains, each answer closes its connection.
         self.ends_connections = False
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The answer to one request; every error of skipbus is one, any other is a 500 and a traceback in the log."""
+        """The answer to one request. An error outside the error tree is a 500 with a traceback in the log."""
         correlation_id = new_correlation_id()
         log_correlation_id(correlation_id)
         entry = Entry(correlation_id, getattr(request.protocol, "caller", None))
@@ -51,7 +50,7 @@ class Application:
         except SkipbusError as error:
             entry.reason = reason_of(error)
             response = error_response(error, correlation_id)
-        except Exception as error:  # noqa: BLE001 -- the last door: nothing of it may reach the caller
+        except Exception as error:  # noqa: BLE001 -- no detail of it may reach the caller
             _log.error("request failed", exc_info=error)
             entry.reason = f"{type(error).__name__} (see the traceback with this correlation id)"
             response = error_response(SkipbusError(), correlation_id)
@@ -82,23 +81,23 @@ class Application:
 
 
 def _may_hold_another_request(request: web.BaseRequest, entry: Entry) -> bool:
-    """Whether something between here and the client may see the request's end elsewhere, and so another request in it.
+    """Whether a proxy on the way may see the end of the request elsewhere, and so a second request inside it.
 
-    So ends each connection on which a body came that was not asked for, however it came; a peer's goes on.
+    A connection with an unexpected body is closed after its answer; one with a peer's complete envelope stays open.
     """
     return request.body_exists and not (entry.route == SYNC_PATH and request.content.at_eof())
 
 
 def _plain_path(request: web.BaseRequest, path: str) -> str:
     if not path.startswith("/"):
-        # The absolute form, as a proxy sends it (RFC 9112, 3.2.2).
+        # The absolute form, which proxies send (RFC 9112, 3.2.2).
         path = request.rel_url.raw_path
     return unquote(path, errors="surrogateescape") if "%" in path else path
 
 
 def _check_method(request: web.BaseRequest, allowed: str) -> None:
     if request.version < HttpVersion10:
-        # The parser takes a request line without a version for HTTP/0.9, which has neither status nor headers.
+        # The parser reads a request line without a version as HTTP/0.9, which has neither status nor headers.
         raise RouteError(400, "the request is not well-formed HTTP: its first line names no version")
     if request.method != allowed:
         raise RouteError(405, f"only {allowed} is supported", Allow=allowed)

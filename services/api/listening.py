@@ -1,8 +1,8 @@
-"""Binds the port that all api processes of one KP share (SO_REUSEPORT), and refuses one that another KP has.
+"""Binds the plain port, which all api processes of one KP share (SO_REUSEPORT), and refuses another KP's port.
 
-The kernel lets any process of the same user join a shared port and gives it its part of the connections. A second
-KP that was given the same port by mistake would so answer some of the first one's encryptors, and a wrong
-localSystemID breaks tunnels. So whoever finds the port taken asks who it is.
+The kernel lets any process of the same user join a shared port and gives it a part of the connections. A second KP
+with the same port by mistake would answer some encryptors of the first one, and a wrong localSystemID breaks tunnels.
+So an api that finds the port in use asks for its localSystemID.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = get_logger("listening")
 
 
 async def listen(runner: web.BaseRunner, host: str, port: int, system_id: str) -> None:
-    """Starts to accept connections. Raises OperatorError where the port cannot be had or is another KP's."""
+    """Starts to accept connections. Raises OperatorError if the port is not available or is another KP's."""
     if await asyncio.to_thread(_is_taken, host, port):
         other = await asyncio.to_thread(_who_listens, _ANY_ADDRESS.get(host, host), port)
         if other != system_id:
@@ -43,7 +43,7 @@ async def listen(runner: web.BaseRunner, host: str, port: int, system_id: str) -
 def _is_taken(host: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # With SO_REUSEADDR only a listening socket is in the way, not what is left of closed connections.
+        # With SO_REUSEADDR only a listening socket blocks the bind, not closed connections.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -53,7 +53,7 @@ def _is_taken(host: str, port: int) -> bool:
 
 
 def _who_listens(host: str, port: int) -> str:
-    """The localSystemID behind a port, or what else there is to say of it."""
+    """The localSystemID of the program that listens, or words about it."""
     connection = http.client.HTTPConnection(host, port, timeout=_ASK_SECONDS)
     try:
         connection.request("GET", "/capabilities")

@@ -1,7 +1,7 @@
-"""What a request asks for, read strictly: nothing that a client sends is trusted to be short, ASCII or single.
+"""Reads the parameters of a request strictly: they may be long, repeated, or not ASCII.
 
-Every refusal names the parameter. Values are never echoed. Unknown parameters are ignored, so that a client that
-adds its own still gets its key.
+Every refusal names the parameter and never its value. Unknown parameters are ignored, so that a client with its own
+parameters still gets its key.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MAX_FIELDS = 16
 _SPELLINGS = {"remoteSystemId": "remoteSystemID"}
 
 
-# Encryptors ask with the same few query strings again and again; no secret is ever in one.
+# Encryptors repeat the same few query strings, which contain no secret.
 @lru_cache(maxsize=1024)
 def parse_query(query: str) -> Mapping[str, tuple[str, ...]]:
-    """All values of each parameter. Raises CallerError for one with too many fields."""
+    """All values of each parameter. Raises CallerError for too many fields."""
     try:
         fields = parse_qsl(query, keep_blank_values=True, errors="surrogateescape", max_num_fields=_MAX_FIELDS)
     except ValueError as error:
@@ -40,7 +40,7 @@ def parse_query(query: str) -> Mapping[str, tuple[str, ...]]:
 
 
 def remote_system_id(query: str, allowed: RemoteSystemIds) -> str:
-    """The remoteSystemID (draft Table 2), which the configured list must hold. Raises CallerError."""
+    """The remoteSystemID (draft Table 2), which must match the configured list. Raises CallerError."""
     text = _single(query, "remoteSystemID")
     if text is None:
         raise CallerError("remoteSystemID is missing", parameter="remoteSystemID")
@@ -48,12 +48,12 @@ def remote_system_id(query: str, allowed: RemoteSystemIds) -> str:
 
 
 def key_size_bits(query: str) -> int:
-    """The size in bits (draft 4.2), 256 where none is asked for. Raises CallerError."""
+    """The size in bits (draft 4.2), 256 by default. Raises CallerError."""
     return _parsed(query, "size", parse_key_size, DEFAULT_KEY_BITS)
 
 
 def entropy_size_bits(query: str) -> int:
-    """The minentropy in bits (draft 4.3), 256 where none is asked for. Raises CallerError."""
+    """The minentropy in bits (draft 4.3), 256 by default. Raises CallerError."""
     return _parsed(query, "minentropy", parse_entropy_size, DEFAULT_ENTROPY_BITS)
 
 

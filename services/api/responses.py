@@ -1,7 +1,7 @@
-"""What goes back to an encryptor: JSON bodies, and the one place where an error becomes an HTTP status.
+"""Answers to encryptors: JSON bodies, and the one place where an error becomes an HTTP status.
 
-Statuses are the draft's (Tables 3, 7 and 9). Bodies of errors are ``{"error": "<sentence>"}`` and name neither
-another KP's business nor anything that the caller did not send; the reason in full goes into the access log.
+Statuses are the draft's (Tables 3, 7 and 9). Bodies of errors are ``{"error": "<sentence>"}`` and do not say more than
+the caller may know; the full reason is in the access log.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLAIN = CIMultiDict({"Content-Type": _JSON, "Server": "skipbus"})
 _SECRET = CIMultiDict({**_PLAIN, "Cache-Control": "no-store", "Pragma": "no-cache"})
 RETRY_AFTER_SECONDS = 1
 
-# The first that fits; without a sentence the error's own is told.
+# The first matching class counts. None means the error's own sentence.
 _ANSWERS: tuple[tuple[type[SkipbusError], int, str | None], ...] = (
     (CallerError, 400, None),
     (Overloaded, 503, None),
@@ -49,17 +49,17 @@ class RouteError(SkipbusError):
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
-    """An answer that holds no secret."""
+    """An answer without a secret."""
     return web.Response(body=orjson.dumps(value), status=status, headers=_PLAIN)
 
 
 def prepared_response(body: bytes) -> web.Response:
-    """An answer that holds no secret, from bytes that were made before."""
+    """An answer without a secret, from a prepared body."""
     return web.Response(body=body, headers=_PLAIN)
 
 
 def secret_response(body: bytes) -> web.Response:
-    """An answer that no cache may keep."""
+    """An answer with a secret: no cache may store it."""
     return web.Response(body=body, headers=_SECRET)
 
 
@@ -77,7 +77,7 @@ def error_response(error: SkipbusError, correlation_id: str) -> web.Response:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a request was refused, for the log: the error's words, its notes, and its causes'."""
+    """Why a request was refused, for the log: the error's message, its notes, and those of its causes."""
     words = [str(error), *getattr(error, "__notes__", [])]
     if error.__cause__ is not None and isinstance(error.__cause__, SkipbusError):
         words.append(reason_of(error.__cause__))
