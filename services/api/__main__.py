@@ -14,7 +14,7 @@ from skipbus.services.api import workers
 from skipbus.services.api.app import Application
 from skipbus.services.api.draining import drain
 from skipbus.services.api.links import Links
-from skipbus.services.api.links.bus import BusLinks
+from skipbus.services.api.links.bus import BusLink
 from skipbus.services.api.links.store import StoreLink
 from skipbus.services.api.listening import listen
 from skipbus.services.api.metrics import REGISTRY
@@ -68,7 +68,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     hop = Hop()
     view = StoreView(settings, keyring, directory, hop)
     store = StoreLink(settings, keyring, directory, make_queue_engine(settings.mysql))
-    links = BusLinks(settings, keyring, directory, engine, store) if settings.bus_peers else None
+    links = BusLink(settings, keyring, directory, engine, store) if settings.bus_peers else None
     skip = SkipMethods(settings, Links(store, {peer.system_id: links for peer in settings.bus_peers} if links else {}))
     tls = Tls(settings)
     sync = _make_sync(settings, directory, links) if links is not None else None
@@ -87,7 +87,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             async with asyncio.TaskGroup() as tasks:
                 if links is not None:
                     tasks.create_task(links.keep_stock(stop), name="stock")
-                    tasks.create_task(links.tidy(stop), name="settling")
+                    tasks.create_task(links.keep_withdrawing(stop), name="withdrawals")
                 tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
                 tasks.create_task(
                     every(stop, _REFRESH_SECONDS, "epochs", functools.partial(_forget_ended, store, links)),
@@ -114,14 +114,14 @@ async def _first_reading(view: StoreView) -> None:
             await view.refresh()
 
 
-async def _forget_ended(store: StoreLink, links: BusLinks | None) -> None:
+async def _forget_ended(store: StoreLink, links: BusLink | None) -> None:
     """No wrapping key may be held for longer than its epoch's private half exists."""
     store.forget_ended(now_ms())
     if links is not None:
         links.forget_ended(now_ms())
 
 
-def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLinks) -> SyncEndpoint:
+def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLink) -> SyncEndpoint:
     return SyncEndpoint(
         settings.local_system_id,
         directory,

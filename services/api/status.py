@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from skipbus.services.api.access_log import Entry
-from skipbus.services.api.links.bus import BusLinks
+from skipbus.services.api.links.bus import BusLink
 from skipbus.services.api.responses import json_response
 from skipbus.services.api.store_view import Reading, StoreView
 from skipbus.shared.clock import now_ms
@@ -30,7 +30,7 @@ class StatusPages:
         directory: PeerDirectory,
         view: StoreView,
         warnings: Callable[[], list[str]] = list,
-        links: BusLinks | None = None,
+        links: BusLink | None = None,
     ) -> None:
         """``warnings`` are sentences about what works still and should be looked at."""
         self._settings = settings

@@ -15,7 +15,7 @@ from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store import messages
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.placing import KEY_PLACED
+from skipbus.shared.store.outbox import KEY_PLACED
 
 
 def withdraw_abandoned(engine: Engine, local_id: str, peer_id: str, numbers: Sequence[int]) -> int:

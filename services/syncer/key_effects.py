@@ -21,7 +21,7 @@ from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import Header
 from skipbus.shared.store import key_records, messages, peers, stock, withdrawn_keys, wrapping_keys
 from skipbus.shared.store.messages import EnvelopeRow
-from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 
 _log = get_logger("stock")
 _TRUSTED_SECONDS = 30.0

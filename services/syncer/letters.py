@@ -18,7 +18,7 @@ from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope
-from skipbus.shared.store.placing import KEY_STOCKED
+from skipbus.shared.store.outbox import KEY_STOCKED
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 # A row's keys are sealed under two wrapping keys at most, where one ends within it.

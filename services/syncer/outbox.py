@@ -38,7 +38,7 @@ from skipbus.shared.logs import get_logger
 from skipbus.shared.store import messages, peers
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope
-from skipbus.shared.store.placing import KEY_PLACED
+from skipbus.shared.store.outbox import KEY_PLACED
 from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 
 MAX_ROWS = 500

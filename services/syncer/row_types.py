@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from skipbus.shared.protocol.envelopes import EnvelopeType
-from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 
 # Stock that is taken back was never issued to anybody, so it does not count as withdrawn.
 STOCK_DROPPED = "stock.dropped"

@@ -26,6 +26,11 @@ class StockLevel:
     placed: int = 0
     in_flight: int = 0
 
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.placed + self.in_flight
+
 
 @dataclass(frozen=True, slots=True)
 class StockRow:

@@ -26,8 +26,8 @@ from skipbus.shared.peers_config import identity_line
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.store.announcements import upsert_announcement
+from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows, insert_wrapping_keys
-from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
 from skipbus.shared.store.schema import BUS_ANNOUNCEMENTS, KEY_RECORDS, STOCK, STOCK_HELD, WITHDRAWN_KEYS
 from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig

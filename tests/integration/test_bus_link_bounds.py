@@ -29,9 +29,9 @@ from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
 from skipbus.shared.store.announcements import fetch_bus_announcement
 from skipbus.shared.store.messages import insert_outbox
+from skipbus.shared.store.outbox import KEY_STOCKED
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
 from skipbus.shared.store.peers import fetch_last_number, fetch_peer_rows, upsert_last_number
-from skipbus.shared.store.placing import KEY_STOCKED
 from skipbus.shared.store.schema import INBOX, OUTBOX, PEERS
 from tests.integration.bus_rig import Placed, Site, Sites, seal
 from tests.integration.key_providers import Store

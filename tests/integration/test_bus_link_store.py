@@ -1,4 +1,4 @@
-"""Facts about the api's transactions for bus links: placing, settling, stock. The peer is played by the test.
+"""Facts about the api's transactions for bus links: placing, confirming, stock. The peer is simulated by the test.
 
 Two key providers of one store stand for the two ends: how announcements come to know each other does not matter here.
 """
@@ -16,31 +16,40 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from pymysql.connections import Connection
+from pymysql.connections import Connection as PyMySqlConnection
+from pymysql.constants import CR
+from pymysql.err import OperationalError
+from sqlalchemy import Connection, Engine, NullPool, create_engine
 
 from sandbox.servers import Database
-from skipbus.services.api.batching import Batch, Lane
-from skipbus.services.api.issuing import Sealer
+from skipbus.services.api.group_commit import Batch, GroupCommit, Limits
 from skipbus.services.api.links import IssuedKey, IssueRequest
-from skipbus.services.api.links.confirmation import Settler
+from skipbus.services.api.links.confirmation import ConfirmationWaiter
 from skipbus.services.api.links.placing import (
-    Check,
+    ConfirmBatch,
+    ConfirmRequest,
     Outcome,
     PlaceBatch,
     PlacedKey,
     Placement,
-    SettleBatch,
-    Settlement,
-    Withdraw,
 )
 from skipbus.services.api.links.refill import StockMaker
-from skipbus.services.api.links.stock import StockClaimBatch, StockOpener, StockRequest
+from skipbus.services.api.links.sealing import Opener, Sealer
+from skipbus.services.api.links.stock import StockBatch, StockRequest
 from skipbus.shared.clock import now_ms
-from skipbus.shared.errors import NotPlaced, Overloaded, PeerNotReady, SkipbusError, StoreUnavailable
+from skipbus.shared.errors import (
+    NotPlaced,
+    Overloaded,
+    PeerNotReady,
+    SkipbusError,
+    StoreConflict,
+    StoreUnavailable,
+)
 from skipbus.shared.protocol import encoding
-from skipbus.shared.store.steps import run_steps
+from skipbus.shared.store.engine import connect
 from tests.integration.cutting_proxy import Cut, CuttingProxy
-from tests.integration.key_providers import KeyProvider, Store, announced, through_port
+from tests.integration.key_providers import KeyProvider, Store, announced, queue_engine
+from tests.integration.test_key_store import before_the_deletion
 
 R = TypeVar("R")
 A = TypeVar("A")
@@ -58,14 +67,12 @@ class Ends:
     bob: KeyProvider
 
     def place(self, count: int = 1) -> list[PlacedKey]:
-        batch = PlaceBatch(self.alice.bus_sealer, TTL_SECONDS, requests(count))
-        with self.store.connect() as connection:
-            return [expect(answer, PlacedKey) for answer in run_steps(connection, batch.run())]
+        batch = PlaceBatch(self.alice.sealer, TTL_SECONDS, requests(count))
+        return [expect(answer, PlacedKey) for answer in self.alice.commit(batch)]
 
-    def settle(self, *requests: Settlement) -> list[Outcome]:
-        with self.store.connect() as connection:
-            answers = run_steps(connection, SettleBatch(ALICE, SYNC_TIMEOUT_SECONDS, requests).run())
-        return [expect(answer, Outcome) for answer in answers]
+    def confirm(self, *requests: ConfirmRequest) -> list[Outcome]:
+        batch = ConfirmBatch(ALICE, SYNC_TIMEOUT_SECONDS, requests)
+        return [expect(answer, Outcome) for answer in self.alice.commit(batch)]
 
     def acknowledge(self, placement: Placement) -> None:
         self.store.rows("DELETE FROM outbox WHERE token = %s", placement.token)
@@ -74,23 +81,21 @@ class Ends:
         self, count: int, peer_id: str = BOB, *, placed: bool = True, ttl_seconds: int = TTL_SECONDS
     ) -> None:
         sealer = Sealer(ALICE, self.alice.keyring.identity, self.alice.directory)
-        maker = StockMaker(self.store.settings.mysql, ALICE, ttl_seconds, sealer)
-        maker.make(peer_id, count)
-        maker.close()
+        StockMaker(self.store.engine, ttl_seconds, sealer).make(peer_id, count)
         if placed:
             self.store.rows("UPDATE stock SET placed_ms = 1")
             self.store.rows("DELETE FROM outbox WHERE type = 'key.stocked'")
 
-    def stock_batch(self, count: int, peer_id: str = BOB) -> StockClaimBatch:
-        opener = StockOpener(self.alice.keyring, self.alice.directory)
-        return StockClaimBatch(opener, TTL_SECONDS, [StockRequest(peer_id, f"c-{n}") for n in range(count)])
+    def stock_batch(self, count: int, peer_id: str = BOB) -> StockBatch:
+        opener = Opener(self.alice.keyring, self.alice.directory)
+        return StockBatch(opener, TTL_SECONDS, [StockRequest(peer_id, f"c-{n}") for n in range(count)])
 
     def take(self, count: int = 1, peer_id: str = BOB) -> list[IssuedKey | None]:
-        with self.store.connect() as connection:
-            answers = run_steps(connection, self.stock_batch(count, peer_id).run())
+        answers = self.alice.commit(self.stock_batch(count, peer_id))
         return [answer for answer in answers if not isinstance(answer, SkipbusError)]
 
-    def told(self, kind: str) -> list[bytes]:
+    def events(self, kind: str) -> list[bytes]:
+        """keyIds in the outbox rows of this type."""
         rows = self.store.rows("SELECT payload FROM outbox WHERE type = %s ORDER BY id", kind)
         return [entry[0] for (payload,) in rows for entry in encoding.unpack(payload)]
 
@@ -114,6 +119,10 @@ def requests(count: int) -> list[IssueRequest]:
     return [IssueRequest(BOB, 256, f"c-{n}") for n in range(count)]
 
 
+def key_ids(placement: Placement) -> list[bytes]:
+    return [record.key_id for record in placement.records]
+
+
 def expect(answer: object, kind: type[A]) -> A:
     if isinstance(answer, SkipbusError):
         raise answer
@@ -122,18 +131,10 @@ def expect(answer: object, kind: type[A]) -> A:
 
 
 @asynccontextmanager
-async def lane(
-    make_batch: Callable[[Sequence[R]], Batch[A]], connect: Callable[[], Connection[Any]], timeout_seconds: float = 10
-) -> AsyncIterator[Lane[R, A]]:
-    made = Lane(
-        "test",
-        make_batch,
-        connect,
-        max_batch=100,
-        max_queue=1000,
-        timeout_seconds=timeout_seconds,
-        observe=lambda _size, _seconds: None,
-    )
+async def queue(
+    make_batch: Callable[[Sequence[R]], Batch[A]], engine: Engine, timeout_seconds: float = 10
+) -> AsyncIterator[GroupCommit[R, A]]:
+    made = GroupCommit("test", make_batch, engine, Limits(100, 1000, timeout_seconds))
     try:
         yield made
     finally:
@@ -145,20 +146,19 @@ async def lane(
 
 @pytest.mark.parametrize("cut", ["cut_before", "cut_after"])
 async def test_keys_whose_commit_was_interrupted_are_placed_once(ends: Ends, proxy: CuttingProxy, cut: Cut) -> None:
-    make = functools.partial(PlaceBatch, ends.alice.bus_sealer, TTL_SECONDS)
-    async with lane(make, through_port(ends.store.settings, proxy.port)) as place:
+    make = functools.partial(PlaceBatch, ends.alice.sealer, TTL_SECONDS)
+    async with queue(make, queue_engine(ends.store.settings, proxy.port)) as place:
         proxy.cut_next(cut)
         answers = await asyncio.gather(*(place.submit(request) for request in requests(5)))
     assert proxy.cut_count == 1
-    assert sorted(answer.issued.key_id for answer in answers) == sorted(i.hex() for i in ends.told("key.placed"))
+    assert sorted(answer.issued.key_id for answer in answers) == sorted(i.hex() for i in ends.events("key.placed"))
     rows = ends.store.rows("SELECT token, items FROM outbox")
-    assert {(answer.placement.token, len(answer.placement.keys)) for answer in answers} == set(rows)
+    assert {(answer.placement.token, len(answer.placement.records)) for answer in answers} == set(rows)
 
 
 def test_several_peers_of_one_batch_have_a_row_and_a_token_each(ends: Ends) -> None:
     both = [IssueRequest(peer, 128, "c") for peer in (BOB, ALICE, BOB, ALICE, BOB)]
-    with ends.store.connect() as connection:
-        answered = run_steps(connection, PlaceBatch(ends.alice.bus_sealer, TTL_SECONDS, both).run())
+    answered = ends.alice.commit(PlaceBatch(ends.alice.sealer, TTL_SECONDS, both))
     answers = [expect(answer, PlacedKey) for answer in answered]
     rows = ends.store.rows("SELECT peer_id, items FROM outbox ORDER BY items")
     assert rows == [(ALICE, 2), (BOB, 3)]
@@ -167,56 +167,60 @@ def test_several_peers_of_one_batch_have_a_row_and_a_token_each(ends: Ends) -> N
 
 def test_one_peer_that_cannot_be_sealed_to_fails_nobody_else(ends: Ends) -> None:
     mixed = [IssueRequest("KP_Nobody", 256, "c"), *requests(2)]
-    with ends.store.connect() as connection:
-        first, *others = run_steps(connection, PlaceBatch(ends.alice.bus_sealer, TTL_SECONDS, mixed).run())
+    first, *others = ends.alice.commit(PlaceBatch(ends.alice.sealer, TTL_SECONDS, mixed))
     assert isinstance(first, PeerNotReady)
     assert all(isinstance(answer, PlacedKey) for answer in others)
 
 
-# --- settling
+# --- confirming
 
 
 def test_placed_means_that_the_row_is_gone(ends: Ends) -> None:
-    ((one), (other)) = ends.place()[0], ends.place()[0]
-    ends.acknowledge(one.placement)
-    assert ends.settle(Check(one.placement), Check(other.placement)) == [Outcome.PLACED, Outcome.WAITING]
+    one, other = ends.place()[0].placement, ends.place()[0].placement
+    ends.acknowledge(one)
+    assert ends.confirm(ConfirmRequest(one), ConfirmRequest(other)) == [Outcome.PLACED, Outcome.WAITING]
 
 
 def test_of_a_withdrawal_and_an_acknowledgement_the_first_one_holds(ends: Ends) -> None:
     one, other = ends.place()[0].placement, ends.place(3)[0].placement
     ends.acknowledge(one)
-    assert ends.settle(Withdraw(one), Withdraw(other)) == [Outcome.PLACED, Outcome.WITHDRAWN]
-    assert ends.told("key.withdrawn") == [key_id for key_id, _, _ in other.keys]
-    assert ends.told("key.placed") == []
+    withdrawals = ConfirmRequest(one, withdraw=True), ConfirmRequest(other, withdraw=True)
+    assert ends.confirm(*withdrawals) == [Outcome.PLACED, Outcome.WITHDRAWN]
+    assert ends.events("key.withdrawn") == key_ids(other)
+    assert ends.events("key.placed") == []
 
 
 def test_after_twice_the_timeout_a_row_that_is_gone_is_no_longer_taken_for_placed(ends: Ends) -> None:
     late = ends.place()[0].placement
     ends.acknowledge(late)
     late.begun -= 2 * SYNC_TIMEOUT_SECONDS + 0.1
-    assert ends.settle(Check(late)) == [Outcome.WAITING]
-    assert ends.settle(Withdraw(late)) == [Outcome.WITHDRAWN]
-    assert ends.told("key.withdrawn") == [late.keys[0][0]]
-
-
-def test_what_a_caller_was_told_500_for_is_withdrawn_though_the_peer_has_it(ends: Ends) -> None:
-    placement = ends.place()[0].placement
-    ends.acknowledge(placement)
-    assert ends.settle(Withdraw(placement, certainly=True)) == [Outcome.WITHDRAWN]
-    assert ends.told("key.withdrawn") == [placement.keys[0][0]]
+    assert ends.confirm(ConfirmRequest(late)) == [Outcome.WAITING]
+    assert ends.confirm(ConfirmRequest(late, withdraw=True)) == [Outcome.WITHDRAWN]
+    assert ends.events("key.withdrawn") == key_ids(late)
 
 
 async def test_a_withdrawal_whose_commit_was_interrupted_is_not_taken_for_placed(
     ends: Ends, proxy: CuttingProxy
 ) -> None:
     placement = ends.place()[0].placement
-    make = functools.partial(SettleBatch, ALICE, SYNC_TIMEOUT_SECONDS)
-    async with lane(make, through_port(ends.store.settings, proxy.port)) as settle:
+    make = functools.partial(ConfirmBatch, ALICE, SYNC_TIMEOUT_SECONDS)
+    async with queue(make, queue_engine(ends.store.settings, proxy.port)) as confirm:
         proxy.cut_next("cut_after")
-        # By then the row is gone by our own hand.
-        assert await settle.submit(Withdraw(placement)) is Outcome.WITHDRAWN
+        # The row is gone by then, but not because of the peer.
+        assert await confirm.submit(ConfirmRequest(placement, withdraw=True)) is Outcome.WITHDRAWN
     assert proxy.cut_count == 1
-    assert set(ends.told("key.withdrawn")) == {placement.keys[0][0]}
+    assert set(ends.events("key.withdrawn")) == set(key_ids(placement))
+
+
+def test_what_may_have_been_withdrawn_is_never_taken_for_placed_by_another_batch(ends: Ends) -> None:
+    placement = ends.place()[0].placement
+    request = ConfirmRequest(placement, withdraw=True)
+    with ends.store.engine.connect() as connection:
+        ConfirmBatch(ALICE, SYNC_TIMEOUT_SECONDS, [request]).run(connection)
+        connection.rollback()
+    ends.acknowledge(placement)
+    assert ends.confirm(ConfirmRequest(placement)) == [Outcome.WAITING]
+    assert ends.confirm(request) == [Outcome.WITHDRAWN]
 
 
 def test_each_race_of_withdrawal_and_acknowledgement_ends_with_one_of_them(ends: Ends) -> None:
@@ -232,84 +236,97 @@ def test_each_race_of_withdrawal_and_acknowledgement_ends_with_one_of_them(ends:
 
         peer = threading.Thread(target=acknowledge)
         peer.start()
-        (outcome,) = ends.settle(Withdraw(placement))
+        (outcome,) = ends.confirm(ConfirmRequest(placement, withdraw=True))
         peer.join()
         assert (outcome is Outcome.PLACED) == (deleted == [1])
-        assert (placement.keys[0][0] in ends.told("key.withdrawn")) == (outcome is Outcome.WITHDRAWN)
+        assert (key_ids(placement)[0] in ends.events("key.withdrawn")) == (outcome is Outcome.WITHDRAWN)
         outcomes.append(outcome)
     assert Outcome.WITHDRAWN in outcomes
 
 
-class Gate:
-    """A way to the store that can be closed."""
-
-    def __init__(self, connect: Callable[[], Connection[Any]]) -> None:
-        self._connect = connect
-        self.open = True
-
-    def __call__(self) -> Connection[Any]:
-        if not self.open:
-            raise StoreUnavailable("closed by the test")
-        return self._connect()
+@asynccontextmanager
+async def waiter(
+    ends: Ends,
+    sync_timeout_seconds: float,
+    *,
+    max_callers: int = 10,
+    engine: Engine | None = None,
+    queue_seconds: float = 10,
+) -> AsyncIterator[ConfirmationWaiter]:
+    make = functools.partial(ConfirmBatch, ALICE, SYNC_TIMEOUT_SECONDS)
+    async with queue(make, engine or queue_engine(ends.store.settings), queue_seconds) as confirm:
+        made = ConfirmationWaiter(confirm, sync_timeout_seconds, max_callers)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 async def test_a_store_that_is_away_at_the_timeout_gets_the_withdrawal_when_it_is_back(ends: Ends) -> None:
-    gate = Gate(through_port(ends.store.settings, ends.store.settings.mysql.port))
-    make = functools.partial(SettleBatch, ALICE, SYNC_TIMEOUT_SECONDS)
+    away = [True]
+
+    def connect_unless_away() -> PyMySqlConnection:
+        if away:
+            raise OperationalError(CR.CR_CONN_HOST_ERROR, "closed by the test")
+        return connect(ends.store.settings.mysql)
+
+    engine = create_engine("mysql+pymysql://", creator=connect_unless_away, poolclass=NullPool)
     placement = ends.place()[0].placement
-    async with lane(make, gate, timeout_seconds=0.3) as settle:
-        settler = Settler(settle, 0.2, 10)
-        gate.open = False
+    async with waiter(ends, 0.2, engine=engine, queue_seconds=2) as made:
         with pytest.raises(StoreUnavailable):
-            await settler.settle(placement)
-        # The peer has it by now, and its caller was told 500: it must be taken back all the same.
+            await made.confirm(placement)
+        # The peer has it by now, and its caller was answered 500: it must be withdrawn all the same.
         ends.acknowledge(placement)
         with pytest.raises(SkipbusError):
-            await settler.tidy()
-        gate.open = True
-        await settler.tidy()
-        assert ends.told("key.withdrawn") == [placement.keys[0][0]]
-        await settler.tidy()
-        assert len(ends.told("key.withdrawn")) == 1
+            await made.tick()
+        away.clear()
+        await made.tick()
+        assert ends.events("key.withdrawn") == key_ids(placement)
+        await made.tick()
+        assert len(ends.events("key.withdrawn")) == 1
 
 
-async def test_callers_of_one_row_share_its_settlement_and_one_who_leaves_does_not_end_it(ends: Ends) -> None:
-    make = functools.partial(SettleBatch, ALICE, SYNC_TIMEOUT_SECONDS)
+async def test_callers_of_one_row_share_its_confirmation_and_one_who_leaves_does_not_end_it(ends: Ends) -> None:
     placement = ends.place(3)[0].placement
-    async with lane(make, through_port(ends.store.settings, ends.store.settings.mysql.port)) as settle:
-        settler = Settler(settle, 5, 10)
-        callers = [asyncio.create_task(settler.settle(placement)) for _ in range(3)]
+    async with waiter(ends, 5) as made:
+        callers = [asyncio.create_task(made.confirm(placement)) for _ in range(3)]
         await asyncio.sleep(0.05)
         callers[0].cancel()
         ends.acknowledge(placement)
-        settler.stored([placement.token])
+        made.acknowledged([placement.token])
         async with asyncio.timeout(2):
             assert await asyncio.gather(*callers[1:]) == [None, None]
-        # Whoever comes late must not look again: a row that is gone says nothing by then.
-        await settler.settle(placement)
-        assert len(settler) == 0
+
+
+async def test_a_notification_that_comes_before_the_caller_waits_is_not_lost(ends: Ends) -> None:
+    placement, rejected = ends.place()[0].placement, ends.place()[0].placement
+    async with waiter(ends, 30) as made:
+        ends.acknowledge(placement)
+        made.acknowledged([placement.token])
+        made.rejected([rejected.token])
+        async with asyncio.timeout(0.9):
+            await made.confirm(placement)
+            with pytest.raises(NotPlaced, match="refused the key"):
+                await made.confirm(rejected)
 
 
 async def test_what_was_withdrawn_stays_so_for_a_caller_who_comes_late(ends: Ends) -> None:
-    make = functools.partial(SettleBatch, ALICE, SYNC_TIMEOUT_SECONDS)
     placement = ends.place(2)[0].placement
-    async with lane(make, through_port(ends.store.settings, ends.store.settings.mysql.port)) as settle:
-        settler = Settler(settle, 0.1, 10)
+    async with waiter(ends, 0.1) as made:
         for _ in range(2):
             with pytest.raises(NotPlaced, match=BOB):
-                await settler.settle(placement)
+                await made.confirm(placement)
 
 
 async def test_no_more_callers_wait_for_peers_than_may(ends: Ends) -> None:
-    make = functools.partial(SettleBatch, ALICE, SYNC_TIMEOUT_SECONDS)
-    async with lane(make, through_port(ends.store.settings, ends.store.settings.mysql.port)) as settle:
-        settler = Settler(settle, 30, 2)
-        waiting = [asyncio.create_task(settler.settle(one.placement)) for one in (*ends.place(), *ends.place())]
+    async with waiter(ends, 30, max_callers=2) as made:
+        waiting = [asyncio.create_task(made.confirm(one.placement)) for one in (*ends.place(), *ends.place())]
         await asyncio.sleep(0.05)
         with pytest.raises(Overloaded):
-            settler.check_room()
-        settler.close()
+            made.check_room()
+        made.close()
         await asyncio.gather(*waiting, return_exceptions=True)
+        made.check_room()
 
 
 # --- stock
@@ -319,7 +336,7 @@ def test_stock_is_given_out_once_and_the_peer_is_told(ends: Ends) -> None:
     ends.make_stock(5)
     given = [expect(key, IssuedKey) for key in ends.take(5)]
     assert len({key.key_id for key in given}) == 5
-    assert sorted(key.key_id for key in given) == sorted(i.hex() for i in ends.told("key.issued"))
+    assert sorted(key.key_id for key in given) == sorted(i.hex() for i in ends.events("key.issued"))
     assert ends.take(1) == [None]
     assert ends.store.count("stock") == 0
 
@@ -340,14 +357,41 @@ def test_a_claim_passes_over_what_another_one_holds(ends: Ends) -> None:
 @pytest.mark.parametrize("cut", ["cut_before", "cut_after"])
 async def test_stock_whose_commit_was_interrupted_is_given_out_once(ends: Ends, proxy: CuttingProxy, cut: Cut) -> None:
     ends.make_stock(6)
-    opener = StockOpener(ends.alice.keyring, ends.alice.directory)
-    make = functools.partial(StockClaimBatch, opener, TTL_SECONDS)
-    async with lane(make, through_port(ends.store.settings, proxy.port)) as stock:
+    opener = Opener(ends.alice.keyring, ends.alice.directory)
+    make = functools.partial(StockBatch, opener, TTL_SECONDS)
+    async with queue(make, queue_engine(ends.store.settings, proxy.port)) as stock:
         proxy.cut_next(cut)
         given = await asyncio.gather(*(stock.submit(StockRequest(BOB, f"c-{n}")) for n in range(4)))
     assert proxy.cut_count == 1
     assert ends.store.count("stock") == 2
-    assert sorted(key.key_id for key in given if key) == sorted(i.hex() for i in ends.told("key.issued"))
+    assert sorted(key.key_id for key in given if key) == sorted(i.hex() for i in ends.events("key.issued"))
+
+
+def vanish(table: str) -> Callable[[Connection], None]:
+    """As if another node of a cluster had deleted the rows, which knows nothing of locks here."""
+
+    def act(connection: Connection) -> None:
+        dbapi: Any = connection.connection.dbapi_connection
+        dbapi.cursor().execute(f"DELETE FROM {table} LIMIT 1")
+
+    return act
+
+
+def test_stock_that_was_given_out_elsewhere_after_it_was_locked_is_not_given_out_here(ends: Ends) -> None:
+    ends.make_stock(2)
+    with before_the_deletion(ends.store.engine, vanish("stock")) as vanished, pytest.raises(StoreConflict):
+        ends.take(2)
+    assert vanished
+    assert (ends.store.count("stock"), ends.store.count("outbox")) == (2, 0)
+    assert all(ends.take(2))
+
+
+def test_a_row_that_was_acknowledged_elsewhere_after_it_was_locked_is_not_withdrawn_here(ends: Ends) -> None:
+    placement = ends.place()[0].placement
+    with before_the_deletion(ends.store.engine, vanish("outbox")) as vanished, pytest.raises(StoreConflict):
+        ends.confirm(ConfirmRequest(placement, withdraw=True))
+    assert vanished
+    assert ends.events("key.withdrawn") == []
 
 
 def test_stock_that_is_not_placed_or_too_old_is_not_given_out(ends: Ends) -> None:
@@ -361,11 +405,11 @@ def test_a_copy_that_was_moved_to_another_peer_is_never_given_out_for_it(ends: E
     ends.make_stock(3, peer_id=ALICE)
     ends.store.rows("UPDATE stock SET peer_id = %s LIMIT 2", BOB)
     assert ends.take(2) == [None, None]
-    assert len(ends.told("key.withdrawn")) == 2
+    assert len(ends.events("key.withdrawn")) == 2
     assert [key is not None for key in ends.take(1, peer_id=ALICE)] == [True]
 
 
-def test_a_copy_does_not_open_as_a_key_that_somebody_issued_for_this_kp(ends: Ends) -> None:
+def test_a_copy_does_not_open_as_a_key_that_a_peer_issued_for_this_kp(ends: Ends) -> None:
     ends.make_stock(1)
     ends.store.rows(
         "INSERT INTO key_records (target_id, expires_ms, key_id, source_id, size_bits, wrapping_key_id, nonce, sealed, "

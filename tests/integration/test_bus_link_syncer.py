@@ -29,7 +29,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import VERSION, EnvelopeType, check_envelope, read_envelope
-from skipbus.shared.store.placing import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 from tests.integration.broker_process import BrokerProcess
 from tests.integration.bus_rig import KEY_TTL_MS, Placed, Site, Sites, seal
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, TestBus, bus_of, fresh_number, signed

@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.shared.protocol.envelopes import EnvelopeType, SignedEnvelope, read_envelope
-from skipbus.shared.store.placing import KEY_STOCKED
+from skipbus.shared.store.outbox import KEY_STOCKED
 from tests.integration.bus_rig import Site, Sites
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, bus_of
 from tests.waiting import wait_for

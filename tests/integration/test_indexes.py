@@ -32,10 +32,8 @@ from skipbus.shared.store import (
     packets,
     peers,
     pinned_identities,
-    placing,
     processes,
     stock,
-    stock_steps,
     withdrawn_keys,
     wrapping_keys,
 )
@@ -49,8 +47,8 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(announcements, expiry, glances, inbox, key_records, keys, messages, outbox, peers, pinned_identities, placing),
-    *(processes, stock, stock_steps, withdrawn_keys, wrapping_keys),
+    *(announcements, expiry, glances, inbox, key_records, keys, messages, outbox, peers, pinned_identities),
+    *(processes, stock, withdrawn_keys, wrapping_keys),
 )
 
 # MariaDB (10.11 and 11.8) does not follow FORCE INDEX in a DELETE when most of a table's rows are asked for: it reads
@@ -125,14 +123,18 @@ SQLALCHEMY_CALLS |= {
     "delete_key_records": lambda c: key_records.delete_key_records(c, KEY_IDS),
     "fetch_key_record_exists": lambda c: key_records.fetch_key_record_exists(c, KEY_IDS[0]),
     "insert_outbox_rows": lambda c: outbox.insert_outbox_rows(c, [OUTBOX_ROW]),
+    "fetch_tokens": lambda c: outbox.fetch_tokens(c, KEY_IDS),
     "fetch_token_exists": lambda c: outbox.fetch_token_exists(c, b"t" * 16),
     "insert_wrapping_keys": lambda c: wrapping_keys.insert_wrapping_keys(c, [WRAPPING_KEY]),
     "fetch_envelope_rows": lambda c: messages.fetch_envelope_rows(c, KP, PEER, [7, 8]),
     "fetch_row_payloads": lambda c: messages.fetch_row_payloads(c, [5, 6]),
     "delete_stocked_rows": lambda c: messages.delete_stocked_rows(c, KP, PEER),
     "delete_stock_of_peer": lambda c: stock.delete_stock_of_peer(c, KP, PEER),
-    "delete_rows": lambda c: messages.delete_rows(c, [5, 6]),
-    "fetch_rows_of_tokens": lambda c: messages.fetch_rows_of_tokens(c, KEY_IDS),
+    "delete_rows": lambda c: outbox.delete_rows(c, [5, 6]),
+    "fetch_rows_of_tokens": lambda c: (
+        messages.fetch_rows_of_tokens(c, KEY_IDS),
+        outbox.fetch_rows_of_tokens(c, KEY_IDS),
+    ),
     "delete_inbox": lambda c: inbox.delete_inbox(c, KP, PEER, 7),
     "upsert_rejection": lambda c: peers.upsert_rejection(c, KP, PEER, "no", NOW_MS),
     "fetch_known_key_ids": lambda c: key_records.fetch_known_key_ids(c, KEY_IDS),
@@ -160,18 +162,6 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "fetch_is_placed": lambda c: run_steps(c, keys.fetch_is_placed(KEY_IDS[0])),
     "fetch_commit_token": lambda c: run_steps(c, keys.fetch_commit_token(b"t" * 16)),
     "end_without_change": lambda c: run_steps(c, keys.end_without_change()),
-    "commit_placing": lambda c: run_steps(c, placing.commit_placing([WRAPPING_KEY], [ROW])),
-    "fetch_waiting_tokens": lambda c: run_steps(c, placing.fetch_waiting_tokens(KEY_IDS)),
-    "fetch_for_withdrawal": lambda c: run_steps(c, placing.fetch_for_withdrawal(KEY_IDS)),
-    "commit_withdrawn": lambda c: run_steps(c, placing.commit_withdrawn(KEY_IDS, [ROW._replace(token=b"s" * 16)])),
-    "delete_held": lambda c: run_steps(c, placing.delete_held(KP, {PEER: KEY_IDS})),
-    "claim_stock_steps": lambda c: run_steps(c, stock_steps.claim_stock_steps(KP, PEER, NOW_MS, 10)),
-    "commit_given_out": lambda c: run_steps(
-        c, stock_steps.commit_given_out([RECORD, RECORD], [ROW._replace(token=b"q" * 16)])
-    ),
-    "commit_stocked": lambda c: run_steps(
-        c, stock_steps.commit_stocked([RECORD], [WRAPPING_KEY], ROW._replace(token=b"p" * 16))
-    ),
     "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
     "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
     "look_at_oldest_stock": lambda c: glances.look_at_oldest_stock(c, KP),
@@ -380,12 +370,9 @@ def deletion_of(wanted: list[bytes]) -> str:
 TOKENS = [bytes([n]) * 16 for n in range(20)]
 ROW_IDS = list(range(1, 21))
 DELETIONS: dict[str, tuple[str, Callable[[RawConnection[Any], Connection], object]]] = {
-    "commit_withdrawn": ("outbox", lambda c, _: run_steps(c, placing.commit_withdrawn(TOKENS[:-1], []))),
-    "delete_held": ("stock_held", lambda c, _: run_steps(c, placing.delete_held(KP, {PEER: MOST}))),
-    "commit_given_out": ("stock", lambda c, _: run_steps(c, stock_steps.commit_given_out(FEW[:-1], [ROW]))),
     "delete_stock": ("stock", lambda _, c: stock.delete_stock(c, MOST)),
     "delete_stock_held": ("stock_held", lambda _, c: stock.delete_stock_held(c, KP, PEER, MOST)),
-    "delete_rows": ("outbox", lambda _, c: messages.delete_rows(c, ROW_IDS[:-1])),
+    "delete_rows": ("outbox", lambda _, c: outbox.delete_rows(c, ROW_IDS[:-1])),
     "delete_acknowledged": ("outbox", lambda _, c: messages.delete_acknowledged(c, KP, PEER, ROW_IDS[:-1])),
 }
 

@@ -1,8 +1,8 @@
-"""Retrieval ahead of arrival: an encryptor may ask for a key of a bus peer's before the bus has brought it.
+"""Retrieval ahead of arrival: an encryptor may ask for a key of a bus peer before the bus has brought it.
 
-Whoever waits holds neither a thread nor a connection to the store, only an entry here. A notification names the keyIds
-that have come; it is the reason for another try, and the store decides. The number of those who wait is bounded: beyond
-it a caller is told at once that the key is not there.
+A caller who waits holds neither a thread nor a connection to the store. A notification names the keyIds that have
+arrived; it is the reason for another attempt, and the store decides. The number of callers who wait is bounded: one
+more is answered at once that the key is not there.
 """
 
 from __future__ import annotations
@@ -10,25 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 from skipbus.shared.errors import KeyNotAvailable
 
 MAX_WAITING = 10_000
-# Anybody with an account at the local broker can send notifications; each may cost one query, up to so many.
-_MAX_TRIES = 4
+# Anybody with an account at the local broker can send notifications; each may cost one attempt, up to so many.
+_MAX_ATTEMPTS = 4
 
 T = TypeVar("T")
-
-
-class _Expected:
-    """One caller's interest in one keyId."""
-
-    __slots__ = ("arrived",)
-
-    def __init__(self) -> None:
-        self.arrived = asyncio.Event()
 
 
 class Arrivals:
@@ -37,14 +27,13 @@ class Arrivals:
     def __init__(self, wait_seconds: float, max_waiting: int = MAX_WAITING) -> None:
         self._wait_seconds = wait_seconds
         self._max_waiting = max_waiting
-        self._expected: dict[bytes, list[_Expected]] = {}
-        self._loop = asyncio.get_running_loop()
+        self._expected: dict[bytes, set[asyncio.Event]] = {}
         self.waiting = 0
 
     async def claim(self, key_id: bytes, attempt: Callable[[], Awaitable[T]]) -> T:
-        """What ``attempt`` gives, tried until the key has come or the time is over. Raises what it raised last."""
-        # Before the first try: what comes between the try and the wait must not go by unheard.
-        with self._expecting(key_id) as expected:
+        """What ``attempt`` returns, tried until the key has arrived or the time is over. Raises its last error."""
+        # Before the first attempt: a notification between the attempt and the wait must not be lost.
+        with self._expecting(key_id) as arrived:
             try:
                 return await attempt()
             except KeyNotAvailable:
@@ -52,45 +41,45 @@ class Arrivals:
                     raise
             self.waiting += 1
             try:
-                return await self._wait(expected, attempt)
+                return await self._wait(arrived, attempt)
             finally:
                 self.waiting -= 1
 
     def arrived(self, key_ids: Sequence[bytes]) -> None:
-        """Somebody says that these keys have come."""
+        """A notification says that these keys have arrived."""
         for key_id in key_ids:
-            for expected in self._expected.get(key_id, ()):
-                expected.arrived.set()
+            for arrived in self._expected.get(key_id, ()):
+                arrived.set()
 
-    async def _wait(self, expected: _Expected, attempt: Callable[[], Awaitable[T]]) -> T:
-        deadline = self._loop.time() + self._wait_seconds
-        for _ in range(_MAX_TRIES):
-            if not await _happens(expected.arrived, deadline):
+    async def _wait(self, arrived: asyncio.Event, attempt: Callable[[], Awaitable[T]]) -> T:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_seconds
+        for _ in range(_MAX_ATTEMPTS):
+            if not await _is_set(arrived, deadline):
                 break
-            expected.arrived.clear()
+            arrived.clear()
             with contextlib.suppress(KeyNotAvailable):
                 return await attempt()
-        await asyncio.sleep(deadline - self._loop.time())
-        # Without notifications, while the broker is away, this is the only look after the first.
+        await asyncio.sleep(deadline - loop.time())
+        # While the broker is away this is the only attempt after the first.
         return await attempt()
 
-    @contextmanager
-    def _expecting(self, key_id: bytes) -> Iterator[_Expected]:
-        expected = _Expected()
-        self._expected.setdefault(key_id, []).append(expected)
+    @contextlib.contextmanager
+    def _expecting(self, key_id: bytes) -> Iterator[asyncio.Event]:
+        arrived = asyncio.Event()
+        self._expected.setdefault(key_id, set()).add(arrived)
         try:
-            yield expected
+            yield arrived
         finally:
             others = self._expected[key_id]
-            others.remove(expected)
+            others.remove(arrived)
             if not others:
                 del self._expected[key_id]
 
 
-async def _happens(event: asyncio.Event, deadline: float) -> bool:
-    try:
+async def _is_set(event: asyncio.Event, deadline: float) -> bool:
+    """Whether the event is set before the deadline. An attempt is never interrupted: it may have deleted the key."""
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(deadline):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
+            return await event.wait()
+    return False

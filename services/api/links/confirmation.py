@@ -1,8 +1,8 @@
-"""Waits for placements to be settled, many callers on one: no thread and no connection is held for any of them.
+"""The wait for the confirmation of keys on demand. No thread and no connection is held by a caller who waits.
 
-A notification says that it is worth looking; without one each placement is looked up once a second. At the timeout,
-or when the peer has refused the envelope, the placement is taken back. Where the store cannot be asked then, its
-caller is told so, and the keys are owed: they are withdrawn once the store is back.
+A notification that a row is acknowledged or rejected is the reason to look into the store; without one each placement
+is looked for once a second. At the timeout, or when the peer has rejected the keys, they are withdrawn. If the store
+does not answer then, the caller is answered 500 at once, and the keys are withdrawn when the store is back.
 """
 
 from __future__ import annotations
@@ -10,186 +10,163 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
+from itertools import islice
 
 from skipbus.services.api import metrics
-from skipbus.services.api.batching import Lane
-from skipbus.services.api.links.placing import Check, Outcome, Placement, Release, Settlement, Withdraw
+from skipbus.services.api.group_commit import GroupCommit
+from skipbus.services.api.links.placing import ConfirmRequest, Outcome, Placement
 from skipbus.shared.errors import NotPlaced, Overloaded, SkipbusError, StoreUnavailable
 from skipbus.shared.logs import get_logger
 
 _POLL_SECONDS = 1.0
-# Kept for when the store is back. Beyond this the syncer's own withdrawal has to do.
-_MAX_OWED = 10_000
-_MAX_RELEASED = 100_000
-_AT_ONCE = 500
+# Withdrawals that wait for the store; beyond this the syncer's own withdrawal has to do.
+_MAX_OUTSTANDING = 10_000
+_OUTSTANDING_TOGETHER = 500
+# Notifications about rows that no caller here waits for: another process's, or faster than the answer to the commit.
 _MAX_EARLY = 2_000
 
-_log = get_logger("settling")
+_log = get_logger("confirmation")
 
 
 class _Wait:
-    """One placement, and everybody who waits for it."""
+    """The wait for one placement, which its callers share."""
 
-    __slots__ = ("placement", "task", "woken")
-
-    def __init__(self, placement: Placement, settle: Callable[[_Wait], Coroutine[None, None, Outcome]]) -> None:
+    def __init__(self, placement: Placement, *, rejected: bool | None) -> None:
+        """``rejected`` is None where there was no notification yet."""
         self.placement = placement
-        self.woken = asyncio.Event()
-        self.task = asyncio.get_running_loop().create_task(settle(self))
+        self.rejected = bool(rejected)
+        self.notified = asyncio.Event()
+        if rejected is not None:
+            self.notified.set()
 
-    def hear(self, *, refused: bool) -> None:
-        """It may be settled, or is said to be refused."""
-        self.placement.refused |= refused
-        self.woken.set()
+    async def next_look(self, seconds: float) -> None:
+        """Returns after a notification, or after so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.notified.wait()
+        self.notified.clear()
 
 
-class Settler:
-    """Of one event loop. ``lane`` runs ``SettleBatch``."""
+class ConfirmationWaiter:
+    """Of one event loop. ``queue`` runs ``ConfirmBatch``."""
 
-    def __init__(self, lane: Lane[Settlement, Outcome], sync_timeout_seconds: float, max_callers: int) -> None:
-        self._lane = lane
+    def __init__(
+        self, queue: GroupCommit[ConfirmRequest, Outcome], sync_timeout_seconds: float, max_callers: int
+    ) -> None:
+        self._queue = queue
         self._timeout_seconds = sync_timeout_seconds
         self._max_callers = max_callers
         self._callers = 0
-        self._waits: dict[bytes, _Wait] = {}
+        self._waits: dict[bytes, tuple[_Wait, asyncio.Task[Outcome]]] = {}
         self._early: dict[bytes, bool] = {}
-        self._owed: dict[bytes, Placement] = {}
-        self._released: dict[str, list[bytes]] = {}
-        self._given_up: Counter[tuple[str, str]] = Counter()
-        self._loop = asyncio.get_running_loop()
-
-    def __len__(self) -> int:
-        """How many callers wait."""
-        return self._callers
+        self._outstanding: dict[bytes, Placement] = {}
+        self._withdrawn: Counter[tuple[str, str]] = Counter()
 
     def check_room(self) -> None:
         """Raises Overloaded where as many callers wait as may: a peer that is away must not gather all of them."""
         if self._callers >= self._max_callers:
             raise Overloaded("too many requests wait for the other key provider; try again")
 
-    async def settle(self, placement: Placement) -> None:
+    async def confirm(self, placement: Placement) -> None:
         """Returns once the peer has the keys. Raises NotPlaced once they are withdrawn, StoreUnavailable otherwise."""
+        wait, task = self._waits.get(placement.token) or self._begin(placement)
         self._callers += 1
         try:
-            outcome = await self._outcome(placement)
+            # One caller who leaves must not end the wait of the others.
+            outcome = await asyncio.shield(task)
         finally:
             self._callers -= 1
         if outcome is Outcome.WITHDRAWN:
-            raise self._not_placed(placement)
+            raise self._not_placed(wait)
         if outcome is Outcome.WAITING:
             raise StoreUnavailable("the key store did not say whether the other key provider has the key")
 
-    def stored(self, tokens: Sequence[bytes]) -> None:
-        """Somebody says that these rows are acknowledged: look."""
-        self._heard_of(tokens, refused=False)
+    def acknowledged(self, tokens: Sequence[bytes]) -> None:
+        """A notification says that the peer has acknowledged these rows."""
+        self._notified(tokens, rejected=False)
 
-    def refused(self, tokens: Sequence[bytes]) -> None:
-        """Somebody says that the peer has refused these rows: take them back, unless they are placed."""
-        self._heard_of(tokens, refused=True)
+    def rejected(self, tokens: Sequence[bytes]) -> None:
+        """A notification says that the peer has rejected these rows: they are withdrawn unless they are placed."""
+        self._notified(tokens, rejected=True)
 
-    def release(self, source_id: str, key_id: bytes) -> None:
-        """A key of a bus source was handed out here; it is taken off that source's waiting stock soon."""
-        waiting = self._released.setdefault(source_id, [])
-        if len(waiting) < _MAX_RELEASED:
-            waiting.append(key_id)
+    async def tick(self) -> None:
+        """Once a second: reports withdrawals, and does those that wait for the store. Raises SkipbusError."""
+        # Each caller has its own line in the access log; this one is for an operator who watches the peers.
+        withdrawn, self._withdrawn = self._withdrawn, Counter()
+        for (peer_id, reason), count in withdrawn.items():
+            _log.warning("keys withdrawn", peer=peer_id, count=count, reason=reason)
+        while some := list(islice(self._outstanding.values(), _OUTSTANDING_TOGETHER)):
+            await asyncio.gather(*(self._queue.submit(ConfirmRequest(one, withdraw=True)) for one in some))
+            for placement in some:
+                del self._outstanding[placement.token]
+                self._count_withdrawn(placement, "the store was away")
 
-    async def tidy(self) -> None:
-        """What need not be done at once: releases, and withdrawals that are owed. Raises SkipbusError."""
-        self._tell_given_up()
-        for source_id, key_ids in list(self._released.items()):
-            while key_ids:
-                some = tuple(key_ids[:_AT_ONCE])
-                await self._lane.submit(Release(source_id, some))
-                del key_ids[: len(some)]
-        while self._owed:
-            placements = list(self._owed.values())[:_AT_ONCE]
-            await asyncio.gather(*(self._lane.submit(Withdraw(one, certainly=True)) for one in placements))
-            for one in placements:
-                del self._owed[one.token]
-                self._note_given_up(one, "the store was away")
+    def close(self) -> None:
+        """Ends all waits; the syncer withdraws what is not acknowledged."""
+        for _, task in self._waits.values():
+            task.cancel()
 
-    def _heard_of(self, tokens: Sequence[bytes], *, refused: bool) -> None:
+    def _notified(self, tokens: Sequence[bytes], *, rejected: bool) -> None:
         for token in tokens:
-            wait = self._waits.get(token)
-            if wait is not None:
-                wait.hear(refused=refused)
+            if token in self._waits:
+                wait, _ = self._waits[token]
+                wait.rejected |= rejected
+                wait.notified.set()
                 continue
-            # Another process's, or one whose commit this process has yet to hear of.
-            self._early[token] = refused
+            self._early[token] = rejected
             if len(self._early) > _MAX_EARLY:
                 del self._early[next(iter(self._early))]
 
-    async def _outcome(self, placement: Placement) -> Outcome:
-        # What is settled must never be looked up again: a row that was withdrawn is as gone as one that was placed.
-        if placement.outcome is not None:
-            return placement.outcome
-        wait = self._waits.get(placement.token)
-        if wait is None:
-            wait = self._waits[placement.token] = _Wait(placement, self._settle)
-            if (refused := self._early.pop(placement.token, None)) is not None:
-                wait.hear(refused=refused)
-        # One caller who goes away must not end the wait of the others.
-        return await asyncio.shield(wait.task)
+    def _begin(self, placement: Placement) -> tuple[_Wait, asyncio.Task[Outcome]]:
+        wait = _Wait(placement, rejected=self._early.pop(placement.token, None))
+        begun = self._waits[placement.token] = wait, asyncio.create_task(self._outcome(wait), name="confirmation")
+        return begun
 
-    async def _settle(self, wait: _Wait) -> Outcome:
-        placement = wait.placement
+    async def _outcome(self, wait: _Wait) -> Outcome:
         try:
-            placed = await self._is_placed_in_time(wait)
-            placement.outcome = Outcome.PLACED if placed else await self._give_up(placement)
-            return placement.outcome
+            return Outcome.PLACED if await self._is_placed_in_time(wait) else await self._withdraw(wait)
         finally:
-            del self._waits[placement.token]
+            del self._waits[wait.placement.token]
 
     async def _is_placed_in_time(self, wait: _Wait) -> bool:
-        deadline = self._loop.time() + self._timeout_seconds
-        while (left_seconds := deadline - self._loop.time()) > 0 and not wait.placement.refused:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left_seconds, _POLL_SECONDS)):
-                    await wait.woken.wait()
-            wait.woken.clear()
-            if await self._is_placed(wait, deadline):
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_seconds
+        while (left_seconds := deadline - loop.time()) > 0 and not wait.rejected:
+            await wait.next_look(min(left_seconds, _POLL_SECONDS))
+            if await self._is_placed(wait.placement, deadline):
                 return True
         return False
 
-    async def _is_placed(self, wait: _Wait, deadline: float) -> bool:
-        # A store that is away is not asked for longer than the caller waits; giving up will meet it anyway.
+    async def _is_placed(self, placement: Placement, deadline: float) -> bool:
+        # A store that is away is not asked for longer than the caller waits; the withdrawal will meet it anyway.
         with contextlib.suppress(TimeoutError, SkipbusError):
             async with asyncio.timeout_at(deadline):
-                return await self._lane.submit(Check(wait.placement)) is Outcome.PLACED
+                return await self._queue.submit(ConfirmRequest(placement)) is Outcome.PLACED
         return False
 
-    async def _give_up(self, placement: Placement) -> Outcome:
+    async def _withdraw(self, wait: _Wait) -> Outcome:
+        placement = wait.placement
         try:
-            outcome = await self._lane.submit(Withdraw(placement))
+            outcome = await self._queue.submit(ConfirmRequest(placement, withdraw=True))
         except SkipbusError as error:
-            _log.debug("placement not settled", peer=placement.peer_id, reason=str(error))
-            if len(self._owed) < _MAX_OWED:
-                self._owed[placement.token] = placement
+            _log.debug("placement in doubt", peer=placement.peer_id, reason=str(error))
+            placement.in_doubt = True
+            if len(self._outstanding) < _MAX_OUTSTANDING:
+                self._outstanding[placement.token] = placement
             return Outcome.WAITING
         if outcome is Outcome.WITHDRAWN:
-            self._note_given_up(placement, "refused" if placement.refused else "not stored in time")
+            self._count_withdrawn(placement, "rejected" if wait.rejected else "not stored in time")
         return outcome
 
-    def _not_placed(self, placement: Placement) -> NotPlaced:
-        peer_id = placement.peer_id
-        if placement.refused:
+    def _count_withdrawn(self, placement: Placement, reason: str) -> None:
+        self._withdrawn[placement.peer_id, reason] += len(placement.records)
+        metrics.count_withdrawn(placement.peer_id, len(placement.records))
+
+    def _not_placed(self, wait: _Wait) -> NotPlaced:
+        peer_id = wait.placement.peer_id
+        if wait.rejected:
             return NotPlaced(f"key provider {peer_id} refused the key; it is withdrawn (see /status/sync for why)")
         return NotPlaced(
             f"key provider {peer_id} has not stored the key within {self._timeout_seconds:g} s; it is withdrawn"
         )
-
-    def _note_given_up(self, placement: Placement, reason: str) -> None:
-        self._given_up[placement.peer_id, reason] += len(placement.keys)
-        metrics.count_withdrawn(placement.peer_id, len(placement.keys))
-
-    def close(self) -> None:
-        """Lets go of what still waits: the syncer withdraws it."""
-        for wait in self._waits.values():
-            wait.task.cancel()
-
-    def _tell_given_up(self) -> None:
-        # Each refused request has its own line in the access log; this one is for whoever watches the peers.
-        given_up, self._given_up = self._given_up, Counter()
-        for (peer_id, reason), count in given_up.items():
-            _log.warning("keys withdrawn", peer=peer_id, count=count, reason=reason)

@@ -1,49 +1,122 @@
-"""On demand over a bus link: places keys at a peer, and settles for each whether it is there or is taken back.
+"""The transactions of keys on demand: several keys are sent on their way, looked for, or withdrawn at a time.
 
-A batch commits one ``key.placed`` outbox row for each peer, with the keys sealed to it. The syncer carries it, and the
-row goes when the peer has acknowledged. So "the row is gone" is what may be answered with 200, and it is always looked
-up in the store: a notification is only the reason to look.
-
-Who gives up takes the row away in the same transaction that looks for it. Either it was there: then the keys are
-withdrawn, and told to the peer, which may have them already. Or it was gone: then they are placed. A row whose api has
-died is withdrawn by the syncer after three times the timeout. Therefore nothing is answered here with 200 after twice
-the timeout, whatever the store says then: the keys are withdrawn once more and the caller is told 500.
+A ``key.placed`` outbox row holds keys sealed to one peer. The syncer sends it and deletes it when the peer has
+acknowledged it. So a row that is gone means that the peer has the keys, unless they were withdrawn: an api that gives
+up deletes the row in the transaction that looks for it, and the syncer withdraws a row whose api has died after three
+times the timeout. Therefore nothing counts as placed after twice the timeout, whatever the store says then.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple
 
-from skipbus.services.api.issuing import Sealer, no_entropy
+from sqlalchemy import Connection
+
 from skipbus.services.api.links import IssuedKey, IssueRequest
+from skipbus.services.api.links.sealing import Sealer
+from skipbus.services.api.links.store import make_key
 from skipbus.shared.clock import now_ms
-from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, WrappingKey
-from skipbus.shared.errors import SkipbusError
+from skipbus.shared.crypto.sealing import KeyRecord, WrappingKey
+from skipbus.shared.errors import PeerNotReady, SkipbusError, StoreConflict
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
-from skipbus.shared.protocol.keys import new_key_id
-from skipbus.shared.store.packets import OutboxRow
-from skipbus.shared.store.placing import (
+from skipbus.shared.store.outbox import (
     KEY_PLACED,
-    commit_placing,
-    commit_withdrawn,
-    delete_held,
-    fetch_for_withdrawal,
-    fetch_waiting_tokens,
+    OutboxRow,
+    delete_rows,
+    fetch_rows_of_tokens,
+    fetch_tokens,
+    insert_outbox_rows,
 )
-from skipbus.shared.store.steps import Steps
 
-# Records in one row; an envelope takes 2,000.
+# Keys in one row; an envelope takes 2,000.
 MAX_BATCH = 500
-_TOKEN_BYTES = 16
-# Of the sync timeout. The syncer withdraws what nobody has settled after three of them.
-LATE_AFTER_TIMEOUTS = 2
+TOKEN_BYTES = 16
+# Of the sync timeout.
+_LATE_AFTER_TIMEOUTS = 2
+
+WithdrawnKey = tuple[bytes, int, str]
+"""keyId, expiry (UTC ms) and correlation id."""
+
+
+@dataclass(slots=True, eq=False)
+class Placement:
+    """The keys of one ``key.placed`` row: they are confirmed or withdrawn together. ``begun`` is monotonic time.
+
+    ``in_doubt``: this process may have deleted the row, or has answered 500, so a row that is gone proves nothing.
+    """
+
+    token: bytes
+    peer_id: str
+    begun: float
+    records: list[KeyRecord] = field(default_factory=list)
+    in_doubt: bool = False
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PlacedKey:
+    """A key on its way to a peer, to be answered once its placement is confirmed. Without a repr: it is a secret."""
+
+    issued: IssuedKey
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What becomes one outbox row."""
+
+    wrapping_key: WrappingKey
+    placement: Placement
+
+
+class PlaceBatch:
+    """One transaction that sends several keys on their way."""
+
+    def __init__(self, sealer: Sealer, key_ttl_seconds: int, requests: Sequence[IssueRequest]) -> None:
+        self._sealer = sealer
+        self._ttl_ms = key_ttl_seconds * 1000
+        self._requests = requests
+        # By token, of all runs: an interrupted commit may land late, when the next run is on its way.
+        self._runs: dict[bytes, Sequence[PlacedKey | SkipbusError]] = {}
+
+    def run(self, connection: Connection) -> Sequence[PlacedKey | SkipbusError]:
+        """Makes and seals a key for each request; PeerNotReady stands in the place of those that cannot be sealed."""
+        at_ms = now_ms()
+        target_ids = {request.target_id for request in self._requests}
+        rows = {target_id: self._new_row(connection, target_id, at_ms) for target_id in target_ids}
+        answers = [self._place(request, rows[request.target_id], at_ms) for request in self._requests]
+        placements = [row.placement for row in rows.values() if isinstance(row, _Row)]
+        insert_outbox_rows(
+            connection, [sealed_row(KEY_PLACED, p.peer_id, p.token, p.records, at_ms) for p in placements]
+        )
+        self._runs |= dict.fromkeys((placement.token for placement in placements), answers)
+        return answers
+
+    def committed(self, connection: Connection) -> Sequence[PlacedKey | SkipbusError] | None:
+        """A row in the outbox proves it. One that is acknowledged already is not found: no caller gets its keys."""
+        found = fetch_tokens(connection, self._runs)
+        return next((answers for token, answers in self._runs.items() if token in found), None)
+
+    def _new_row(self, connection: Connection, target_id: str, at_ms: int) -> _Row | PeerNotReady:
+        try:
+            wrapping_key = self._sealer.wrapping_key(connection, target_id, at_ms)
+        except PeerNotReady as error:
+            return error
+        # The clock starts before the commit: it must not be behind that of the syncer, which withdraws old rows.
+        return _Row(wrapping_key, Placement(secrets.token_bytes(TOKEN_BYTES), target_id, time.monotonic()))
+
+    def _place(self, request: IssueRequest, row: _Row | PeerNotReady, at_ms: int) -> PlacedKey | SkipbusError:
+        if isinstance(row, PeerNotReady):
+            return row
+        record, issued = make_key(request, row.wrapping_key, at_ms + self._ttl_ms)
+        row.placement.records.append(record)
+        return PlacedKey(issued, row.placement)
 
 
 class Outcome(Enum):
@@ -54,212 +127,75 @@ class Outcome(Enum):
     WITHDRAWN = "withdrawn"
 
 
-@dataclass(slots=True, eq=False)
-class Placement:
-    """The keys of one ``key.placed`` row: the row's token, and what a withdrawal says of the keys.
-
-    ``outcome`` is there once it is settled, ``refused`` where the peer is said to have refused it.
-    """
-
-    token: bytes
-    peer_id: str
-    begun: float
-    keys: list[tuple[bytes, int, str]] = field(default_factory=list)
-    outcome: Outcome | None = None
-    refused: bool = False
-
-    def is_late(self, sync_timeout_seconds: float) -> bool:
-        """Whether the syncer may be about to withdraw the row, so that its absence no longer means "placed"."""
-        return time.monotonic() - self.begun > LATE_AFTER_TIMEOUTS * sync_timeout_seconds
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class PlacedKey:
-    """A key on its way to a peer, to be answered once its placement is settled. Without a repr: it is a secret."""
-
-    issued: IssuedKey
-    placement: Placement
-
-
-class _WrappingKeyInUse(Protocol):
-    """What a sealer hands out: the key, and its sealed form for as long as the store may not have it."""
-
-    key: WrappingKey
-    unstored: SealedWrappingKey | None
-
-
-@dataclass(slots=True)
-class _Row:
-    """What becomes one outbox row; all of it under one wrapping key."""
-
-    current: _WrappingKeyInUse
-    placement: Placement
-    records: list[KeyRecord] = field(default_factory=list)
-
-
-class PlaceBatch:
-    """One transaction that sends several keys on their way."""
-
-    def __init__(self, sealer: Sealer, key_ttl_seconds: int, requests: Sequence[IssueRequest]) -> None:
-        self._sealer = sealer
-        self._ttl_ms = key_ttl_seconds * 1000
-        self._requests = requests
-        # Each run's tokens and answers: an interrupted commit may land late, when the next run is on its way.
-        self._runs: list[tuple[set[bytes], list[PlacedKey | SkipbusError]]] = []
-
-    def run(self) -> Steps[Sequence[PlacedKey | SkipbusError]]:
-        """Makes, seals and commits a key for each request; an error stands in the place of those that cannot."""
-        at_ms, rows = now_ms(), dict[str, _Row]()
-        # Before any clock of a placement starts: it may take a thread.
-        used = yield from self._sealer.load({request.target_id for request in self._requests}, at_ms)
-        answers = [self._place_one(request, at_ms, rows, used) for request in self._requests]
-        if not rows:
-            return answers
-        self._runs.append(({row.placement.token for row in rows.values()}, answers))
-        unstored = [row.current.unstored for row in rows.values() if row.current.unstored]
-        outbox_rows = [self._outbox_row(row, at_ms) for row in rows.values()]
-        yield from commit_placing(unstored, outbox_rows)
-        for row in rows.values():
-            row.current.unstored = None
-        return answers
-
-    def committed(self) -> Steps[Sequence[PlacedKey | SkipbusError] | None]:
-        """The answers of an interrupted commit that happened: its tokens then stand in the outbox."""
-        waiting = yield from fetch_waiting_tokens(set().union(*(tokens for tokens, _ in self._runs)))
-        return next((answers for tokens, answers in self._runs if tokens & waiting), None)
-
-    def _place_one(
-        self, request: IssueRequest, at_ms: int, rows: dict[str, _Row], used: Mapping[str, _WrappingKeyInUse]
-    ) -> PlacedKey | SkipbusError:
-        try:
-            row = rows.get(request.target_id) or self._new_row(request.target_id, at_ms, used)
-            key_id, key = new_key_id(), os.urandom(request.size_bits // 8)
-        except SkipbusError as error:
-            return error
-        except OSError as error:
-            refusal = no_entropy()
-            refusal.__cause__ = error
-            return refusal
-        rows[request.target_id] = row
-        # A record must not outlive the private half that opens it.
-        expires_ms = min(at_ms + self._ttl_ms, row.current.key.expires_ms)
-        row.records.append(row.current.key.seal(key_id, key, expires_ms, request.correlation_id))
-        row.placement.keys.append((key_id, expires_ms, request.correlation_id))
-        return PlacedKey(IssuedKey(key_id.hex(), key.hex()), row.placement)
-
-    def _new_row(self, peer_id: str, at_ms: int, used: Mapping[str, _WrappingKeyInUse]) -> _Row:
-        # Asking the sealer raises for all but a peer that has become usable since.
-        current = used.get(peer_id) or self._sealer.wrapping_key_for(peer_id, at_ms)
-        # The clock starts before the commit: what matters is that it starts no later than the syncer's.
-        placement = Placement(secrets.token_bytes(_TOKEN_BYTES), peer_id, time.monotonic())
-        return _Row(current, placement)
-
-    def _outbox_row(self, row: _Row, at_ms: int) -> OutboxRow:
-        placement = row.placement
-        payload = pack_records(row.records)
-        local_id, items = self._sealer.local_id, len(row.records)
-        return OutboxRow(local_id, placement.peer_id, KEY_PLACED, payload, items, at_ms, placement.token)
-
-
-def pack_records(records: Iterable[KeyRecord]) -> bytes:
-    """The payload of a ``key.placed`` or ``key.stocked`` row."""
-    return encoding.pack(
-        [[r.key_id, r.size_bits, r.expires_ms, r.correlation_id, r.wrapping_key_id, r.nonce, r.sealed] for r in records]
-    )
-
-
-def withdrawn_row(local_id: str, peer_id: str, keys: Sequence[tuple[bytes, int, str]], at_ms: int) -> OutboxRow:
-    """Tells a peer that these keys (keyId, expiry in UTC ms, correlation id) are taken back."""
-    payload = encoding.pack([list(key) for key in keys])
-    return OutboxRow(local_id, peer_id, EnvelopeType.KEY_WITHDRAWN.value, payload, len(keys), at_ms)
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Is it placed?"""
+class ConfirmRequest(NamedTuple):
+    """Asks how a placement stands. With ``withdraw`` it is withdrawn unless it is placed."""
 
     placement: Placement
+    withdraw: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Withdraw:
-    """Take it back, unless it is placed; ``certainly``: even then, because its caller was told 500 already."""
+class ConfirmBatch:
+    """One transaction that looks for several placements, and withdraws some of them."""
 
-    placement: Placement
-    certainly: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Keys were handed out here: they are their source's waiting stock no more."""
-
-    source_id: str
-    key_ids: tuple[bytes, ...]
-
-
-Settlement = Check | Withdraw | Release
-
-
-class SettleBatch:
-    """One look at several placements, and one transaction for those that are given up."""
-
-    def __init__(self, local_id: str, sync_timeout_seconds: float, requests: Sequence[Settlement]) -> None:
+    def __init__(self, local_id: str, sync_timeout_seconds: float, requests: Sequence[ConfirmRequest]) -> None:
         self._local_id = local_id
-        self._sync_timeout_seconds = sync_timeout_seconds
+        self._late_after_seconds = _LATE_AFTER_TIMEOUTS * sync_timeout_seconds
         self._requests = requests
-        self._tried: set[bytes] = set()
 
-    def run(self) -> Steps[Sequence[Outcome | SkipbusError]]:
-        """The outcome of each; a release is always PLACED."""
-        checks = [r.placement.token for r in self._requests if isinstance(r, Check)]
-        waiting = (yield from fetch_waiting_tokens(checks)) if checks else set[bytes]()
-        withdrawn = yield from self._withdraw([r for r in self._requests if isinstance(r, Withdraw)])
-        yield from self._release([r for r in self._requests if isinstance(r, Release)])
+    def run(self, connection: Connection) -> Sequence[Outcome]:
+        """How each placement stands. Raises StoreConflict."""
+        waiting = fetch_tokens(connection, [r.placement.token for r in self._requests if not r.withdraw])
+        withdrawn = self._withdraw(connection, [r.placement for r in self._requests if r.withdraw])
+        if not withdrawn:
+            connection.rollback()
         return [self._outcome(request, waiting, withdrawn) for request in self._requests]
 
-    def committed(self) -> Steps[None]:
-        """Not known: ``run`` can be done again. What it may have withdrawn before is withdrawn then in any case."""
-        yield from ()
+    def committed(self, _connection: Connection) -> None:
+        """Not known. ``run`` is tried again: what it has tried to withdraw is withdrawn then, row or no row."""
 
-    def _outcome(self, request: Settlement, waiting: set[bytes], withdrawn: set[bytes]) -> Outcome:
-        match request:
-            case Check(placement):
-                sure = placement.token not in waiting and not placement.is_late(self._sync_timeout_seconds)
-                return Outcome.PLACED if sure else Outcome.WAITING
-            case Withdraw(placement) if placement.token in withdrawn:
-                return Outcome.WITHDRAWN
-            case _:
-                return Outcome.PLACED
-
-    def _withdraw(self, requests: Sequence[Withdraw]) -> Steps[set[bytes]]:
-        if not requests:
-            return set()
-        found = yield from fetch_for_withdrawal({request.placement.token for request in requests})
-        given_up = {r.placement.token: r.placement for r in requests if self._is_given_up(r, found)}
-        # After an interrupted commit the rows may be gone by our own hand: that must not look like "placed".
-        self._tried |= found
-        yield from commit_withdrawn(found, self._rows(given_up.values()))
-        return set(given_up)
-
-    def _is_given_up(self, request: Withdraw, found: set[bytes]) -> bool:
+    def _outcome(
+        self, request: ConfirmRequest, waiting: Collection[bytes], withdrawn: Collection[Placement]
+    ) -> Outcome:
         placement = request.placement
-        return (
-            placement.token in found
-            or request.certainly
-            or placement.token in self._tried
-            or placement.is_late(self._sync_timeout_seconds)
-        )
+        if placement in withdrawn:
+            return Outcome.WITHDRAWN
+        if not request.withdraw and (placement.token in waiting or self._proves_nothing(placement)):
+            return Outcome.WAITING
+        return Outcome.PLACED
 
-    def _rows(self, placements: Iterable[Placement]) -> list[OutboxRow]:
-        keys: dict[str, list[tuple[bytes, int, str]]] = {}
-        for placement in placements:
-            keys.setdefault(placement.peer_id, []).extend(placement.keys)
-        at_ms = now_ms()
-        return [withdrawn_row(self._local_id, peer_id, of_peer, at_ms) for peer_id, of_peer in keys.items()]
+    def _withdraw(self, connection: Connection, placements: Sequence[Placement]) -> set[Placement]:
+        row_ids = {
+            token: row_id for row_id, token, _ in fetch_rows_of_tokens(connection, [p.token for p in placements])
+        }
+        withdrawn = {p for p in placements if p.token in row_ids or self._proves_nothing(p)}
+        for placement in withdrawn:
+            # Now, whatever becomes of this transaction: after an interrupted commit the row may be gone because of it.
+            placement.in_doubt = True
+        if delete_rows(connection, list(row_ids.values())) != len(row_ids):
+            raise StoreConflict("an outbox row was deleted by another transaction")
+        insert_outbox_rows(connection, _withdrawn_rows(self._local_id, withdrawn))
+        return withdrawn
 
-    def _release(self, requests: Sequence[Release]) -> Steps[None]:
-        by_source: dict[str, list[bytes]] = {}
-        for request in requests:
-            by_source.setdefault(request.source_id, []).extend(request.key_ids)
-        if by_source:
-            yield from delete_held(self._local_id, by_source)
+    def _proves_nothing(self, placement: Placement) -> bool:
+        """Whether the placement's row may be gone although the peer has not acknowledged it."""
+        return placement.in_doubt or time.monotonic() - placement.begun > self._late_after_seconds
+
+
+def sealed_row(kind: str, peer_id: str, token: bytes, records: Sequence[KeyRecord], at_ms: int) -> OutboxRow:
+    """A ``key.placed`` or ``key.stocked`` row that carries these records to the peer that they are sealed to."""
+    entries = [
+        [r.key_id, r.size_bits, r.expires_ms, r.correlation_id, r.wrapping_key_id, r.nonce, r.sealed] for r in records
+    ]
+    return OutboxRow(records[0].source_id, peer_id, kind, encoding.pack(entries), len(entries), at_ms, token)
+
+
+def withdrawn_row(local_id: str, peer_id: str, keys: Sequence[WithdrawnKey], at_ms: int) -> OutboxRow:
+    """Tells a peer that these keys are withdrawn."""
+    return OutboxRow(local_id, peer_id, EnvelopeType.KEY_WITHDRAWN.value, encoding.pack(keys), len(keys), at_ms)
+
+
+def _withdrawn_rows(local_id: str, placements: Iterable[Placement]) -> list[OutboxRow]:
+    keys: defaultdict[str, list[WithdrawnKey]] = defaultdict(list)
+    for placement in placements:
+        keys[placement.peer_id] += [(r.key_id, r.expires_ms, r.correlation_id) for r in placement.records]
+    return [withdrawn_row(local_id, peer_id, of_peer, now_ms()) for peer_id, of_peer in keys.items()]

@@ -1,43 +1,43 @@
-"""Makes stock: one elected api process fills every bus peer's stock up when it is at or below its low mark.
+"""Refills stock: one elected api process fills every bus peer's stock up when it is at or below its low mark.
 
-The api does it and not the syncer, because it is the one process that may see a key in clear (decision 16). A refill
-is made in batches: one transaction with this KP's own copies, sealed to itself, and one outbox row with the same keys
-sealed to the peer. What is on its way counts as there, so a peer that is away, or never acknowledges, gets no more than
-the high mark. What is about to become too old to be given out no longer counts, so that its successor is there in time.
-
-Every api process counts, to know what is worth claiming; in between it subtracts what it took itself.
+The api does it and not the syncer, because only an api may have a key in clear (decision 16). One transaction stores
+this KP's own copies, sealed to itself, and an outbox row with the same keys sealed to the peer. What is on its way
+counts as there, so a peer that never acknowledges gets no more than the high mark. A key that will soon be too old to
+be given out no longer counts, so that its successor is there in time. Every api process counts, to know what to claim.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sqlalchemy import Engine
 
 from skipbus.services.api import metrics
-from skipbus.services.api.issuing import Sealer, no_entropy
-from skipbus.services.api.links.placing import pack_records
+from skipbus.services.api.links.placing import TOKEN_BYTES, sealed_row
+from skipbus.services.api.links.sealing import Sealer
 from skipbus.services.api.links.stock import usable_until_ms
+from skipbus.services.api.links.store import new_key
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import MySqlSettings, PeerSettings, Settings
-from skipbus.shared.crypto.sealing import KeyRecord
+from skipbus.shared.config import Settings
 from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError
-from skipbus.shared.lifecycle import next_beat
 from skipbus.shared.logs import get_logger
-from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, counted_before_ms, new_key_id
+from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, counted_before_ms
 from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.packets import OutboxRow
-from skipbus.shared.store.placing import KEY_STOCKED
-from skipbus.shared.store.steps import StepsRunner
-from skipbus.shared.store.stock import StockLevel, fetch_held_counts, fetch_stock_level
-from skipbus.shared.store.stock_steps import commit_stocked
+from skipbus.shared.store.outbox import KEY_STOCKED, insert_outbox_rows
+from skipbus.shared.store.stock import (
+    StockLevel,
+    delete_stock_held,
+    fetch_held_counts,
+    fetch_stock_level,
+    insert_stock,
+)
 
 BATCH = 500
 ROUND_SECONDS = 1.0
@@ -46,6 +46,8 @@ QUIET_SECONDS = 3.0
 # Counting a large stock takes time; it may have this share of it.
 _COUNTING_SHARE = 0.05
 _SHORTEST_PAUSE_SECONDS = 0.05
+# Retrieved keys of which the next count forgets that they were stock of their source.
+_MAX_RETRIEVED = 100_000
 
 _log = get_logger("stock")
 
@@ -55,145 +57,177 @@ def counted_until_ms(at_ms: int, key_ttl_seconds: int) -> int:
     return usable_until_ms(at_ms, key_ttl_seconds) + counted_before_ms(key_ttl_seconds)
 
 
-def low_mark(peer: PeerSettings) -> int:
-    """At so many keys, or fewer, the stock is filled up."""
-    return peer.stock // 2
+@dataclass(slots=True)
+class PeerStock:
+    """What this process knows of the stock for one peer, between two counts. ``changed_at`` is monotonic time."""
+
+    high: int
+    level: StockLevel = field(default_factory=StockLevel)
+    changed_at: float = field(default_factory=time.monotonic)
+    filling: bool = False
+    taken: int = 0
+    empty: bool = True
+    low_reported: bool = False
+
+    @property
+    def low(self) -> int:
+        """At so many keys, or fewer, the stock is filled up."""
+        return self.high // 2
+
+    @property
+    def missing(self) -> int:
+        """How many keys to make now: none, or, once it is time, all up to the high mark."""
+        return self.high - self.level.total if self.filling else 0
+
+    def take(self) -> bool:
+        """One key was given out. Whether the low mark is reached, once for each count.
+
+        The key is not taken off ``level``: a count that is under way may have seen that it is gone.
+        """
+        self.taken += 1
+        if self.low_reported or self.level.total - self.taken > self.low:
+            return False
+        self.low_reported = True
+        return True
+
+    def count(self, level: StockLevel, now: float) -> None:
+        """The stock was counted: decides whether it is to be filled up."""
+        if level.total != self.level.total:
+            self.changed_at = now
+        self.level, self.empty, self.low_reported = level, level.placed == 0, False
+        if level.total >= self.high:
+            self.filling = False
+        elif level.total <= self.low or now - self.changed_at >= QUIET_SECONDS:
+            self.filling = True
 
 
-@dataclass(frozen=True)
-class StockReading:
-    """What was counted, and how long that took: usable stock by peer, and others' stock that waits here, by source."""
-
-    levels: Mapping[str, StockLevel]
-    held: Mapping[str, int]
-    seconds: float = 0.0
+_NO_STOCK = PeerStock(0)
 
 
 class StockMaker:
-    """Makes keys for stock, on a connection of its own. Blocking; of one thread at a time."""
+    """Makes keys for stock. Blocking; of one thread at a time."""
 
-    def __init__(self, mysql: MySqlSettings, local_id: str, key_ttl_seconds: int, sealer: Sealer) -> None:
-        self._runner = StepsRunner(mysql)
-        self._local_id = local_id
+    def __init__(self, engine: Engine, key_ttl_seconds: int, sealer: Sealer) -> None:
+        self._engine = engine
         self._ttl_ms = key_ttl_seconds * 1000
         self._sealer = sealer
 
     def make(self, peer_id: str, count: int) -> None:
-        """Commits ``count`` new keys. Raises PeerNotReady where either side has no epoch, BackendError."""
-        at_ms = now_ms()
-        theirs = self._sealer.wrapping_key_for(peer_id, at_ms)
-        ours = self._sealer.wrapping_key_for(self._local_id, at_ms)
-        # Neither record must outlive the private half that opens it.
-        expires_ms = min(at_ms + self._ttl_ms, theirs.key.expires_ms, ours.key.expires_ms)
+        """Commits ``count`` new keys. Raises PeerNotReady where either side has no epoch, BackendError, NoEntropy."""
+        local_id, at_ms, token = self._sealer.local_id, now_ms(), secrets.token_bytes(TOKEN_BYTES)
+        with driver_errors(), self._engine.connect() as connection:
+            theirs = self._sealer.wrapping_key(connection, peer_id, at_ms)
+            ours = self._sealer.wrapping_key(connection, local_id, at_ms)
+            # No record must outlive the private half that opens it.
+            expires_ms = min(at_ms + self._ttl_ms, theirs.expires_ms, ours.expires_ms)
+            self._check_lifetime(peer_id, at_ms, expires_ms)
+            correlation_id = f"stock-{secrets.token_hex(8)}"
+            keys = [new_key(DEFAULT_KEY_BITS) for _ in range(count)]
+            copies = [ours.seal(key_id, key, expires_ms, "", peer_id.encode()) for key_id, key in keys]
+            records = [theirs.seal(key_id, key, expires_ms, correlation_id) for key_id, key in keys]
+            insert_stock(connection, local_id, peer_id, token, copies)
+            insert_outbox_rows(connection, [sealed_row(KEY_STOCKED, peer_id, token, records, at_ms)])
+            connection.commit()
+
+    def _check_lifetime(self, peer_id: str, at_ms: int, expires_ms: int) -> None:
+        """A key that lives too briefly would be dropped as too old at once, and made again, for ever."""
         if expires_ms < counted_until_ms(at_ms, self._ttl_ms // 1000):
-            # It would be dropped as too old at once, and made again, for ever.
             raise PeerNotReady(
                 f"a key for {peer_id} would live for {(expires_ms - at_ms) // 1000} s, and stock must have half of "
                 f"{self._ttl_ms // 1000} s left: SKIP_KEY_TTL_SECONDS differs too much between the two, or was changed"
             )
-        correlation_id = f"stock-{secrets.token_hex(8)}"
-        records: list[KeyRecord] = []
-        copies: list[KeyRecord] = []
-        for _ in range(count):
-            key_id, key = _fresh_key()
-            records.append(theirs.key.seal(key_id, key, expires_ms, correlation_id))
-            copies.append(ours.key.seal(key_id, key, expires_ms, "", peer_id.encode()))
-        row = OutboxRow(
-            self._local_id, peer_id, KEY_STOCKED, pack_records(records), count, at_ms, secrets.token_bytes(16)
-        )
-        unstored = [current.unstored for current in (theirs, ours) if current.unstored]
-        self._runner.run(commit_stocked(copies, unstored, row))
-        theirs.unstored = ours.unstored = None
-
-    def close(self) -> None:
-        """Gives its connection back."""
-        self._runner.close()
 
 
-def _fresh_key() -> tuple[bytes, bytes]:
-    try:
-        return new_key_id(), os.urandom(DEFAULT_KEY_BITS // 8)
-    except OSError as error:
-        raise no_entropy() from error
+class _Reading(NamedTuple):
+    """What was counted, how long that took, and whether this process is the elected one."""
+
+    levels: dict[str, StockLevel]
+    held: dict[str, int]
+    seconds: float
+    elected: bool
 
 
 class StockKeeper:
-    """Counts stock and has it made. ``on_made`` is called on the event loop when there are new outbox rows."""
+    """Counts stock and has it made, of one event loop. ``on_made`` is called when there are new outbox rows."""
 
     def __init__(self, settings: Settings, engine: Engine, maker: StockMaker, on_made: Callable[[], None]) -> None:
         self._local_id = settings.local_system_id
         self._key_ttl_seconds = settings.key_ttl_seconds
-        self._peers = {peer.system_id: peer for peer in settings.bus_peers if peer.stock > 0}
         self._engine = engine
         self._maker = maker
         self._on_made = on_made
         self._election = Election(settings.mysql, f"stock {self._local_id}")
         self._elected = False
-        self._wake = asyncio.Event()
-        self._taken: dict[str, int] = {}
-        self._seen: dict[str, tuple[int, float]] = {}
-        self._asked: set[str] = set()
-        self._empty: set[str] = set()
-        self._filling: set[str] = set()
+        self._stocks = {peer.system_id: PeerStock(peer.stock) for peer in settings.bus_peers if peer.stock > 0}
+        self._held: dict[str, int] = {}
+        self._retrieved: list[tuple[str, bytes]] = []
         self._unready: set[str] = set()
-        self.reading = StockReading({}, {})
+        self._count_seconds = 0.0
+        self._wake = asyncio.Event()
 
-    def has(self, peer_id: str) -> bool:
-        """Whether a claim is worth a try: the last count found some, and no claim has come back empty since.
+    def stock_for(self, peer_id: str) -> PeerStock:
+        """What is known of the stock for a peer."""
+        return self._stocks.get(peer_id, _NO_STOCK)
 
-        What was taken is not subtracted: a count that runs meanwhile may know of it already, and to pass over the
-        last keys in stock fails a request when the peer is out of reach. A try in vain costs one look.
+    def held_from(self, peer_id: str) -> int:
+        """How much stock of a peer waits here."""
+        return self._held.get(peer_id, 0)
+
+    def note_retrieved(self, source_id: str, key_id: bytes) -> None:
+        """A key was handed out here: the next count forgets that it was stock of its source.
+
+        If that fails, the source's own event does it later.
         """
-        level = self.reading.levels.get(peer_id)
-        return level is not None and level.placed > 0 and peer_id not in self._empty
-
-    def note_taken(self, peer_id: str) -> bool:
-        """One key was given out; whether the stock has come down to its low mark since it was counted."""
-        taken = self._taken[peer_id] = self._taken.get(peer_id, 0) + 1
-        level = self.reading.levels.get(peer_id, StockLevel())
-        if peer_id in self._asked or level.placed + level.in_flight - taken > low_mark(self._peers[peer_id]):
-            return False
-        self._asked.add(peer_id)
-        return True
-
-    def note_empty(self, peer_id: str) -> None:
-        """A claim found nothing: none is worth a try until stock is counted again."""
-        self._empty.add(peer_id)
+        if len(self._retrieved) < _MAX_RETRIEVED:
+            self._retrieved.append((source_id, key_id))
 
     def wake(self) -> None:
-        """Stock was used, or placed: count it now."""
+        """Stock was used, or placed: counts it now."""
         self._wake.set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Counts once a second, or when woken, until ``stop``. A store that is away is told by others."""
+        """Counts once a second, or when woken, until ``stop``."""
         while not stop.is_set():
             try:
                 await self._round(stop)
-            except BackendError as error:
+            except BackendError as error:  # a store that is away is reported by others
                 _log.debug("stock not kept", reason=str(error))
-            await self._rest()
+            # A large stock takes time to count.
+            pause_seconds = max(_SHORTEST_PAUSE_SECONDS, self._count_seconds / _COUNTING_SHARE)
+            await asyncio.sleep(pause_seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROUND_SECONDS - pause_seconds):
+                    await self._wake.wait()
 
     def close(self) -> None:
-        """Gives up the election and the connection."""
+        """Gives up the election. Blocking."""
         self._election.release()
-        self._maker.close()
 
     async def _round(self, stop: asyncio.Event) -> None:
         """Counts, and makes what is missing for at most a second, so that the count does not grow old meanwhile."""
         self._wake.clear()
-        counted_from = dict(self._taken)
-        reading, elected = await asyncio.to_thread(self._look)
-        self._take_over(reading, counted_from)
-        if not elected:
-            return
-        due = {peer_id: missing for peer_id in self._peers if (missing := self._missing(peer_id))}
+        for stock in self._stocks.values():
+            # What is taken during the count may be in it or not; the next count corrects that.
+            stock.taken = 0
+        retrieved, self._retrieved = self._retrieved, []
+        reading = await asyncio.to_thread(self._read, retrieved)
+        self._take_over(reading)
+        due = {peer_id: stock.missing for peer_id, stock in self._stocks.items() if reading.elected and stock.missing}
         until = time.monotonic() + ROUND_SECONDS
         while due and time.monotonic() < until and not stop.is_set():
             started = time.monotonic()
-            # Peers in turn: a large stock for one must not keep the others waiting.
-            due = {peer_id: left for peer_id, count in due.items() if (left := await self._make_some(peer_id, count))}
+            # Peers in turn: a large stock for one must not delay the others.
+            due = {
+                peer_id: left for peer_id, missing in due.items() if (left := await self._make_some(peer_id, missing))
+            }
             # Requests get the processor for as long as this had it.
             await asyncio.sleep(time.monotonic() - started)
+
+    def _take_over(self, reading: _Reading) -> None:
+        self._held, self._count_seconds = reading.held, reading.seconds
+        for peer_id, level in reading.levels.items():
+            self._stocks[peer_id].count(level, time.monotonic())
+            metrics.show_stock(peer_id, level.placed, level.in_flight)
 
     async def _make_some(self, peer_id: str, missing: int) -> int:
         """Makes one batch; how many are missing then that can be made now."""
@@ -203,65 +237,31 @@ class StockKeeper:
         except BackendError:
             raise
         except SkipbusError as error:
-            self._tell_unready(peer_id, str(error))
+            if peer_id not in self._unready:
+                _log.warning("no stock can be made", peer=peer_id, reason=str(error))
+            self._unready.add(peer_id)
             return 0
         self._unready.discard(peer_id)
         metrics.count_stocked(peer_id, count)
         self._on_made()
         return missing - count
 
-    def _missing(self, peer_id: str) -> int:
-        """How many keys to make for a peer now: none, or, once it is time, all up to the high mark."""
-        peer, level = self._peers[peer_id], self.reading.levels[peer_id]
-        total, now = level.placed + level.in_flight, time.monotonic()
-        seen, since = self._seen.get(peer_id, (-1, now))
-        if seen != total:
-            self._seen[peer_id] = seen, since = total, now
-        if total >= peer.stock:
-            self._filling.discard(peer_id)
-        elif total <= low_mark(peer) or now - since >= QUIET_SECONDS:
-            self._filling.add(peer_id)
-        return peer.stock - total if peer_id in self._filling else 0
-
-    def _take_over(self, reading: StockReading, counted_from: Mapping[str, int]) -> None:
-        # What was taken while it was counted may be in the count or not. To subtract it is the cautious guess, and
-        # the next count puts it right.
-        self._taken = {peer_id: n - counted_from.get(peer_id, 0) for peer_id, n in self._taken.items()}
-        self._asked.clear()
-        self._empty.clear()
-        self.reading = reading
-        for peer_id, level in reading.levels.items():
-            metrics.show_stock(peer_id, level.placed, level.in_flight)
-
-    def _look(self) -> tuple[StockReading, bool]:
-        return self._count(), self._is_elected()
-
-    def _count(self) -> StockReading:
+    def _read(self, retrieved: Sequence[tuple[str, bytes]]) -> _Reading:
+        """Blocking."""
         started, until_ms = time.monotonic(), counted_until_ms(now_ms(), self._key_ttl_seconds)
         with driver_errors(), self._engine.begin() as connection:
+            for source_id in {source_id for source_id, _ in retrieved}:
+                key_ids = [key_id for its_source, key_id in retrieved if its_source == source_id]
+                delete_stock_held(connection, self._local_id, source_id, key_ids)
             levels = {
-                peer_id: fetch_stock_level(connection, self._local_id, peer_id, until_ms) for peer_id in self._peers
+                peer_id: fetch_stock_level(connection, self._local_id, peer_id, until_ms) for peer_id in self._stocks
             }
             held = fetch_held_counts(connection, self._local_id)
-        return StockReading(levels, held, time.monotonic() - started)
+        return _Reading(levels, held, time.monotonic() - started, self._is_elected())
 
     def _is_elected(self) -> bool:
-        elected = bool(self._peers) and (self._election.held() or self._election.acquire())
+        elected = bool(self._stocks) and (self._election.held() or self._election.acquire())
         if elected != self._elected:
             _log.info("elected" if elected else "not elected")
         self._elected = elected
         return elected
-
-    def _tell_unready(self, peer_id: str, reason: str) -> None:
-        if peer_id not in self._unready:
-            _log.warning("no stock can be made", peer=peer_id, reason=reason)
-        self._unready.add(peer_id)
-
-    async def _rest(self) -> None:
-        """Until the next beat, or until woken; counting again has to wait for a while all the same."""
-        loop = asyncio.get_running_loop()
-        earliest = loop.time() + max(_SHORTEST_PAUSE_SECONDS, self.reading.seconds / _COUNTING_SHARE)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(next_beat(loop.time(), ROUND_SECONDS)):
-                await self._wake.wait()
-        await asyncio.sleep(earliest - loop.time())

@@ -1,50 +1,39 @@
 """Gives out stock: keys that are at the peer already, claimed in one local transaction, without a round trip to it.
 
-The row is deleted, and that is committed together with the news for the peer, before the answer leaves. A copy that
-does not open is dropped and withdrawn at the peer, and its caller is served by the next one or on demand.
+The copy is deleted, and that is committed together with the event for the peer, before the answer leaves. A copy that
+does not open is deleted too and withdrawn at the peer; its caller gets the next one, or a key on demand.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import secrets
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from skipbus.services.api.claiming import Opener
-from skipbus.services.api.commit_tokens import CommitTokens
+from sqlalchemy import Connection
+
 from skipbus.services.api.links import IssuedKey
-from skipbus.services.api.links.placing import withdrawn_row
+from skipbus.services.api.links.placing import TOKEN_BYTES, WithdrawnKey, withdrawn_row
+from skipbus.services.api.links.sealing import Opener
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.sealing import KeyRecord
-from skipbus.shared.errors import SealBroken, SkipbusError
+from skipbus.shared.errors import SealBroken, StoreConflict
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
-from skipbus.shared.store.keys import end_without_change
-from skipbus.shared.store.packets import OutboxRow
-from skipbus.shared.store.steps import Steps
-from skipbus.shared.store.stock_steps import claim_stock_steps, commit_given_out
+from skipbus.shared.store.outbox import OutboxRow, fetch_tokens, insert_outbox_rows
+from skipbus.shared.store.stock import claim_stock, delete_stock
 
 _log = get_logger("stock")
 
 
-@dataclass(frozen=True, slots=True)
-class StockRequest:
+class StockRequest(NamedTuple):
     """A key of the default size that waits at the KP ``target_id``."""
 
     target_id: str
     correlation_id: str
-
-
-class StockOpener(Opener):
-    """Opens this KP's own copies: sealed by it to itself, each bound to the peer that it is kept for."""
-
-    def open_copy(self, copy: KeyRecord, peer_id: str) -> bytes:
-        """The key in a copy. Raises SealBroken."""
-        wrapping_key = self._opened.get(copy.wrapping_key_id)
-        if wrapping_key is None:
-            raise SealBroken("the wrapping key of a key in stock is not in the store")
-        return wrapping_key.open(copy, peer_id.encode())
 
 
 def usable_until_ms(at_ms: int, key_ttl_seconds: int) -> int:
@@ -54,56 +43,55 @@ def usable_until_ms(at_ms: int, key_ttl_seconds: int) -> int:
 
 @dataclass(slots=True)
 class _Taken:
-    """What one peer's stock gave."""
+    """What one peer's stock gave: entries of its ``key.issued`` event, and what does not open."""
 
-    copies: list[KeyRecord] = field(default_factory=list)
     issued: list[list[object]] = field(default_factory=list)
-    broken: list[tuple[bytes, int, str]] = field(default_factory=list)
+    broken: list[WithdrawnKey] = field(default_factory=list)
 
 
-class StockClaimBatch:
+class StockBatch:
     """One transaction that gives out several keys; None stands in the place of a request that found none."""
 
-    def __init__(self, opener: StockOpener, key_ttl_seconds: int, requests: Sequence[StockRequest]) -> None:
+    def __init__(self, opener: Opener, key_ttl_seconds: int, requests: Sequence[StockRequest]) -> None:
         self._opener = opener
         self._key_ttl_seconds = key_ttl_seconds
         self._requests = requests
-        self._tokens: CommitTokens[list[IssuedKey | None]] = CommitTokens()
+        # By token, of all runs: an interrupted commit may land late, when the next run is on its way.
+        self._runs: dict[bytes, Sequence[IssuedKey | None]] = {}
 
-    def run(self) -> Steps[Sequence[IssuedKey | SkipbusError | None]]:
-        """Claims, opens, deletes and commits."""
+    def run(self, connection: Connection) -> Sequence[IssuedKey | None]:
+        """Locks, opens and deletes copies. Raises StoreConflict where fewer were deleted than would be given out."""
         at_ms = now_ms()
-        stock = yield from self._claim(at_ms)
-        broken = yield from self._opener.load({copy.wrapping_key_id for of_peer in stock.values() for copy in of_peer})
-        taken = {peer_id: _Taken() for peer_id in stock}
-        answers = [self._take_one(r, stock[r.target_id], broken, taken[r.target_id]) for r in self._requests]
-        copies = [copy for of_peer in taken.values() for copy in of_peer.copies]
+        stock = self._claim(connection, at_ms)
+        copies = [copy for of_peer in stock.values() for copy in of_peer]  # each is given out or does not open
+        self._opener.load(connection, {copy.wrapping_key_id for copy in copies})
+        taken: defaultdict[str, _Taken] = defaultdict(_Taken)
+        answers = [self._take(r, stock[r.target_id], taken[r.target_id]) for r in self._requests]
         if copies:
-            yield from commit_given_out(copies, self._rows(taken, at_ms, self._tokens.new(answers)))
+            self._delete(connection, copies)
+            self._insert(connection, self._events(taken, at_ms), answers)
         else:
-            yield from end_without_change()
+            connection.rollback()
         return answers
 
-    def committed(self) -> Steps[Sequence[IssuedKey | SkipbusError | None] | None]:
-        """The answers of an interrupted commit that happened: its token then stands in the outbox."""
-        return self._tokens.committed()
+    def committed(self, connection: Connection) -> Sequence[IssuedKey | None] | None:
+        """The token in the outbox proves it, since a run inserts it only after its deletion."""
+        found = fetch_tokens(connection, self._runs)
+        return next((answers for token, answers in self._runs.items() if token in found), None)
 
-    def _claim(self, at_ms: int) -> Steps[dict[str, list[KeyRecord]]]:
+    def _claim(self, connection: Connection, at_ms: int) -> dict[str, list[KeyRecord]]:
         usable_ms = usable_until_ms(at_ms, self._key_ttl_seconds)
-        stock: dict[str, list[KeyRecord]] = {}
-        for peer_id, count in Counter(request.target_id for request in self._requests).items():
-            # The last one is handed out first: popping costs nothing there, and the order among these few is no matter.
-            stock[peer_id] = yield from claim_stock_steps(self._opener.local_id, peer_id, usable_ms, count)
-        return stock
+        counts = Counter(request.target_id for request in self._requests)
+        return {
+            peer_id: claim_stock(connection, self._opener.local_id, peer_id, usable_ms, count)
+            for peer_id, count in counts.items()
+        }
 
-    def _take_one(
-        self, request: StockRequest, stock: list[KeyRecord], broken: Mapping[bytes, SealBroken], taken: _Taken
-    ) -> IssuedKey | None:
+    def _take(self, request: StockRequest, stock: list[KeyRecord], taken: _Taken) -> IssuedKey | None:
         while stock:
             copy = stock.pop()
-            taken.copies.append(copy)
             try:
-                key = self._open(copy, request.target_id, broken)
+                key = self._opener.open(copy, request.target_id.encode())
             except SealBroken as error:
                 _log.error("key in stock does not open", peer=request.target_id, reason=str(error))
                 taken.broken.append((copy.key_id, copy.expires_ms, request.correlation_id))
@@ -112,18 +100,21 @@ class StockClaimBatch:
             return IssuedKey(copy.key_id.hex(), key.hex())
         return None
 
-    def _open(self, copy: KeyRecord, peer_id: str, broken: Mapping[bytes, SealBroken]) -> bytes:
-        if copy.wrapping_key_id in broken:
-            raise SealBroken(str(broken[copy.wrapping_key_id]))
-        return self._opener.open_copy(copy, peer_id)
+    def _delete(self, connection: Connection, copies: Sequence[KeyRecord]) -> None:
+        if delete_stock(connection, [copy.key_id for copy in copies]) != len(copies):
+            # Two nodes of a cluster can lock one row each; only what this transaction deletes may be given out.
+            raise StoreConflict("a key in stock was deleted by another transaction")
 
-    def _rows(self, taken: dict[str, _Taken], at_ms: int, token: bytes) -> list[OutboxRow]:
-        local_id, rows = self._opener.local_id, list[OutboxRow]()
-        for peer_id, of_peer in taken.items():
-            if of_peer.broken:
-                rows.append(withdrawn_row(local_id, peer_id, of_peer.broken, at_ms))
-            if of_peer.issued:
-                kind, payload = EnvelopeType.KEY_ISSUED.value, encoding.pack(of_peer.issued)
-                first = None if any(row.token for row in rows) else token
-                rows.append(OutboxRow(local_id, peer_id, kind, payload, len(of_peer.issued), at_ms, first))
-        return rows
+    def _insert(self, connection: Connection, events: Sequence[OutboxRow], answers: Sequence[IssuedKey | None]) -> None:
+        token = secrets.token_bytes(TOKEN_BYTES)
+        insert_outbox_rows(connection, [events[0]._replace(token=token), *events[1:]])
+        self._runs[token] = answers
+
+    def _events(self, taken: Mapping[str, _Taken], at_ms: int) -> list[OutboxRow]:
+        local_id, kind = self._opener.local_id, EnvelopeType.KEY_ISSUED.value
+        issued = [
+            OutboxRow(local_id, peer_id, kind, encoding.pack(t.issued), len(t.issued), at_ms)
+            for peer_id, t in taken.items()
+            if t.issued
+        ]
+        return issued + [withdrawn_row(local_id, peer_id, t.broken, at_ms) for peer_id, t in taken.items() if t.broken]

@@ -131,13 +131,18 @@ class IssueBatch:
 
 def make_key(request: IssueRequest, wrapping_key: WrappingKey, expires_ms: int) -> tuple[KeyRecord, IssuedKey]:
     """A fresh key, sealed and in clear. It expires at ``expires_ms`` (UTC) at the latest. Raises NoEntropy."""
-    try:
-        key_id, key = new_key_id(), os.urandom(request.size_bits // 8)
-    except OSError as error:
-        raise no_entropy() from error
+    key_id, key = new_key(request.size_bits)
     # A record must not outlive the private half that opens it.
     record = wrapping_key.seal(key_id, key, min(expires_ms, wrapping_key.expires_ms), request.correlation_id)
     return record, IssuedKey(key_id.hex(), key.hex())
+
+
+def new_key(size_bits: int) -> tuple[bytes, bytes]:
+    """A fresh keyId and key (draft 4.2.1). Raises NoEntropy."""
+    try:
+        return new_key_id(), os.urandom(size_bits // 8)
+    except OSError as error:
+        raise no_entropy() from error
 
 
 def no_entropy() -> NoEntropy:
