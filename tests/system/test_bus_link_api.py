@@ -1,4 +1,4 @@
-"""Facts about a bus link as an encryptor sees it, with KP_Alice's api running and everything beyond it played."""
+"""Facts about a bus link as an encryptor sees it, with KP_Alice's api running and everything beyond it simulated."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from skipbus.shared.broker.notifications import NotificationKind
 from tests.system.bus_harness import sealed_keys
 from tests.system.conftest import new_lab
 from tests.system.harness import Lab, ask
-from tests.system.played_link import CAROL, PlayedLink, stopwatch
+from tests.system.stub_link import CAROL, StubLink, stopwatch
 from tests.waiting import wait_for
 
-NewLink: TypeAlias = Callable[..., PlayedLink]
+NewLink: TypeAlias = Callable[..., StubLink]
 
 
 @contextmanager
-def made_link(lab: AbstractContextManager[Lab], make: Callable[[Lab], PlayedLink]) -> Iterator[PlayedLink]:
+def made_link(lab: AbstractContextManager[Lab], make: Callable[[Lab], StubLink]) -> Iterator[StubLink]:
     with lab as opened, ExitStack() as at_end:
         link = make(opened)
         at_end.callback(link.close)
@@ -35,10 +35,10 @@ def made_link(lab: AbstractContextManager[Lab], make: Callable[[Lab], PlayedLink
 @pytest.fixture(scope="module")
 def link(
     tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
-) -> Iterator[PlayedLink]:
+) -> Iterator[StubLink]:
     """Without stock: everything goes on demand."""
     lab = new_lab(tmp_path_factory.mktemp("link"), mariadb, rabbitmq)
-    with made_link(lab, lambda opened: PlayedLink(opened, SKIP_SYNC_TIMEOUT="2")) as made:
+    with made_link(lab, lambda opened: StubLink(opened, SKIP_SYNC_TIMEOUT="2")) as made:
         yield made
 
 
@@ -47,9 +47,9 @@ def new_link(tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -
     """A link of this test's own, with its own options."""
     with ExitStack() as at_end:
 
-        def make(**options: Any) -> PlayedLink:  # noqa: ANN401 -- those of PlayedLink, handed through
+        def make(**options: Any) -> StubLink:  # noqa: ANN401 -- those of StubLink, handed through
             lab = new_lab(tmp_path, mariadb, rabbitmq)
-            return at_end.enter_context(made_link(lab, lambda opened: PlayedLink(opened, **options)))
+            return at_end.enter_context(made_link(lab, lambda opened: StubLink(opened, **options)))
 
         yield make
 
@@ -64,7 +64,7 @@ def empty_outbox(request: pytest.FixtureRequest) -> Iterator[None]:
 # --- on demand
 
 
-def test_a_key_is_answered_only_once_the_peer_has_acknowledged_it(link: PlayedLink) -> None:
+def test_a_key_is_answered_only_once_the_peer_has_acknowledged_it(link: StubLink) -> None:
     asking = link.asking()
     ((token, ((key_id, *_),)),) = link.wait_outbox("key.placed")
     time.sleep(0.4)
@@ -77,7 +77,7 @@ def test_a_key_is_answered_only_once_the_peer_has_acknowledged_it(link: PlayedLi
 
 
 @pytest.mark.parametrize("size", ["128", "256", "264", "512"])
-def test_a_key_of_any_size_opens_at_the_peer_as_it_was_answered(link: PlayedLink, size: str) -> None:
+def test_a_key_of_any_size_opens_at_the_peer_as_it_was_answered(link: StubLink, size: str) -> None:
     asking = link.asking(size=size)
     ((_, (entry,)),) = link.store_all("key.placed")
     answer = asking.result(10)
@@ -86,7 +86,7 @@ def test_a_key_of_any_size_opens_at_the_peer_as_it_was_answered(link: PlayedLink
     assert len(answer.body["key"]) * 4 == int(size)
 
 
-def test_a_forged_notification_is_not_taken_for_an_acknowledgement(link: PlayedLink) -> None:
+def test_a_forged_notification_is_not_taken_for_an_acknowledgement(link: StubLink) -> None:
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     for _ in range(5):
@@ -96,7 +96,7 @@ def test_a_forged_notification_is_not_taken_for_an_acknowledgement(link: PlayedL
     assert asking.result(10).status == 500
 
 
-def test_a_key_that_the_peer_does_not_store_in_time_is_withdrawn_and_answered_500(link: PlayedLink) -> None:
+def test_a_key_that_the_peer_does_not_store_in_time_is_withdrawn_and_answered_500(link: StubLink) -> None:
     seconds = stopwatch()
     asking = link.asking()
     ((_, ((key_id, _, expires_ms, correlation_id, *_),)),) = link.wait_outbox("key.placed")
@@ -110,7 +110,7 @@ def test_a_key_that_the_peer_does_not_store_in_time_is_withdrawn_and_answered_50
     assert withdrawn == [[key_id, expires_ms, correlation_id]]
 
 
-def test_a_key_that_was_withdrawn_is_never_answered_though_an_acknowledgement_comes(link: PlayedLink) -> None:
+def test_a_key_that_was_withdrawn_is_never_answered_though_an_acknowledgement_comes(link: StubLink) -> None:
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     assert asking.result(10).status == 500
@@ -118,7 +118,7 @@ def test_a_key_that_was_withdrawn_is_never_answered_though_an_acknowledgement_co
     assert len(link.outbox("key.withdrawn")) == 1
 
 
-def test_without_any_notification_an_acknowledgement_is_seen_within_a_second(link: PlayedLink) -> None:
+def test_without_any_notification_an_acknowledgement_is_seen_within_a_second(link: StubLink) -> None:
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     link.acknowledge(token)
@@ -127,7 +127,7 @@ def test_without_any_notification_an_acknowledgement_is_seen_within_a_second(lin
     assert seconds() < 1.5
 
 
-def test_many_callers_share_rows_and_each_gets_the_key_that_the_peer_has(link: PlayedLink) -> None:
+def test_many_callers_share_rows_and_each_gets_the_key_that_the_peer_has(link: StubLink) -> None:
     with link.storing("key.placed") as seen:
         answers = [caller.result(20) for caller in [link.asking() for _ in range(200)]]
     assert [answer.status for answer in answers] == [200] * 200
@@ -137,7 +137,7 @@ def test_many_callers_share_rows_and_each_gets_the_key_that_the_peer_has(link: P
     assert len(link.rows("SELECT 1 FROM wrapping_keys WHERE target_id = %s", CAROL)) == 1
 
 
-def test_a_refused_envelope_is_told_at_once_and_its_keys_are_withdrawn(new_link: NewLink) -> None:
+def test_a_rejected_envelope_is_answered_at_once_and_its_keys_are_withdrawn(new_link: NewLink) -> None:
     link = new_link(SKIP_SYNC_TIMEOUT="30")
     seconds = stopwatch()
     asking = link.asking()
@@ -147,10 +147,10 @@ def test_a_refused_envelope_is_told_at_once_and_its_keys_are_withdrawn(new_link:
     assert seconds() < 5
     assert answer.status == 500
     assert CAROL in answer.error
-    assert link.told("key.withdrawn") == [key_id]
+    assert link.key_ids("key.withdrawn") == [key_id]
 
 
-def test_a_refusal_that_is_forged_does_not_undo_an_acknowledgement(link: PlayedLink) -> None:
+def test_a_refusal_that_is_forged_does_not_undo_an_acknowledgement(link: StubLink) -> None:
     asking = link.asking()
     ((token, _),) = link.wait_outbox("key.placed")
     link.acknowledge(token)
@@ -209,7 +209,7 @@ def test_nothing_of_a_key_in_stock_stands_in_the_store_in_clear(new_link: NewLin
     assert not any(key[start : start + 8] in dump for key in keys for start in (0, 12, 24))
 
 
-def test_stock_serves_while_peer_and_broker_are_away_and_then_the_peer_is_told(new_link: NewLink) -> None:
+def test_stock_serves_while_peer_and_broker_are_away_and_leaves_an_event_for_the_peer(new_link: NewLink) -> None:
     link = new_link(stock=16, broker=False)
     link.store_all("key.stocked")
     wait_for(lambda: link.status()["stock"]["placed"] == 16, timeout_seconds=10)
@@ -217,7 +217,7 @@ def test_stock_serves_while_peer_and_broker_are_away_and_then_the_peer_is_told(n
     answers = [link.ask() for _ in range(16)]
     assert seconds() < 3
     assert [answer.status for answer in answers] == [200] * 16
-    assert {bytes.fromhex(answer.body["keyId"]) for answer in answers} == set(link.told("key.issued"))
+    assert {bytes.fromhex(answer.body["keyId"]) for answer in answers} == set(link.key_ids("key.issued"))
     assert len({answer.body["key"] for answer in answers}) == 16
     assert link.rows("SELECT COUNT(*) FROM stock WHERE placed_ms IS NOT NULL") == ((0,),)
 
@@ -248,7 +248,7 @@ def test_a_peer_that_never_acknowledges_gets_no_more_than_the_high_mark(new_link
     for _ in range(5):
         link.notify(NotificationKind.STOCK)
         time.sleep(1)
-    assert len(link.told("key.stocked")) == 10
+    assert len(link.key_ids("key.stocked")) == 10
 
 
 def test_two_api_processes_never_give_out_the_same_key(new_link: NewLink) -> None:
@@ -258,7 +258,7 @@ def test_two_api_processes_never_give_out_the_same_key(new_link: NewLink) -> Non
         answers = [caller.result(30) for caller in [link.asking() for _ in range(600)]]
     assert [answer.status for answer in answers] == [200] * 600
     assert len({answer.body["keyId"] for answer in answers}) == 600
-    assert len(link.told("key.issued")) >= 200
+    assert len(link.key_ids("key.issued")) >= 200
 
 
 def test_another_size_than_the_default_goes_on_demand_and_leaves_the_stock_alone(new_link: NewLink) -> None:
@@ -282,7 +282,7 @@ def test_a_copy_that_was_moved_to_another_peer_does_not_open_and_is_withdrawn(ne
         answers = [link.ask() for _ in range(2)]
     assert [answer.status for answer in answers] == [200, 200]
     assert first[0].hex() not in {answer.body["keyId"] for answer in answers}
-    assert link.told("key.withdrawn") == [first[0]]
+    assert link.key_ids("key.withdrawn") == [first[0]]
 
 
 def test_stock_with_less_than_half_of_its_life_left_is_not_given_out(new_link: NewLink) -> None:
@@ -315,7 +315,7 @@ def test_a_key_that_is_asked_for_before_it_has_come_is_answered_when_it_comes(ne
     assert (answer.status, answer.body.get("key")) == (200, load.keys[0].key)
 
 
-def test_without_any_notification_a_key_that_has_come_meanwhile_is_found_at_the_deadline(link: PlayedLink) -> None:
+def test_without_any_notification_a_key_that_has_arrived_is_found_at_the_deadline(link: StubLink) -> None:
     load = sealed_keys(link.carol, link.alice, link.lab.places[0])
     asking = link.retrieving(load.records[0][0])
     time.sleep(0.3)
@@ -323,7 +323,7 @@ def test_without_any_notification_a_key_that_has_come_meanwhile_is_found_at_the_
     assert asking.result(10).status == 200
 
 
-def test_a_key_that_never_comes_is_refused_after_the_wait(link: PlayedLink) -> None:
+def test_a_key_that_never_comes_is_refused_after_the_wait(link: StubLink) -> None:
     seconds = stopwatch()
     key_id = secrets.token_bytes(16)
     asking = link.retrieving(key_id)
@@ -333,7 +333,7 @@ def test_a_key_that_never_comes_is_refused_after_the_wait(link: PlayedLink) -> N
     assert 0.9 < seconds() < 3
 
 
-def test_a_key_that_is_there_is_answered_at_once_and_only_once(link: PlayedLink) -> None:
+def test_a_key_that_is_there_is_answered_at_once_and_only_once(link: StubLink) -> None:
     load = sealed_keys(link.carol, link.alice, link.lab.places[0])
     link.bring(load)
     seconds = stopwatch()
@@ -358,7 +358,7 @@ def test_waiting_for_keys_keeps_nobody_else_from_the_store(new_link: NewLink) ->
     assert not any(one.done() for one in waiting)
 
 
-def test_stock_of_a_peer_that_is_handed_out_here_waits_here_no_more(link: PlayedLink) -> None:
+def test_stock_of_a_peer_that_is_handed_out_here_waits_here_no_more(link: StubLink) -> None:
     load = replace(sealed_keys(link.carol, link.alice, link.lab.places[0], count=3), stock=True)
     link.bring(load)
     wait_for(lambda: link.status()["stock"]["held"] == 3, timeout_seconds=10)

@@ -22,7 +22,7 @@ from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType
 from tests.system.bus_harness import Voice
 from tests.system.conftest import new_lab
 from tests.system.harness import ALICE, RawAnswer, RawConnection, ask, log_lines
-from tests.system.played_link import CAROL, PlayedLink
+from tests.system.stub_link import CAROL, StubLink
 from tests.waiting import wait_for
 
 QUEUE, LIVE = queue_name(ALICE), "test-live-of-alice"
@@ -32,16 +32,16 @@ BODY_TIMEOUT_SECONDS = 2.0
 @pytest.fixture(scope="module")
 def link(
     tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
-) -> Iterator[PlayedLink]:
+) -> Iterator[StubLink]:
     with new_lab(tmp_path_factory.mktemp("link"), mariadb, rabbitmq) as lab:
-        made = PlayedLink(lab, SKIP_HEADER_TIMEOUT_SECONDS=str(BODY_TIMEOUT_SECONDS))
+        made = StubLink(lab, SKIP_HEADER_TIMEOUT_SECONDS=str(BODY_TIMEOUT_SECONDS))
         made.start()
         yield made
         made.close()
 
 
 @pytest.fixture
-def queue(link: PlayedLink) -> Iterator[str]:
+def queue(link: StubLink) -> Iterator[str]:
     """Alice's own queue, empty."""
     for name, key in ((QUEUE, routing_key(ALICE)), (LIVE, live_routing_key(ALICE))):
         # An earlier test's syncer may have left its own.
@@ -57,7 +57,7 @@ def head(length: int | None = None, *, method: str = "POST", path: str = "/sync"
     return f"{method} {path} HTTP/1.1\r\nHost: kp.example\r\n{said}{more}\r\n".encode()
 
 
-def post(link: PlayedLink, body: bytes, more: str = "") -> RawAnswer:
+def post(link: StubLink, body: bytes, more: str = "") -> RawAnswer:
     with RawConnection(link.alice.port) as connection:
         connection.send(head(len(body), more=more) + body)
         return connection.read()
@@ -71,14 +71,14 @@ def unsigned(version: int = 1, kind: str = "key.stored", sender: str = CAROL, ta
 # Taken in
 
 
-def test_an_envelope_is_accepted_once_the_broker_has_it_as_it_came(link: PlayedLink, queue: str) -> None:
+def test_an_envelope_is_accepted_once_the_broker_has_it_as_it_came(link: StubLink, queue: str) -> None:
     body = link.carol.retrieved(ALICE)
     answer = post(link, body)
     assert (answer.status, answer.json) == (202, {"status": "accepted"})
     assert link.admin.take(queue) == body
 
 
-def test_what_only_says_how_things_are_goes_to_whoever_listens_and_is_not_kept(link: PlayedLink, queue: str) -> None:
+def test_what_only_says_how_things_are_goes_to_whoever_listens_and_is_not_kept(link: StubLink, queue: str) -> None:
     bodies = [link.carol.beats(ALICE), link.carol.announces(ALICE)]
     assert [post(link, body).status for body in bodies] == [202, 202]
     assert [link.admin.take(LIVE) for _ in bodies] == bodies
@@ -87,13 +87,13 @@ def test_what_only_says_how_things_are_goes_to_whoever_listens_and_is_not_kept(l
     assert post(link, bodies[0]).status == 202
 
 
-def test_dates_are_left_to_the_syncer_which_keeps_what_they_say_of_the_clock(link: PlayedLink, queue: str) -> None:
+def test_dates_are_left_to_the_syncer_which_keeps_what_they_say_of_the_clock(link: StubLink, queue: str) -> None:
     body = link.carol.says(ALICE, EnvelopeType.KEY_STORED, encoding.pack([1]), age_ms=-90_000)
     assert post(link, body).status == 202
     assert link.admin.take(queue) == body
 
 
-def test_envelopes_follow_one_another_on_one_connection_however_their_bodies_come(link: PlayedLink, queue: str) -> None:
+def test_envelopes_follow_one_another_on_one_connection_however_their_bodies_come(link: StubLink, queue: str) -> None:
     bodies = [link.carol.retrieved(ALICE) for _ in range(3)]
     with RawConnection(link.alice.port) as connection:
         for body in bodies:
@@ -109,7 +109,7 @@ def test_envelopes_follow_one_another_on_one_connection_however_their_bodies_com
     assert [link.admin.take(queue) for _ in range(4)] == [*bodies, bodies[0]]
 
 
-def test_a_body_comes_in_chunks_or_after_a_100_continue_as_well(link: PlayedLink, queue: str) -> None:
+def test_a_body_comes_in_chunks_or_after_a_100_continue_as_well(link: StubLink, queue: str) -> None:
     body = link.carol.retrieved(ALICE)
     with RawConnection(link.alice.port) as connection:
         connection.send(head(more="Transfer-Encoding: chunked\r\n"))
@@ -128,7 +128,7 @@ def test_a_body_comes_in_chunks_or_after_a_100_continue_as_well(link: PlayedLink
 # Refused
 
 
-def test_without_a_queue_it_is_to_be_sent_again(link: PlayedLink) -> None:
+def test_without_a_queue_it_is_to_be_sent_again(link: StubLink) -> None:
     link.admin.delete_queue(QUEUE)
     answer = post(link, link.carol.retrieved(ALICE))
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
@@ -158,7 +158,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-def test_what_is_no_envelope_of_a_peer_is_refused_with_the_reason(link: PlayedLink, queue: str, bad: Bad) -> None:
+def test_what_is_no_envelope_of_a_peer_is_refused_with_the_reason(link: StubLink, queue: str, bad: Bad) -> None:
     answer = post(link, bad.body)
     assert (answer.status, answer.json["reason"]) == (bad.status, bad.reason)
     assert answer.error
@@ -166,7 +166,7 @@ def test_what_is_no_envelope_of_a_peer_is_refused_with_the_reason(link: PlayedLi
     assert link.admin.depth(queue) == 0
 
 
-def test_a_foreign_signature_a_changed_byte_and_another_target_are_refused(link: PlayedLink, queue: str) -> None:
+def test_a_foreign_signature_a_changed_byte_and_another_target_are_refused(link: StubLink, queue: str) -> None:
     body = link.carol.retrieved(ALICE)
     events = encoding.pack([[b"k" * 16, now_ms(), "c"]])
     foreign = link.carol.says(ALICE, EnvelopeType.KEY_RETRIEVED, events, signer=Identity.generate())
@@ -184,7 +184,7 @@ def test_a_foreign_signature_a_changed_byte_and_another_target_are_refused(link:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH"])
-def test_sync_is_post_only_and_everything_else_is_not(link: PlayedLink, method: str) -> None:
+def test_sync_is_post_only_and_everything_else_is_not(link: StubLink, method: str) -> None:
     answer = ask(link.alice, "/sync", method=method)
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
     for path in ("/key", "/capabilities", "/entropy", "/health", "/status/sync", "/key/00"):
@@ -192,7 +192,7 @@ def test_sync_is_post_only_and_everything_else_is_not(link: PlayedLink, method: 
         assert (other.status, other.headers["allow"]) == (405, "GET")
 
 
-def test_what_is_too_large_is_refused_by_its_length_before_it_is_sent_and_while_it_comes(link: PlayedLink) -> None:
+def test_what_is_too_large_is_refused_by_its_length_before_it_is_sent_and_while_it_comes(link: StubLink) -> None:
     with RawConnection(link.alice.port) as connection:
         connection.send(head(MAX_ENVELOPE_BYTES + 1, more="Expect: 100-continue\r\n"))
         assert connection.read().status == 413
@@ -206,7 +206,7 @@ def test_what_is_too_large_is_refused_by_its_length_before_it_is_sent_and_while_
     assert post(link, bytes(MAX_ENVELOPE_BYTES)).status == 400
 
 
-def test_a_body_that_never_ends_is_given_up(link: PlayedLink) -> None:
+def test_a_body_that_never_ends_is_given_up(link: StubLink) -> None:
     with RawConnection(link.alice.port) as connection:
         connection.send(head(100) + b"half")
         started = time.monotonic()
@@ -215,7 +215,7 @@ def test_a_body_that_never_ends_is_given_up(link: PlayedLink) -> None:
         assert connection.is_ended()
 
 
-def test_hundreds_of_bodies_that_do_not_end_keep_no_envelope_of_a_peer_out(link: PlayedLink, queue: str) -> None:
+def test_hundreds_of_bodies_that_do_not_end_keep_no_envelope_of_a_peer_out(link: StubLink, queue: str) -> None:
     stuck = [socket.create_connection(("127.0.0.1", link.alice.port)) for _ in range(300)]
     try:
         for one in stuck:
@@ -227,7 +227,7 @@ def test_hundreds_of_bodies_that_do_not_end_keep_no_envelope_of_a_peer_out(link:
             one.close()
 
 
-def test_one_address_cannot_fill_the_memory_and_is_served_again_afterwards(link: PlayedLink, queue: str) -> None:
+def test_one_address_cannot_fill_the_memory_and_is_served_again_afterwards(link: StubLink, queue: str) -> None:
     large = bytes(MAX_ENVELOPE_BYTES - 10)
     connections = [RawConnection(link.alice.port) for _ in range(8)]
     try:
@@ -251,11 +251,11 @@ def test_one_address_cannot_fill_the_memory_and_is_served_again_afterwards(link:
     assert post(link, link.carol.retrieved(ALICE)).status == 202
 
 
-def lines_of_sync(link: PlayedLink) -> list[dict[str, Any]]:
+def lines_of_sync(link: StubLink) -> list[dict[str, Any]]:
     return [line for line in log_lines(link.alice, "api") if line.get("path") == "/sync"]
 
 
-def test_the_log_says_which_peer_sent_what_and_name_no_stranger(link: PlayedLink, queue: str) -> None:
+def test_the_log_says_which_peer_sent_what_and_name_no_stranger(link: StubLink, queue: str) -> None:
     # A line is written just after its answer.
     time.sleep(0.5)
     before = len(lines_of_sync(link))

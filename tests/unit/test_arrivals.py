@@ -47,7 +47,7 @@ async def test_a_notification_brings_the_answer_long_before_the_deadline() -> No
     assert arrivals.waiting == 0
 
 
-async def test_a_notification_between_the_first_look_and_the_wait_is_not_lost() -> None:
+async def test_a_notification_between_the_first_attempt_and_the_wait_is_not_lost() -> None:
     arrivals, claims = Arrivals(20), Claims()
 
     async def attempt() -> str:
@@ -62,7 +62,7 @@ async def test_a_notification_between_the_first_look_and_the_wait_is_not_lost() 
         assert await arrivals.claim(KEY_ID, attempt) == "key"
 
 
-async def test_without_a_notification_the_store_is_looked_into_once_more_at_the_deadline() -> None:
+async def test_without_a_notification_there_is_one_more_attempt_at_the_deadline() -> None:
     arrivals, claims = Arrivals(0.3), Claims()
     asking = asyncio.create_task(arrivals.claim(KEY_ID, claims))
     await asyncio.sleep(0.1)
@@ -73,7 +73,7 @@ async def test_without_a_notification_the_store_is_looked_into_once_more_at_the_
     assert claims.count == 2
 
 
-async def test_forged_notifications_cost_a_few_looks_and_change_nothing() -> None:
+async def test_forged_notifications_cost_a_few_attempts_and_change_nothing() -> None:
     arrivals, claims = Arrivals(0.5), Claims()
     asking = asyncio.create_task(arrivals.claim(KEY_ID, claims))
     for _ in range(100):
@@ -104,7 +104,7 @@ async def test_with_no_wait_configured_nobody_waits() -> None:
     assert claims.count == 1
 
 
-async def test_another_error_than_a_key_that_is_not_there_is_told_at_once() -> None:
+async def test_another_error_than_a_key_that_is_not_there_is_raised_at_once() -> None:
     arrivals = Arrivals(30)
 
     async def attempt() -> str:

@@ -1,7 +1,7 @@
-"""A bus link whose other end, and whose own syncer, are played by the test: only KP_Alice's api and janitor run.
+"""A bus link whose peer and whose own syncer are simulated by the test: only KP_Alice's api and janitor run.
 
-So a test decides when a row of the outbox is acknowledged, and whether anybody is told. KP_Carol is the peer; the test
-holds her identity and her epoch, and opens what was sealed to her.
+So a test decides when a row of the outbox is acknowledged, and whether a notification is sent. KP_Carol is the peer:
+the test holds her identity and her epoch, and opens what was sealed to her.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from tests.waiting import wait_for
 CAROL = "KP_Carol"
 
 
-class PlayedLink:
+class StubLink:
     """KP_Alice's side of a link to KP_Carol."""
 
     def __init__(
         self, lab: Lab, *, stock: int = 0, allow: Sequence[str] | None = None, broker: bool = True, **env: str
     ) -> None:
-        """Without ``broker`` Alice's processes find none: nobody is told anything."""
+        """Without ``broker`` Alice's processes find none: there are no notifications."""
         self.lab = lab
         self._broker = broker
         self.carol = Voice(CAROL)
@@ -83,7 +83,7 @@ class PlayedLink:
         return get(self.alice.url, "key", remoteSystemID=CAROL, size=size)
 
     def asking(self, size: str = "256") -> Future[Answer]:
-        """The same, meanwhile."""
+        """The same, in a thread."""
         return self._callers.submit(self.ask, size)
 
     def retrieving(self, key_id: bytes) -> Future[Answer]:
@@ -99,7 +99,7 @@ class PlayedLink:
             return query(self._store, statement, *values)
 
     def outbox(self, kind: str) -> list[tuple[bytes, list[Any]]]:
-        """Rows of one type, oldest first: token and what is told."""
+        """Rows of one type, oldest first: token and entries."""
         found = self.rows("SELECT token, payload FROM outbox WHERE type = %s ORDER BY id", kind)
         return [(token, encoding.unpack(payload)) for token, payload in found]
 
@@ -107,7 +107,7 @@ class PlayedLink:
         wait_for(lambda: len(self.outbox(kind)) >= count, timeout_seconds=timeout_seconds, poll_seconds=0.01)
         return self.outbox(kind)
 
-    def told(self, kind: str) -> list[bytes]:
+    def key_ids(self, kind: str) -> list[bytes]:
         """The keyIds in all rows of a type."""
         return [bytes(entry[0]) for _, entries in self.outbox(kind) for entry in entries]
 
@@ -146,7 +146,7 @@ class PlayedLink:
 
     @contextmanager
     def storing(self, *kinds: str) -> Iterator[list[list[Any]]]:
-        """Meanwhile all rows of these types are acknowledged as they come; gives the entries seen."""
+        """Acknowledges all rows of these types as they come, until the end of the block; gives the entries seen."""
         stop, seen = threading.Event(), list[list[Any]]()
 
         def run() -> None:
@@ -161,13 +161,13 @@ class PlayedLink:
                         self.notify(notification, *(token for token, _ in rows if kind == "key.placed"))
                 time.sleep(0.005)
 
-        player = threading.Thread(target=run)
-        player.start()
+        peer = threading.Thread(target=run)
+        peer.start()
         try:
             yield seen
         finally:
             stop.set()
-            player.join(10)
+            peer.join(10)
 
     def bring(self, load: Load) -> None:
         """Carol's keys have come: what Alice's syncer writes of such an envelope."""
