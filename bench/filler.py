@@ -15,11 +15,10 @@ from skipbus.services.api.links import IssuedKey, IssueRequest
 from skipbus.services.api.links.sealing import Sealer
 from skipbus.services.api.links.store import IssueBatch
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.engine import driver_errors, make_engine
 
 _BATCH = 1000

@@ -20,9 +20,9 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity
-from skipbus.shared.peers_config import identity_line
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.settings.peers import identity_line
 
 _QUEUE = "bench.voices"
 _START_SECONDS = 30.0

@@ -20,7 +20,7 @@ from sandbox.processes import POLL_SECONDS, Child, SandboxError, minimal_environ
 from sandbox.servers import Database
 from sandbox.tls_files import TlsFiles
 from skipbus.shared.crypto.keyring import Keyring
-from skipbus.shared.peers_config import identity_line
+from skipbus.shared.settings.peers import identity_line
 
 ROLES = ("api", "syncer", "janitor")
 # A service drains for at most 10 s.

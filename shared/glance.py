@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pymysql.connections import Connection
 
-from skipbus.shared.config import MySqlSettings
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.engine import OwnConnection, driver_errors
 
 T = TypeVar("T")

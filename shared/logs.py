@@ -27,8 +27,8 @@ from structlog.processors import TimeStamper
 from structlog.stdlib import ProcessorFormatter, add_logger_name
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from skipbus.shared.config import Settings
 from skipbus.shared.log_queue import LogQueue
+from skipbus.shared.settings import Settings
 
 # At debug, aiormq logs the frames that it sends, the password among them; at info, sqlalchemy logs statements with
 # their values, and alembic logs what it assumes, at every start.

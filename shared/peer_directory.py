@@ -21,9 +21,9 @@ from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError, SealBroken
 from skipbus.shared.logs import get_logger
-from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.announcements import Announcement, digest, read_announcement
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
+from skipbus.shared.settings.peers import PeerSettings
 from skipbus.shared.store import announcements, pinned_identities
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import Digests

@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import cast
 
 from skipbus.ctl.command import Handler
-from skipbus.shared.config import ConfigurationError, problems_text, project_version
 from skipbus.shared.errors import SkipbusError
+from skipbus.shared.settings import ConfigurationError, problems_text, project_version
 
 _PROGRAM = "skipctl"
 _COMMANDS = ("config", "db", "keyring", "identity", "peer", "psk", "cert", "site")

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping
 
 from skipbus.ctl.provision import add_provision
-from skipbus.shared.config import load_settings
+from skipbus.shared.settings import load_settings
 from skipbus.shared.store.migrate import HEAD_REVISION, is_known, store_revision, upgrade_store
 
 

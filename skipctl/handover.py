@@ -17,11 +17,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from skipbus.shared.broker.names import encode_id
-from skipbus.shared.config_sources import read_regular_file
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.peers_config import identity_line, parse_identity_line
 from skipbus.shared.protocol.system_ids import validate_system_id
+from skipbus.shared.settings.files import read_regular_file
+from skipbus.shared.settings.peers import identity_line, parse_identity_line
 
 FORM = 1
 DEFAULT_BROKER_PORT = 5671

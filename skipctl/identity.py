@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Mapping
 
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings, load_settings
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError, OperatorError
-from skipbus.shared.peers_config import peer_block
 from skipbus.shared.protocol.announcements import read_announcement
+from skipbus.shared.settings import Settings, load_settings
+from skipbus.shared.settings.peers import peer_block
 from skipbus.shared.store.announcements import fetch_announcement
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.pinned_identities import Pin, fetch_pin, fetch_pins, update_pin

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import load_settings
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.keyring import Keyring
+from skipbus.shared.settings import load_settings
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

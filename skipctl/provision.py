@@ -17,10 +17,9 @@ from pathlib import Path
 from pymysql.connections import Connection
 
 from skipbus.ctl.shipped import read_shipped
-from skipbus.shared.config import load_settings
-from skipbus.shared.config_sources import read_regular_file
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import Secret, load_settings
+from skipbus.shared.settings.files import read_regular_file
 from skipbus.shared.store.engine import connect, driver_errors
 from skipbus.shared.store.migrate import HEAD_REVISION, StoreNewer, upgrade_store
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from skipbus.ctl.command import Commands, add_command, add_group
-from skipbus.shared.config import load_settings
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.protocol.psk_file import entries, parse_entry, read_psk_file, shown_identity, validate_identity
+from skipbus.shared.settings import load_settings
 
 _KEY_BYTES = 32
 _DEFAULT_PORT = 8443

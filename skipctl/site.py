@@ -33,8 +33,8 @@ from skipbus.ctl.site_link import SiteFolder
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.peers_config import identity_line
 from skipbus.shared.protocol.system_ids import validate_system_id
+from skipbus.shared.settings.peers import identity_line
 
 _SERVICES = ("api", "syncer", "janitor")
 _HOSTS = ["localhost", "127.0.0.1", "::1"]

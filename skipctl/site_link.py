@@ -15,7 +15,7 @@ from skipbus.ctl.handover import Handover, account_for, parse_broker
 from skipbus.ctl.site_folder import read_environment, replace
 from skipbus.shared.broker.names import encode_id
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.peers_config import parse_identity_line, peer_block, read_peers
+from skipbus.shared.settings.peers import parse_identity_line, peer_block, read_peers
 
 
 class SiteFolder:

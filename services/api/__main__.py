@@ -26,7 +26,6 @@ from skipbus.services.api.sync import SyncEndpoint
 from skipbus.services.api.tls.plaintext import plain_host
 from skipbus.services.api.tls.serving import Tls
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings, config_from_argv
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import BackendError
 from skipbus.shared.hop import Hop
@@ -35,6 +34,7 @@ from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
+from skipbus.shared.settings import Settings, config_from_argv
 from skipbus.shared.store.engine import make_engine, make_queue_engine
 
 _REFRESH_SECONDS = 1.0

@@ -12,7 +12,7 @@ from pymysql.connections import Connection
 from skipbus.services.api.batching import Batch, Lane
 from skipbus.services.api.metrics import batch_observer
 from skipbus.services.api.workers import together
-from skipbus.shared.config import MySqlSettings, Settings
+from skipbus.shared.settings import MySqlSettings, Settings
 from skipbus.shared.store.commands import prepare
 from skipbus.shared.store.engine import connect
 from skipbus.shared.store.line import StoreLine

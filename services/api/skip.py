@@ -11,9 +11,9 @@ from skipbus.services.api import parameters
 from skipbus.services.api.access_log import Entry
 from skipbus.services.api.links import Links
 from skipbus.services.api.responses import prepared_response, secret_response
-from skipbus.shared.config import Settings
 from skipbus.shared.errors import CallerError, NoEntropy
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
+from skipbus.shared.settings import Settings
 
 # What the earlier server says; routers show it to their operators (16 bytes are safe everywhere, draft 4.1).
 ALGORITHM = "pqc"

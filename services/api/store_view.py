@@ -10,12 +10,12 @@ import functools
 from dataclasses import dataclass
 
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings
 from skipbus.shared.crypto.epochs import current_epoch
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.settings import Settings
 from skipbus.shared.store.glances import look_at_view
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import PeerRow

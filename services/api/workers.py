@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 
-from skipbus.shared.config import EXIT_BAD_CONFIGURATION, Settings
 from skipbus.shared.lifecycle import DRAIN_SECONDS, EXIT_FAILED, EXIT_OK
 from skipbus.shared.logs import get_logger
+from skipbus.shared.settings import EXIT_BAD_CONFIGURATION, Settings
 
 _PR_SET_PDEATHSIG = 1
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)

@@ -19,12 +19,12 @@ from skipbus.services.janitor.epochs import EpochKeeper
 from skipbus.services.janitor.expiry import Zeroizer
 from skipbus.services.janitor.pruning import prune
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings, config_from_argv
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.glance import Glance
 from skipbus.shared.lifecycle import Stopped, every, run_service, stop_group
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
+from skipbus.shared.settings import Settings, config_from_argv
 from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.glances import look_at_due

@@ -37,7 +37,6 @@ from skipbus.shared.broker.consuming import Consumer, QueueWithoutLeader
 from skipbus.shared.broker.notifications import FOR_SYNCER, Notifier
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings, config_from_argv
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.hop import Hop
@@ -46,6 +45,7 @@ from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
+from skipbus.shared.settings import Settings, config_from_argv
 from skipbus.shared.store.announcements import fetch_announcement
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.processes import upsert_process

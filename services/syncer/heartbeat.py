@@ -12,10 +12,10 @@ from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.outgoing import Letter, Outgoing
 from skipbus.services.syncer.payloads import pack_heartbeat
 from skipbus.services.syncer.replies import Replies
-from skipbus.shared.config import Settings, project_version
 from skipbus.shared.lifecycle import pause
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType
+from skipbus.shared.settings import Settings, project_version
 
 JITTER = 0.1
 CHUNK = 64

@@ -21,8 +21,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from skipbus.services.syncer.answers import Answer, Posted
 from skipbus.services.syncer.payloads import printable
 from skipbus.shared.logs import get_logger
-from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES
+from skipbus.shared.settings.peers import PeerSettings
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 10.0

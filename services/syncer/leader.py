@@ -11,10 +11,10 @@ import contextlib
 
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.numbers import Reservation
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import BackendError
 from skipbus.shared.hop import Hop
 from skipbus.shared.logs import get_logger
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.election import Election
 
 _log = get_logger("leader")

@@ -30,11 +30,11 @@ from skipbus.services.syncer.outgoing import Letter, Outgoing
 from skipbus.services.syncer.row_types import counter_when_numbered
 from skipbus.services.syncer.watch import PeerWatch
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
 from skipbus.shared.lifecycle import next_beat
 from skipbus.shared.logs import get_logger
+from skipbus.shared.settings import Settings
 from skipbus.shared.store import messages, peers
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.messages import OutboxEntry, OutboxEnvelope

@@ -17,12 +17,12 @@ from sqlalchemy import Connection, Engine
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.row_types import STOCK_DROPPED
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.keys import counted_before_ms
+from skipbus.shared.settings import Settings
 from skipbus.shared.store import messages, stock
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.glances import look_at_oldest_stock

@@ -14,13 +14,13 @@ from sqlalchemy import Engine
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.clocks import Clocks
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.glance import Glance
 from skipbus.shared.hop import Hop
 from skipbus.shared.liveness import PeerStatus, peer_status
 from skipbus.shared.logs import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.settings import Settings
 from skipbus.shared.store.glances import look_at_signs
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import PeerLiveness

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from skipbus.shared.config_sources import read_regular_file, shown
 from skipbus.shared.errors import OperatorError
+from skipbus.shared.settings.files import read_regular_file
+from skipbus.shared.settings.values import shown
 
 MAX_IDENTITY_BYTES = 127
 MIN_KEY_BITS = 256

@@ -12,8 +12,8 @@ import hashlib
 
 from pymysql.connections import Connection
 
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import BackendError
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.engine import connect, driver_errors
 
 

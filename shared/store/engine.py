@@ -17,8 +17,8 @@ from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import StoreConflict, StoreRefused, StoreUnavailable
+from skipbus.shared.settings import MySqlSettings
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_SECONDS = 10

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import TypeVar
 
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import BackendError, StoreRefused
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.engine import STATEMENT_TIMEOUT_SECONDS, connect
 from skipbus.shared.store.line import StoreLine
 from skipbus.shared.store.results import Rows

@@ -17,9 +17,9 @@ from pymysql.constants import ER
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
 
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import OperatorError, StoreUnavailable
 from skipbus.shared.logs import get_logger
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.engine import driver_errors, make_engine
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import pymysql.err
 from pymysql.connections import Connection
 from pymysql.constants import COMMAND, CR
 
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import StoreRefused
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store import literals
 from skipbus.shared.store.engine import OwnConnection, driver_errors
 from skipbus.shared.store.results import LONGEST_PACKET_BYTES, Answer, Reader, Rows

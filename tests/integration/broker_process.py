@@ -9,7 +9,7 @@ from typing import Self
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.notifications import FOR_API, NotificationKind, Notifier, OnNotification
 from skipbus.shared.broker.publishing import Publisher
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import Secret
 
 
 class BrokerProcess:

@@ -22,9 +22,9 @@ from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, make_wrapping_key, open_wrapping_key
-from skipbus.shared.peers_config import identity_line
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
+from skipbus.shared.settings.peers import identity_line
 from skipbus.shared.store.announcements import upsert_announcement
 from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows, insert_wrapping_keys

@@ -23,12 +23,12 @@ from skipbus.services.api.links.sealing import Opener, Sealer
 from skipbus.services.api.links.store import ClaimBatch, ClaimRequest, IssueBatch
 from skipbus.services.janitor.epochs import EpochKeeper
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings, load_settings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import SkipbusError
 from skipbus.shared.glance import Glance
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
+from skipbus.shared.settings import Settings, load_settings
 from skipbus.shared.store.engine import connect, driver_errors, make_engine, make_queue_engine
 from skipbus.shared.store.glances import look_at_due
 from skipbus.shared.store.migrate import upgrade_store

@@ -30,14 +30,13 @@ from skipbus.shared.broker.names import (
     routing_key,
 )
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.liveness import peer_status
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.announcements import fetch_announcement, upsert_announcement
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.messages import insert_outbox

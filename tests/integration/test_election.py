@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from sandbox.servers import Database, MariaDbServer
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import StoreUnavailable
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.election import Election
 from tests.waiting import wait_for
 

@@ -19,7 +19,7 @@ from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import Secret
 from skipbus.shared.store.peers import fetch_peer_rows
 from tests.integration.key_providers import Store
 

@@ -12,9 +12,8 @@ import pytest
 
 import skipbus.shared.store.migrate
 from sandbox.servers import Database, MariaDbServer
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.errors import StoreRefused
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.engine import connect, make_engine
 from skipbus.shared.store.migrate import (
     HEAD_REVISION,
@@ -29,9 +28,9 @@ from skipbus.shared.store.schema import METADATA
 ROOT = Path(__file__).parents[2]
 UPGRADE = """
 import sys
-from skipbus.shared.config import MySqlSettings
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.migrate import upgrade_store
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import Secret
 host, port, user, password, database = sys.stdin.read().split()
 print(upgrade_store(MySqlSettings(host, int(port), user, Secret(password), database)))
 """

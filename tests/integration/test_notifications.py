@@ -17,7 +17,7 @@ from skipbus.shared.broker.notifications import FOR_API, FOR_SYNCER, Notificatio
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.errors import BusUnavailable
 from skipbus.shared.protocol import encoding
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import Secret
 from tests.integration.broker_process import BrokerProcess
 
 

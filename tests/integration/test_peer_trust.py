@@ -21,10 +21,10 @@ from skipbus.shared.crypto.identity import Identity, fingerprint
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.peer_directory import PIN_REREAD_MS, PRESENTED_EVERY_MS, PRESENTED_KEPT_MS, PeerDirectory
-from skipbus.shared.peers_config import PeerSettings, identity_line
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
+from skipbus.shared.settings.peers import PeerSettings, identity_line
 from skipbus.shared.store import announcements, messages, peers
 from skipbus.shared.store.announcements import upsert_announcement, upsert_bus_announcement
 from skipbus.shared.store.glances import Digests

@@ -15,7 +15,7 @@ from skipbus.shared.crypto.epochs import EpochSpan, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
 from skipbus.shared.hop import Hop
-from skipbus.shared.peers_config import identity_line
+from skipbus.shared.settings.peers import identity_line
 from tests.integration.key_providers import Store, settings_for
 
 KP, PEER = "KP_Alice", "KP_Bob"

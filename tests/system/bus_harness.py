@@ -44,10 +44,10 @@ from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, current_epoch, 
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.crypto.sealing import make_wrapping_key
-from skipbus.shared.peers_config import identity_line
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, read_announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, SignedEnvelope, read_envelope, sign_envelope
+from skipbus.shared.settings.peers import identity_line
 from tests.system.harness import ALICE, BOB, Key, Lab, Place, rows
 from tests.waiting import wait_for
 

@@ -20,10 +20,10 @@ from sandbox.processes import write_private
 from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key
 from skipbus.shared.broker.notifications import NotificationKind
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import MySqlSettings, Secret
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import read_announcement
+from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.announcements import upsert_bus_announcement
 from skipbus.shared.store.engine import make_engine
 from tests.system.bus_harness import BrokerAdmin, Load, Voice

@@ -12,13 +12,12 @@ from sandbox.client import get
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import Database
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import MySqlSettings
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.peer_directory import PIN_REREAD_MS
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.announcements import upsert_announcement
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.pinned_identities import update_pin

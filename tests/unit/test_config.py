@@ -15,16 +15,16 @@ from pathlib import Path
 import orjson
 import pytest
 
-from skipbus.shared.config import (
+from skipbus.shared.settings import (
     ConfigurationError,
+    Secret,
     Settings,
     config_from_argv,
     describe,
     load_settings,
     load_settings_or_exit,
 )
-from skipbus.shared.options import OPTIONS, Option, known_names
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings.model import OPTIONS, Option, known_names
 
 PASSWORD = "correct-horse-battery"
 REQUIRED = {
@@ -249,7 +249,7 @@ BAD_VALUES = {
 
 
 def test_each_option_has_bad_values_in_these_tests() -> None:
-    assert {option.name for option in OPTIONS} <= BAD_VALUES.keys()
+    assert {option.variable for option in OPTIONS} <= BAD_VALUES.keys()
 
 
 @pytest.mark.parametrize(
@@ -270,15 +270,19 @@ def test_a_missing_required_variable_is_named_with_the_fix(name: str) -> None:
     assert problem.startswith(f"{name} is missing. Set ")
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.variable)
 def test_an_empty_variable_is_refused_and_not_taken_for_an_absent_one(option: Option) -> None:
-    assert only_problem(**{option.name: ""}).startswith(f"{option.name} is empty. Set it")
+    assert only_problem(**{option.variable: ""}).startswith(f"{option.variable} is empty. Set it")
 
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
         ("SKIP_PROT", "SKIP_PORT"),
+        ("SKIP_TLL_SECONDS", "SKIP_KEY_TTL_SECONDS"),
+        ("SKIP_KEYRING", "SKIP_KEYRING_DIR"),
+        ("SKIP_TIMEOUT_SYNC", "SKIP_SYNC_TIMEOUT"),
+        ("SKIP_TLS_CERT", "SKIP_TLS_CERT_FILE"),
         ("SKIP_KEY_TTL", "SKIP_KEY_TTL_SECONDS"),
         ("SKIP_REMOTE_SYSTEM_ID", "SKIP_REMOTE_SYSTEM_ID_1"),
         ("SKIP_REMOTE_SYSTEM_ID_0", "SKIP_REMOTE_SYSTEM_ID_1"),
@@ -557,7 +561,7 @@ def toml_problem(tmp_path: Path, text: str) -> str:
 def test_every_option_but_the_secrets_can_stand_in_the_toml_file(tmp_path: Path) -> None:
     settings = load_toml(tmp_path, WHOLE_FILE)
     origins = {name: origin for name, _, origin in describe(settings)}
-    public = [option.name for option in PUBLIC_OPTIONS] + [
+    public = [option.variable for option in PUBLIC_OPTIONS] + [
         "SKIP_REMOTE_SYSTEM_ID_1",
         "SKIP_REMOTE_SYSTEM_ID_2",
     ]
@@ -673,7 +677,7 @@ def test_describe_tells_each_option_with_its_value_and_origin(tmp_path: Path) ->
         SKIP_CONFIG_FILE=str(toml),
     )
     lines = describe(load_settings(environ))
-    assert {option.name for option in OPTIONS} < {name for name, _, _ in lines}
+    assert {option.variable for option in OPTIONS} < {name for name, _, _ in lines}
     for line in (
         ("SKIP_CONFIG_FILE", str(toml), "environment"),
         ("SKIP_ENV", "development", "environment (FLASK_ENV)"),
@@ -776,6 +780,14 @@ def test_skipctl_config_check_exits_2_with_every_problem() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("skipctl: the configuration has 2 problems:\n")
     assert "Traceback" not in done.stderr
+
+
+def test_the_page_about_the_configuration_is_what_skipctl_generates() -> None:
+    done = skipctl("config", "markdown", environ={})
+    assert (done.returncode, done.stderr) == (0, "")
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text() == done.stdout, "run: skipctl config markdown > docs/configuration.md"
+    assert [name for name in known_names() if f"`{name}`" not in done.stdout] == []
 
 
 def test_skipctl_without_a_command_exits_2() -> None:

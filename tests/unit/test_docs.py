@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skipbus.shared.options import known_names
+from skipbus.shared.settings.model import known_names
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

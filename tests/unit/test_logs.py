@@ -19,14 +19,14 @@ import pytest
 
 from skipbus.shared.log_queue import LogQueue
 from skipbus.shared.logs import cause_chain, new_correlation_id, render_json
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import Secret
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = 'pa"ss\\wörd/ %'
 BUS_PASSWORD = "bus password"
 PREPARE = f"""
 import asyncio, logging, os, sys, threading, time, warnings
-from skipbus.shared.config import load_settings
+from skipbus.shared.settings import load_settings
 from skipbus.shared.logs import configure_logging, get_logger, log_correlation_id, log_queue
 settings = load_settings({{
     "SKIP_LOCAL_SYSTEM_ID": "KP_Alice", "SKIP_REMOTE_SYSTEM_ID_1": "KP_Bob", "MYSQL_USER": "u",

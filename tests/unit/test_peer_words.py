@@ -10,8 +10,8 @@ import pytest
 from skipbus.ctl.peer_words import PeerView, ago, problems
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch
 from skipbus.shared.crypto.identity import fingerprint
-from skipbus.shared.peers_config import PeerSettings
 from skipbus.shared.protocol.announcements import Announcement
+from skipbus.shared.settings.peers import PeerSettings
 from skipbus.shared.store.peers import PeerRow
 
 NOW_MS = 1_800_000_000_000

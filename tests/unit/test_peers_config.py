@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from skipbus.ctl.__main__ import main
-from skipbus.shared.config import ConfigurationError, Settings, describe, load_settings
 from skipbus.shared.crypto.identity import Identity, fingerprint
-from skipbus.shared.peers_config import PeerSettings, identity_line, parse_identity_line, peer_block
-from skipbus.shared.secret import Secret
+from skipbus.shared.settings import ConfigurationError, Secret, Settings, describe, load_settings
+from skipbus.shared.settings.peers import PeerSettings, identity_line, parse_identity_line, peer_block
 
 REQUIRED = {
     "SKIP_LOCAL_SYSTEM_ID": "KP_Alice",

@@ -28,12 +28,12 @@ from skipbus.services.api.metrics import batch_observer
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.notifications import FOR_API, NotificationKind, Notifier
 from skipbus.shared.broker.publishing import Publisher
-from skipbus.shared.config import Settings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import Overloaded, PeerNotReady
 from skipbus.shared.lifecycle import every
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS
+from skipbus.shared.settings import Settings
 from skipbus.shared.store.engine import make_queue_engine
 
 _TICK_SECONDS = 1.0

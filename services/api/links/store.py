@@ -24,7 +24,6 @@ from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
 from skipbus.services.api.links.sealing import Opener, Sealer, not_usable
 from skipbus.services.api.metrics import batch_observer
 from skipbus.shared.clock import now_ms
-from skipbus.shared.config import Settings
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.crypto.sealing import KeyRecord, WrappingKey
 from skipbus.shared.errors import (
@@ -40,6 +39,7 @@ from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.keys import new_key_id
+from skipbus.shared.settings import Settings
 from skipbus.shared.store.key_records import (
     claim_key_records,
     delete_key_records,

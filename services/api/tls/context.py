@@ -17,9 +17,9 @@ from skipbus.services.api.tls import openssl, psk
 from skipbus.services.api.tls.callers import CallerBook
 from skipbus.services.api.tls.handshake import TlsContext
 from skipbus.services.api.tls.self_check import PskModes
-from skipbus.shared.config import TlsSettings
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.protocol.psk_file import PskKeys
+from skipbus.shared.settings import TlsSettings
 
 CERTIFICATE_SUITES = (
     "ECDHE-ECDSA-AES256-GCM-SHA384",

@@ -18,11 +18,11 @@ from cryptography import x509
 
 from skipbus.services.api.tls.context import Recipe, make_context
 from skipbus.services.api.tls.handshake import TlsContext
-from skipbus.shared.config import TlsSettings
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.lifecycle import pause_to_beat
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.psk_file import PskKeys, read_psk_file
+from skipbus.shared.settings import TlsSettings
 
 _CHECK_SECONDS = 1.0
 _log = get_logger("tls")

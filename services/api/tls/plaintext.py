@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 
-from skipbus.shared.config import Settings
 from skipbus.shared.logs import get_logger
+from skipbus.shared.settings import Settings
 
 _log = get_logger("api")
 

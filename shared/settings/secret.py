@@ -1,9 +1,7 @@
-"""Owns `Secret`: a text that must not be seen, such as a password or a URL with a password in it.
+"""`Secret`: a text that must not be seen, such as a password or a URL with a password in it.
 
-Rules: the text comes out by `reveal()` and by nothing else; `repr`, `str`, `format` and f-strings show
-`***`; pickling and serialising raise, so that a secret cannot leave the process by accident.
-Leaves to others: reading secrets (`skipbus.shared.config_sources`) and keeping them out of log lines
-(`skipbus.shared.logs`).
+Rules: the text comes out by `reveal()` and by nothing else. `repr`, `str`, `format` and f-strings show `***`; pickling
+and serialising raise, so that a secret cannot leave the process by accident.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ class Secret:
         object.__setattr__(self, "_text", text)
 
     def reveal(self) -> str:
-        """Return the text itself. Call it where the text is used, and keep the answer nowhere."""
+        """Returns the text itself. Call it where the text is used, and keep the answer nowhere."""
         return self._text
 
     def __repr__(self) -> str:
@@ -36,8 +34,7 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        mine, theirs = _octets(self.reveal()), _octets(other.reveal())
-        return hmac.compare_digest(mine, theirs)
+        return hmac.compare_digest(*(secret.reveal().encode("utf-8", "surrogatepass") for secret in (self, other)))
 
     def __hash__(self) -> int:
         return hash((Secret, self._text))
@@ -53,7 +50,3 @@ class Secret:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a Secret cannot be pickled: load the settings again in the other process")
-
-
-def _octets(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
