@@ -212,6 +212,8 @@ def test_a_client_that_asks_for_new_keys_without_end_and_reads_nothing_is_ended(
             # A few at a time pass for what a client may do, as long as the server is as quick as that.
             time.sleep(0.01)
     assert asked < KEY_UPDATES
+    # A thread writes the log, a moment later.
+    wait_for(lambda: bool(api.lines("connection ended")), timeout_seconds=10)
     line = api.lines("connection ended")[-1]
     assert line["reason"] in ("what it asks for in TLS is not taken", TOO_MANY_UPDATES)
     assert resident_mib(pid) < before + 32
