@@ -34,6 +34,7 @@ from sandbox.processes import (
     write_private,
 )
 
+_COMPOSE = Path(__file__).resolve().parent.parent / "compose"
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 
@@ -378,8 +379,7 @@ class RabbitMqServer(Server):
             f"default_user = {self.user}\n"
             f"default_pass = {self.password}\n"
             "disk_free_limit.absolute = 20MB\n"
-            # As in every shipped configuration.
-            "max_message_size = 4259840\n"
+            f"{_shipped_message_limit()}\n"
             # Quorum queues reserve their write-ahead log's full size on disk.
             "raft.wal_max_size_bytes = 33554432\n" + self._write_definitions(),
         )
@@ -419,6 +419,13 @@ def _flavour(program: str) -> Literal["mariadb", "mysql"]:
 def _as_root_user() -> list[str]:
     """The server runs as root only when told so in words; started by anyone else it stays who it is."""
     return ["--user=root"] if os.geteuid() == 0 else []
+
+
+def _shipped_message_limit() -> str:
+    """The line that operators are given for it."""
+    lines = (_COMPOSE / "rabbitmq" / "rabbitmq.conf").read_text().splitlines()
+    (limit,) = [line for line in lines if line.startswith("max_message_size ")]
+    return limit
 
 
 def _rabbitmq_program() -> str:

@@ -24,16 +24,6 @@ from skipbus.shared.broker.names import encode_id
 # Where a site's broker finds its files; Compose mounts them there.
 BROKER_FILES = "/run/skipbus"
 
-CONFIGURATION = """\
-# Accounts and rights. With them the broker makes no account of its own.
-load_definitions = /run/skipbus/definitions.json
-# An envelope has 4 MiB at most; a larger message would only fill the memory of whoever is sent it.
-max_message_size = 4259840
-# Below this much free disk the broker takes no more messages.
-disk_free_limit.absolute = 256MB
-# Quorum queues reserve their write-ahead log's full size on disk.
-raft.wal_max_size_bytes = 67108864
-"""
 _SITE_CONFIGURATION = f"""\
 # Sites tell each other's brokers apart by this name: with one name for two, messages would count as sent back.
 cluster_name = ${{CLUSTER}}
@@ -125,9 +115,14 @@ class SiteDefinitions:
         self._parts[part] = [other for other in self._parts[part] if other[key] != entry[key]] + [entry]
 
 
+def configuration() -> str:
+    """The configuration of a broker that only its own key providers use."""
+    return read_shipped("rabbitmq/rabbitmq.conf")
+
+
 def site_configuration(system_id: str) -> str:
     """The configuration of a broker that others fetch from, by TLS alone, each with a certificate of its own."""
-    return CONFIGURATION + Template(_SITE_CONFIGURATION).substitute(CLUSTER=encode_id(system_id))
+    return configuration() + Template(_SITE_CONFIGURATION).substitute(CLUSTER=encode_id(system_id))
 
 
 def upstream_uri(account: str, password: str, host: str, port: int, authority: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from skipbus.ctl.broker_definitions import CONFIGURATION, SiteDefinitions, definitions, site_configuration
+from skipbus.ctl.broker_definitions import SiteDefinitions, configuration, definitions, site_configuration
 from skipbus.ctl.cert import make_broker_certificate, make_certificates
 from skipbus.ctl.command import Commands, add_command, add_group
 from skipbus.ctl.handover import parse_broker, read_handover
@@ -186,7 +186,7 @@ def _tell_handovers(folder: Path) -> None:
 def _make_shared(folder: Path, ids: list[str], hosts: list[str]) -> None:
     """Two key providers over one store."""
     syncers = _make_common(folder, SHARED_PLACES, ids, hosts)
-    write_new(folder / "rabbitmq" / "rabbitmq.conf", CONFIGURATION, 0o444)
+    write_new(folder / "rabbitmq" / "rabbitmq.conf", configuration(), 0o444)
     write_new(folder / "rabbitmq" / "definitions.json", definitions(syncers), 0o444)
     stunnel = read_shipped("stunnel/stunnel.conf").replace("accept = 8443", f"accept = {_STUNNEL_PORT}")
     write_new(folder / "stunnel.conf", stunnel, 0o444)

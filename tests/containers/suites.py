@@ -19,7 +19,7 @@ from tests.waiting import wait_for
 BROKER = "rabbitmq:4.0"
 # What asks the store alone, and what needs the broker (with a store beside it).
 STORE = (
-    "at_once",
+    "apply",
     "bus_link_store",
     "election",
     "epoch_keeper",
@@ -32,8 +32,10 @@ STORE = (
     "pins",
     "pruning",
     "regular_tasks",
+    "stock_queries",
 )
 BUS = (
+    "broker_connection",
     "bus_link_bounds",
     "bus_link_syncer",
     "https_link",

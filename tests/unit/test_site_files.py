@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 
 from skipbus.ctl.__main__ import main
-from skipbus.ctl.broker_definitions import SiteDefinitions, definitions, own_names, password_hash, upstream_uri
+from skipbus.ctl.broker_definitions import (
+    SiteDefinitions,
+    configuration,
+    definitions,
+    own_names,
+    password_hash,
+    site_configuration,
+    upstream_uri,
+)
 from skipbus.ctl.provision import ROLES, statements
 from skipbus.ctl.shipped import read_shipped
 from skipbus.shared.broker.names import dead_queue_name, live_queue_name, queue_name
 from skipbus.shared.errors import OperatorError
+from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES
 
 
 def test_the_password_hash_is_the_one_of_rabbitmqs_documentation() -> None:
@@ -105,3 +114,9 @@ def test_a_site_that_cannot_be_is_refused_before_anything_is_written(
 def test_what_did_not_come_with_the_installation_is_said() -> None:
     with pytest.raises(OperatorError, match="not part of this installation"):
         read_shipped("no-such-file")
+
+
+def test_the_shipped_broker_takes_every_envelope_and_hardly_more() -> None:
+    for text in (configuration(), site_configuration("KP_A")):
+        (limit,) = re.findall(r"^max_message_size = (\d+)$", text, re.MULTILINE)
+        assert MAX_ENVELOPE_BYTES < int(limit) <= MAX_ENVELOPE_BYTES + 65_536

@@ -1,0 +1,77 @@
+"""A connection to the broker that dies, with and without a word, is noticed, and made again when the broker is back."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from sandbox.cable import Cable
+from sandbox.ports import LOOPBACK
+from sandbox.servers import RabbitMqServer
+from skipbus.shared.errors import BusUnavailable
+from tests.integration.broker_process import BrokerProcess
+from tests.waiting import wait_for
+
+# Three AMQP heartbeats of 5 s and three seconds, and the 5 s that closing the dead connection may take.
+SILENCE_SECONDS = 23.0
+LOADED_SECONDS = 10.0
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    made = Cable()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def process(rabbitmq: RabbitMqServer, cable: Cable) -> BrokerProcess:
+    """It reaches the broker by way of the cable."""
+    url = rabbitmq.url.replace(f"{LOOPBACK}:{rabbitmq.port}", f"{LOOPBACK}:{cable.line(rabbitmq.port)}")
+    return BrokerProcess(url, f"KP_Cable.{secrets.token_hex(3)}")
+
+
+async def wait_lost(process: BrokerProcess, seconds: float) -> None:
+    """Until the process knows."""
+    await asyncio.to_thread(wait_for, lambda: not process.broker.up.is_set(), timeout_seconds=seconds)
+
+
+async def test_a_connection_that_dies_without_a_word_is_noticed_by_a_process_that_only_waits(
+    process: BrokerProcess, cable: Cable
+) -> None:
+    async with process.connected():
+        cable.cut("hang")
+        await wait_lost(process, SILENCE_SECONDS + LOADED_SECONDS)
+        assert process.broker.fault is not None
+        with pytest.raises(BusUnavailable):
+            await process.publisher.publish("KP_Nobody", b"", lifetime_ms=None)
+        cable.heal()
+        async with asyncio.timeout(SILENCE_SECONDS + LOADED_SECONDS):
+            await process.broker.up.wait()
+        assert process.broker.fault is None
+
+
+async def test_a_connection_that_is_reset_is_made_again_within_a_moment(process: BrokerProcess, cable: Cable) -> None:
+    async with process.connected():
+        cable.cut("die")
+        await wait_lost(process, LOADED_SECONDS)
+        cable.heal()
+        async with asyncio.timeout(LOADED_SECONDS):
+            await process.broker.up.wait()
+        assert not await process.publisher.publish("KP_Nobody", b"", lifetime_ms=None)
+
+
+async def test_a_publish_over_a_dead_connection_ends_at_its_deadline(process: BrokerProcess, cable: Cable) -> None:
+    async with process.connected():
+        cable.cut("hang")
+        started = time.monotonic()
+        for lifetime_ms in (None, 60_000):
+            with pytest.raises(BusUnavailable):
+                await process.publisher.publish("KP_Nobody", b"", lifetime_ms=lifetime_ms)
+        assert time.monotonic() - started < SILENCE_SECONDS + LOADED_SECONDS
+        assert process.publisher.silent or not process.broker.up.is_set()
+        cable.heal()
