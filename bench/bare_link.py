@@ -14,10 +14,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import aio_pika
-import pymysql
 import uvloop
 from aio_pika.abc import AbstractConnection, AbstractExchange, AbstractIncomingMessage
 
@@ -103,14 +101,7 @@ class _Store:
     """One connection, each statement of which is a durable commit."""
 
     def __init__(self, database: Database) -> None:
-        self._connection: pymysql.connections.Connection[Any] = pymysql.connect(
-            host=database.host,
-            port=database.port,
-            user=database.user,
-            password=database.password,
-            database=database.database,
-            autocommit=True,
-        )
+        self._connection = database.connect()
         self.execute(f"DROP TABLE IF EXISTS {_TABLE}")
         self.execute(f"CREATE TABLE {_TABLE} (id BIGINT PRIMARY KEY, number BIGINT, payload BLOB) ENGINE=InnoDB")
 

@@ -9,8 +9,6 @@ import os
 import statistics
 import time
 
-import pymysql
-
 from sandbox.servers import Database
 
 _TABLE = "bench_records"
@@ -23,14 +21,7 @@ class BareStore:
     """One connection and a table of its own beside the store's."""
 
     def __init__(self, database: Database) -> None:
-        self._connection = pymysql.connect(
-            host=database.host,
-            port=database.port,
-            user=database.user,
-            password=database.password,
-            database=database.database,
-            autocommit=False,
-        )
+        self._connection = database.connect(autocommit=False)
         self._execute(f"DROP TABLE IF EXISTS {_TABLE}")
         self._execute(f"CREATE TABLE {_TABLE} LIKE key_records")
 

@@ -20,12 +20,13 @@ from pathlib import Path
 
 from bench.traced import SOCKET_VARIABLE
 from bench.waiting import tell, wait_for_keys
-from sandbox.client import Answer, get
+from sandbox.client import get
 from sandbox.cut_story import wait_full
 from sandbox.key_provider import ROLES, KeyProvider
 from sandbox.processes import SandboxError
 from sandbox.site import Site
 from sandbox.sites import Sites
+from skipbus_testkit.client import Answer
 
 _RUNS = 30
 _ON_DEMAND_BITS = "512"

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sandbox.client import target
 from sandbox.cut_story import CutStory
 from sandbox.exchange import Exchange
 from sandbox.key_provider import KeyProvider
@@ -31,6 +30,7 @@ from sandbox.site import PORTS, Site
 from sandbox.sites import PORTS as PORTS_OF_SITES
 from sandbox.sites import Sites
 from sandbox.supervisor import Supervisor
+from skipbus_testkit.client import target
 
 CHECK_SECONDS = 0.1
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sandbox.client import Answer, get, target
+from sandbox.client import get
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError
+from skipbus_testkit.client import Answer, target
 
 # A key provider seals only to a peer that has announced itself, which may be a moment after both are healthy.
 ANNOUNCED_SECONDS = 30.0

@@ -49,6 +49,17 @@ class Database:
     password: str = field(repr=False)
     database: str
 
+    def connect(self, *, autocommit: bool = True) -> pymysql.connections.Connection[Any]:
+        """A new connection. Raises pymysql.MySQLError."""
+        return pymysql.connect(
+            host=self.host,
+            port=self.port,
+            user=self.user,
+            password=self.password,
+            database=self.database,
+            autocommit=autocommit,
+        )
+
 
 class Server:
     """What both servers share: a child process that is started, waited for and ended."""

@@ -48,10 +48,9 @@ class Client:
 
     def get(self, *path: str, **query: str) -> Answer:
         """``GET url/path…?query``, escaped. Raises OSError where nobody answers."""
-        target = "/" + "/".join(quote(part, safe="") for part in path)
-        return self.request("GET", f"{target}?{urlencode(query)}" if query else target)
+        return self.request("GET", target(*path, **query))
 
-    def request(self, method: str, target: str) -> Answer:
+    def request(self, method: str, target: str, body: bytes | None = None) -> Answer:
         """One request, its target as it is. Raises OSError where nobody answers."""
         connection = self._connection()
         try:
@@ -59,7 +58,7 @@ class Client:
             # Asked now, because an answer that ends the connection takes the socket away.
             tls = connection.sock if isinstance(connection.sock, ssl.SSLSocket) else None
             version, cipher = (tls.version(), tls.cipher()) if tls else (None, None)
-            connection.request(method, target)
+            connection.request(method, target, body)
             response = connection.getresponse()
             content = response.read()
             headers = {name.lower(): value for name, value in response.getheaders()}
@@ -76,6 +75,12 @@ class Client:
             return http.client.HTTPConnection(host, address.port, timeout=self.timeout_seconds)
         context = self.context or ssl.create_default_context()
         return http.client.HTTPSConnection(host, address.port, timeout=self.timeout_seconds, context=context)
+
+
+def target(*path: str, **query: str) -> str:
+    """The request target, with everything escaped that has to be."""
+    text = "/" + "/".join(quote(part, safe="") for part in path)
+    return f"{text}?{urlencode(query)}" if query else text
 
 
 def client_context(

@@ -19,10 +19,10 @@ from bench.report import Figure, Finding, Line, Target
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
 from bench.waiting import tell, wait_until
-from sandbox.client import target
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK
 from sandbox.processes import SandboxError
+from skipbus_testkit.client import target
 
 _CALLERS = 4
 _PER_SECOND = 160

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 
-import pymysql
-
 from bench.cpu import CpuMeter
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
+from bench.simulated_peers import SimulatedPeers
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
-from bench.voices import Voices
 from bench.waiting import wait_until
 from sandbox.key_provider import ROLES, KeyProvider
 from sandbox.processes import SandboxError
@@ -31,7 +29,7 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     sites = stage.sites()
     sites.set_up(_STOCK)
     idle, shares = _idle(sites, plan)
-    many, voices = _many_peers(sites, plan)
+    many, heartbeats = _many_peers(sites, plan)
     lines = [
         Line(
             12,
@@ -44,7 +42,7 @@ def measure(stage: Stage, plan: Plan) -> Finding:
             target=Target("at most", 25, "%", many),
         ),
     ]
-    return Finding(lines, [f"item 12: idle, {shares}", f"item 12: {voices}"])
+    return Finding(lines, [f"item 12: idle, {shares}", f"item 12: {heartbeats}"])
 
 
 def _idle(sites: SitesStage, plan: Plan) -> tuple[float, str]:
@@ -61,23 +59,23 @@ def _many_peers(sites: SitesStage, plan: Plan) -> tuple[float, str]:
     """A third key provider at the first site. Its janitor runs too: who is not announced sends no heartbeats."""
     server, broker = sites.sites.mysql_servers[0], sites.sites.rabbitmq_servers[0]
     database = server.create_database("bench_hub", user="bench_hub")
-    voices = Voices(broker.url, _HUB, _PEERS, _INTERVAL_SECONDS)
-    ids = [voice.id for voice in voices.all]
+    simulated = SimulatedPeers(broker.url, _HUB, _PEERS, _INTERVAL_SECONDS)
+    ids = [peer.id for peer in simulated.all]
     hub = KeyProvider(_HUB, ids, database, broker.url, root=sites.sites.logs.parent / "hub")
     try:
         hub.make_files()
-        hub.link_by_bus(*(voice.peer() for voice in voices.all))
+        hub.link_by_bus(*(peer.peer() for peer in simulated.all))
         for role in ("janitor", "syncer"):
             hub.start(role)
         # Its queue must be there before anybody is sent an announcement.
         wait_until(lambda: "broker connected" in hub.log_of("syncer").read_text(), f"{_HUB}'s syncer to be connected")
-        with voices:
+        with simulated:
             wait_until(lambda: _told(database) == (_PEERS, _PEERS), f"{_HUB} to hear its {_PEERS} peers")
             time.sleep(_CALM_SECONDS)
-            sent, heard = voices.sent, voices.heard
+            sent, received = simulated.sent, simulated.received
             with CpuMeter(syncer=hub.processes["syncer"].pid) as meter:
                 time.sleep(plan.idle_seconds)
-            came, went = voices.sent - sent, voices.heard - heard
+            came, went = simulated.sent - sent, simulated.received - received
             still = _told(database)
         if still != (_PEERS, _PEERS) or min(came, went) < _LEAST_SHARE * _PEERS * plan.idle_seconds / _INTERVAL_SECONDS:
             raise SandboxError(f"{came} heartbeats came to the syncer and {went} went out; {still} peers were known")
@@ -91,20 +89,10 @@ def _many_peers(sites: SitesStage, plan: Plan) -> tuple[float, str]:
 def _told(database: Database) -> tuple[int, int]:
     """How many peers were heard within the last two intervals, and of how many there is an announcement."""
     since_ms = int((time.time() - 2 * _INTERVAL_SECONDS) * 1000)
-    connection = pymysql.connect(
-        host=database.host,
-        port=database.port,
-        user=database.user,
-        password=database.password,
-        database=database.database,
-    )
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT (SELECT COUNT(*) FROM peers WHERE last_heartbeat_ms > %s), COUNT(*) FROM bus_announcements",
-                (since_ms,),
-            )
-            row = cursor.fetchone()
-    finally:
-        connection.close()
+    with database.connect() as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT (SELECT COUNT(*) FROM peers WHERE last_heartbeat_ms > %s), COUNT(*) FROM bus_announcements",
+            (since_ms,),
+        )
+        row = cursor.fetchone()
     return (int(row[0]), int(row[1])) if row else (0, 0)

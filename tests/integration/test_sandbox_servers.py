@@ -18,17 +18,6 @@ from tests.waiting import wait_for
 pytestmark = pytest.mark.stops_servers
 
 
-def connect(database: Database) -> pymysql.connections.Connection[pymysql.cursors.Cursor]:
-    return pymysql.connect(
-        host=database.host,
-        port=database.port,
-        user=database.user,
-        password=database.password,
-        database=database.database,
-        autocommit=True,
-    )
-
-
 def processes_naming(folder: Path) -> list[str]:
     """Command lines and working folders are where a private server's processes name its folder."""
     found = []
@@ -56,19 +45,19 @@ def test_no_account_opens_without_a_password(mariadb: MariaDbServer, user: str) 
 
 
 def test_a_tests_user_reaches_its_own_database_only(mariadb: MariaDbServer, database: Database) -> None:
-    with connect(database) as connection, connection.cursor() as cursor:
+    with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("CREATE TABLE t (id INT)")
         with pytest.raises(pymysql.err.OperationalError, match="denied"):
             cursor.execute(f"CREATE TABLE `{mariadb.database}`.t (id INT)")
 
 
 def test_committed_rows_survive_a_killed_database(mariadb: MariaDbServer, database: Database) -> None:
-    with connect(database) as connection, connection.cursor() as cursor:
+    with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("CREATE TABLE t (id INT)")
         cursor.execute("INSERT INTO t VALUES (7)")
         mariadb.kill()
     mariadb.start()
-    with connect(database) as connection, connection.cursor() as cursor:
+    with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SELECT id FROM t")
         assert cursor.fetchall() == ((7,),)
 

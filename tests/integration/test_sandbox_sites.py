@@ -17,7 +17,7 @@ from sandbox.federation import Account, Upstream, definitions
 from sandbox.ports import LOOPBACK
 from sandbox.servers import RabbitMqServer
 from skipbus.shared.broker.names import queue_name, routing_key
-from tests.system.bus_harness import BrokerAdmin
+from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
 
 TARGET = "KP_Bob"

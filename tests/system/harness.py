@@ -22,26 +22,16 @@ from urllib.parse import urlencode
 import pymysql
 import pymysql.cursors
 
-import sandbox.key_provider
-from sandbox.client import Answer, get
+from sandbox.client import Key, get
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK
 from sandbox.servers import Database
+from skipbus_testkit.client import Answer
 from tests.system.needles import Needles, private_keys
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 Store: TypeAlias = "pymysql.connections.Connection[pymysql.cursors.Cursor]"
 ANNOUNCED_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key as `GET /key` answered it."""
-
-    source: str
-    target: str
-    key_id: str
-    key: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -254,20 +244,8 @@ def ask(kp: KeyProvider, target: str | bytes, *, method: str = "GET", headers: s
 
 def rows(database: Database, statement: str, *values: object) -> tuple[tuple[Any, ...], ...]:
     """What a query finds, committed by whoever."""
-    with connect(database) as connection:
+    with database.connect() as connection:
         return query(connection, statement, *values)
-
-
-def connect(database: Database) -> Store:
-    """A connection to the store that sees whatever is committed."""
-    return pymysql.connect(
-        host=database.host,
-        port=database.port,
-        user=database.user,
-        password=database.password,
-        database=database.database,
-        autocommit=True,
-    )
 
 
 def query(connection: Store, statement: str, *values: object) -> tuple[tuple[Any, ...], ...]:
@@ -301,8 +279,3 @@ def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
     assert not thread.is_alive(), "the background work did not end"
     if failures:
         raise failures[0]
-
-
-def roles() -> tuple[str, ...]:
-    """The three processes of a key provider."""
-    return sandbox.key_provider.ROLES

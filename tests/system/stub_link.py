@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from sandbox.client import Answer, get
+from sandbox.client import get
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import write_private
+from sandbox.simulated_peer import SealedKeys, SimulatedPeer
 from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key
 from skipbus.shared.broker.notifications import NotificationKind
 from skipbus.shared.clock import now_ms
@@ -26,8 +27,9 @@ from skipbus.shared.protocol.announcements import read_announcement
 from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.announcements import upsert_bus_announcement
 from skipbus.shared.store.engine import make_engine
-from tests.system.bus_harness import BrokerAdmin, Load, Voice
-from tests.system.harness import ALICE, Lab, connect, query
+from skipbus_testkit.client import Answer
+from tests.system.broker_admin import BrokerAdmin
+from tests.system.harness import ALICE, Lab, query
 from tests.waiting import wait_for
 
 CAROL = "KP_Carol"
@@ -42,14 +44,14 @@ class StubLink:
         """Without ``broker`` Alice's processes find none: there are no notifications."""
         self.lab = lab
         self._broker = broker
-        self.carol = Voice(CAROL)
+        self.carol = SimulatedPeer(CAROL)
         self.alice: KeyProvider = lab.add(ALICE, CAROL, env={"SKIP_HEARTBEAT_SECONDS": "1"} | env)
         self.alice.make_files()
         self.alice.link_by_bus(replace(self.carol.peer(stock), allow=allow))
         if not broker:
             write_private(self.alice.root / "secrets" / "rabbitmq_url", "amqp://nobody:nothing@127.0.0.1:1/")
         self.admin = BrokerAdmin(lab.rabbitmq_url)
-        self._store = connect(lab.database)
+        self._store = lab.database.connect()
         self._lock = threading.Lock()
         self._callers = ThreadPoolExecutor(64)
 
@@ -169,7 +171,7 @@ class StubLink:
             stop.set()
             peer.join(10)
 
-    def bring(self, load: Load) -> None:
+    def bring(self, load: SealedKeys) -> None:
         """Carol's keys have come: what Alice's syncer writes of such an envelope."""
         for wrapping_key_id, epoch_id, expires_ms, sealed, signature in load.wrapping_keys:
             self.rows(

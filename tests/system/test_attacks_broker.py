@@ -13,23 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sandbox.client import get
+from sandbox.client import Key, get
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
-from tests.system.bus_harness import (
-    Scene,
-    asking,
-    assert_no_answer,
-    attack_scene,
-    placed_by,
-    stock_of,
-    wait_stock,
-)
-from tests.system.harness import Key, rows
+from tests.system.attack_scene import Scene, asking, assert_no_answer, attack_scene, placed_by
+from tests.system.bus_links import stock_of, wait_stock
+from tests.system.harness import rows
 from tests.waiting import wait_for
 
 SYNC_TIMEOUT_SECONDS = 2.0
@@ -176,7 +169,7 @@ def test_a_key_delayed_beyond_the_timeout_is_never_served(scene: Scene, order: s
 def test_an_injected_acknowledgement_produces_no_answer(scene: Scene) -> None:
     assert_no_answer(
         scene,
-        lambda number: scene.carol.says(
+        lambda number: scene.carol.sign(
             scene.alice_id,
             EnvelopeType.KEY_STORED,
             encoding.pack({"numbers": [number]}),
@@ -233,10 +226,10 @@ def test_an_injected_refusal_takes_no_key_back_that_was_answered(scene: Scene) -
 
 def test_injected_keys_are_refused(scene: Scene) -> None:
     load = scene.carols_keys()
-    forged = scene.carol.says(
+    forged = scene.carol.sign(
         scene.bob_id, EnvelopeType.KEY_ISSUED, load.pack(), sender_id=scene.alice_id, signer=Identity.generate()
     )
-    scene.assert_refused(forged, "bad_signature", scene.alice_id)
+    scene.assert_rejected(forged, "bad_signature", scene.alice_id)
 
 
 # --- and with stock

@@ -21,6 +21,7 @@ from aio_pika.exceptions import ChannelPreconditionFailed
 from sandbox.client import get
 from sandbox.ports import LOOPBACK
 from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.simulated_peer import SealedKeys
 from skipbus.shared.broker.consuming import PREFETCH
 from skipbus.shared.broker.names import (
     ENVELOPES,
@@ -35,21 +36,8 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES, VERSION, EnvelopeType, SignedEnvelope
-from tests.system.bus_harness import (
-    Load,
-    Scene,
-    arrived,
-    assert_all_refused,
-    attack_scene,
-    flipped_bits,
-    metric,
-    peer_status,
-    post_sync,
-    refused,
-    refused_in_all,
-    wait_stock,
-    wait_told,
-)
+from tests.system.attack_scene import Scene, arrived, assert_all_rejected, attack_scene, flipped_bits, rejected_in_all
+from tests.system.bus_links import metric, peer_status, post_sync, rejected, wait_logged, wait_stock
 from tests.waiting import wait_for
 
 HUGE_BYTES = 100 * 1024 * 1024
@@ -66,9 +54,9 @@ def scene(
         yield made
 
 
-def place(scene: Scene, load: Load) -> bytes:
+def place(scene: Scene, load: SealedKeys) -> bytes:
     """KP_Carol's keys, placed at KP_Bob; the envelope as it was."""
-    envelope = scene.carol.places(scene.bob_id, load)
+    envelope = scene.carol.key_issued(scene.bob_id, load)
     scene.admin.send(scene.bob_id, envelope)
     wait_for(lambda: arrived(scene, load), timeout_seconds=20)
     return envelope
@@ -107,15 +95,15 @@ def test_a_replayed_envelope_brings_no_key_back(scene: Scene) -> None:
 
 
 def test_a_replayed_heartbeat_is_refused(scene: Scene) -> None:
-    beat = scene.carol.beats(scene.bob_id)
+    beat = scene.carol.heartbeat(scene.bob_id)
     scene.admin.send(scene.bob_id, beat)
     wait_for(lambda: peer_status(scene.bob, scene.carol.id)["status"] == "online", timeout_seconds=20)
-    scene.assert_refused(beat, "replayed", scene.carol.id)
+    scene.assert_rejected(beat, "replayed", scene.carol.id)
 
 
 def test_reordered_envelopes_never_serve_a_key_that_was_taken_back(scene: Scene) -> None:
     load = scene.carols_keys(2)
-    placing, withdrawing = scene.carol.places(scene.bob_id, load), scene.carol.withdraws(scene.bob_id, load)
+    placing, withdrawing = scene.carol.key_issued(scene.bob_id, load), scene.carol.key_withdrawn(scene.bob_id, load)
     scene.admin.send(scene.bob_id, withdrawing, placing)
     scene.assert_goes_on()
     assert [scene.at_bob(key).status for key in load.keys] == [400, 400]
@@ -124,7 +112,7 @@ def test_reordered_envelopes_never_serve_a_key_that_was_taken_back(scene: Scene)
 
 def test_reordered_envelopes_of_keys_all_arrive(scene: Scene) -> None:
     loads = [scene.carols_keys(2) for _ in range(5)]
-    envelopes = [scene.carol.places(scene.bob_id, load) for load in loads]
+    envelopes = [scene.carol.key_issued(scene.bob_id, load) for load in loads]
     scene.admin.send(scene.bob_id, *reversed(envelopes))
     keys = [key for load in loads for key in load.keys]
     wait_for(lambda: all(arrived(scene, load) for load in loads), timeout_seconds=20)
@@ -133,9 +121,9 @@ def test_reordered_envelopes_of_keys_all_arrive(scene: Scene) -> None:
 
 @pytest.mark.parametrize("door", ["bus", "sync"])
 def test_a_retargeted_envelope_is_refused(scene: Scene, door: str) -> None:
-    for_alice = scene.carol.places(scene.alice_id, scene.carols_keys())
+    for_alice = scene.carol.key_issued(scene.alice_id, scene.carols_keys())
     if door == "bus":
-        scene.assert_refused(for_alice, "wrong_target", scene.carol.id)
+        scene.assert_rejected(for_alice, "wrong_target", scene.carol.id)
     else:
         answer = post_sync(scene.bob, for_alice)
         assert answer.status == 400
@@ -148,19 +136,19 @@ def test_a_retargeted_envelope_is_refused(scene: Scene, door: str) -> None:
 
 @pytest.mark.parametrize("left", [0, 1, 10, 0.5, -1])
 def test_a_truncated_envelope_is_refused(scene: Scene, left: float) -> None:
-    whole = scene.carol.places(scene.bob_id, scene.carols_keys())
+    whole = scene.carol.key_issued(scene.bob_id, scene.carols_keys())
     cut = whole[: int(len(whole) * left) if left == 0.5 else int(left)]
     answer = post_sync(scene.bob, cut)
     assert answer.status == 400
     assert answer.error
-    scene.assert_refused(cut, "malformed")
+    scene.assert_rejected(cut, "malformed")
 
 
 def test_a_bit_flipped_envelope_is_refused_wherever_the_bit_is(scene: Scene) -> None:
     load = scene.carols_keys()
-    whole = scene.carol.places(scene.bob_id, load)
+    whole = scene.carol.key_issued(scene.bob_id, load)
     flipped = flipped_bits(whole)
-    assert_all_refused(scene, flipped)
+    assert_all_rejected(scene, flipped)
     scene.assert_goes_on()
     for body in flipped[::10]:
         assert post_sync(scene.bob, body).status in (400, 401)
@@ -175,37 +163,37 @@ def test_a_bit_flipped_envelope_is_refused_wherever_the_bit_is(scene: Scene) -> 
 
 @pytest.mark.parametrize("signature", [b"", bytes(4627)], ids=["empty", "zeros"])
 def test_an_unsigned_envelope_is_refused(scene: Scene, signature: bytes) -> None:
-    protected, payload, _ = encoding.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
+    protected, payload, _ = encoding.unpack(scene.carol.key_issued(scene.bob_id, scene.carols_keys()))
     unsigned = encoding.pack([protected, payload, signature])
     assert post_sync(scene.bob, unsigned).status == 401
-    scene.assert_refused(unsigned, "bad_signature", scene.carol.id)
+    scene.assert_rejected(unsigned, "bad_signature", scene.carol.id)
 
 
 def test_an_envelope_without_a_place_for_a_signature_is_refused(scene: Scene) -> None:
-    protected, payload, _ = encoding.unpack(scene.carol.places(scene.bob_id, scene.carols_keys()))
-    scene.assert_refused(encoding.pack([protected, payload]), "malformed")
+    protected, payload, _ = encoding.unpack(scene.carol.key_issued(scene.bob_id, scene.carols_keys()))
+    scene.assert_rejected(encoding.pack([protected, payload]), "malformed")
 
 
 def test_a_foreign_signed_envelope_is_refused(scene: Scene) -> None:
     load = scene.carols_keys()
-    forged = scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, load.pack(), signer=Identity.generate())
+    forged = scene.carol.sign(scene.bob_id, EnvelopeType.KEY_ISSUED, load.pack(), signer=Identity.generate())
     answer = post_sync(scene.bob, forged)
     assert answer.status == 401
-    scene.assert_refused(forged, "bad_signature", scene.carol.id)
-    wait_told(scene.bob, f'"reason":"bad_signature","sender":"{scene.carol.id}"')
+    scene.assert_rejected(forged, "bad_signature", scene.carol.id)
+    wait_logged(scene.bob, f'"reason":"bad_signature","sender":"{scene.carol.id}"')
 
 
 def test_a_foreign_signed_announcement_does_not_change_whom_keys_are_sealed_to(scene: Scene) -> None:
     thief = Identity.generate()
-    forged = scene.carol.says(
+    forged = scene.carol.sign(
         scene.alice_id,
         EnvelopeType.CAPABILITIES,
         encoding.pack({"announcement": stolen(scene, thief), "request": False}),
         signer=thief,
     )
-    before = refused(scene.alice, "identity_changed", scene.carol.id)
+    before = rejected(scene.alice, "identity_changed", scene.carol.id)
     scene.admin.send(scene.alice_id, forged)
-    wait_for(lambda: refused(scene.alice, "identity_changed", scene.carol.id) == before + 1, timeout_seconds=20)
+    wait_for(lambda: rejected(scene.alice, "identity_changed", scene.carol.id) == before + 1, timeout_seconds=20)
     wait_for(lambda: peer_status(scene.alice, scene.carol.id)["identity_conflict"], timeout_seconds=20)
     scene.assert_goes_on()
 
@@ -218,9 +206,9 @@ def stolen(scene: Scene, thief: Identity) -> bytes:
 
 def test_an_envelope_of_a_stranger_is_refused(scene: Scene) -> None:
     stranger = type(scene.carol)("KP_Stranger")
-    envelope = stranger.places(scene.bob_id, scene.carols_keys())
+    envelope = stranger.key_issued(scene.bob_id, scene.carols_keys())
     assert post_sync(scene.bob, envelope).status == 401
-    scene.assert_refused(envelope, "unknown_sender", "unknown")
+    scene.assert_rejected(envelope, "unknown_sender", "unknown")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +223,7 @@ def test_an_envelope_of_an_unknown_version_or_type_is_refused_and_its_sender_is_
     signed = len(protected).to_bytes(4, "big") + protected + payload
     envelope = encoding.pack([protected, payload, scene.carol.identity.sign(signed, CONTEXT_ENVELOPE)])
     assert post_sync(scene.bob, envelope).status == 400
-    scene.assert_refused(envelope, reason)
+    scene.assert_rejected(envelope, reason)
     if reason == "unknown_version":
         told = scene.admin.wait(queue_name(scene.carol.id), lambda found: number in numbers_refused(found))
         complaint = encoding.unpack(encoding.unpack(told)[1])
@@ -280,10 +268,10 @@ def test_a_message_of_100_mb_is_refused_by_the_broker_and_reaches_nobody(scene: 
 
 def test_as_many_of_the_largest_messages_as_the_broker_takes_do_not_fill_the_syncers_memory(scene: Scene) -> None:
     syncer = scene.bob.processes["syncer"].pid
-    counted, before_mib = refused(scene.bob, "too_large"), resident_mib(syncer)
+    counted, before_mib = rejected(scene.bob, "too_large"), resident_mib(syncer)
     forget_peak(syncer)
     scene.admin.send(scene.bob_id, *[bytes(MAX_ENVELOPE_BYTES + 1)] * LARGE_ONES)
-    wait_for(lambda: refused(scene.bob, "too_large") == counted + LARGE_ONES, timeout_seconds=120)
+    wait_for(lambda: rejected(scene.bob, "too_large") == counted + LARGE_ONES, timeout_seconds=120)
     # What the broker hands out unanswered, and as much again for copies on the way.
     assert peak_mib(syncer) < before_mib + 2 * PREFETCH * MAX_ENVELOPE_BYTES / 2**20
     assert scene.bob.processes["syncer"].pid == syncer
@@ -322,22 +310,22 @@ def test_an_envelope_with_a_million_records_is_refused(scene: Scene) -> None:
         [b"\x83\xa7records\xdd", MILLION.to_bytes(4, "big"), b"\xc0" * MILLION, b"\xadwrapping_keys\x90\xa5stock\xc2"]
     )
     assert len(payload) < MAX_ENVELOPE_BYTES
-    scene.assert_refused(
-        scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, payload), "malformed_payload", scene.carol.id
+    scene.assert_rejected(
+        scene.carol.sign(scene.bob_id, EnvelopeType.KEY_ISSUED, payload), "malformed_payload", scene.carol.id
     )
 
 
 def test_an_envelope_with_a_million_events_is_refused(scene: Scene) -> None:
     payload = b"\xdd" + MILLION.to_bytes(4, "big") + b"\x93\xc0\xc0\xc0" * MILLION
     assert len(payload) < MAX_ENVELOPE_BYTES - 8192
-    scene.assert_refused(
-        scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, payload), "malformed_payload", scene.carol.id
+    scene.assert_rejected(
+        scene.carol.sign(scene.bob_id, EnvelopeType.KEY_ISSUED, payload), "malformed_payload", scene.carol.id
     )
 
 
 def test_one_record_too_many_is_refused_and_as_many_as_allowed_are_not(scene: Scene) -> None:
     load = scene.carols_keys(2001)
-    scene.assert_refused(scene.carol.places(scene.bob_id, load), "malformed_payload", scene.carol.id)
+    scene.assert_rejected(scene.carol.key_issued(scene.bob_id, load), "malformed_payload", scene.carol.id)
     load.records.pop()
     load.keys.pop()
     place(scene, load)
@@ -350,7 +338,7 @@ def garbage(count: int) -> list[bytes]:
 
 def test_ten_thousand_pieces_of_garbage_keep_nobody_from_exchanging_keys_once_they_are_refused(scene: Scene) -> None:
     """Nothing of what was waited for is lost: a key that lay behind the garbage is withdrawn, and the next one goes."""
-    before, records = refused_in_all(scene), scene.records_at_bob()
+    before, records = rejected_in_all(scene), scene.records_at_bob()
     for _ in range(10):
         scene.admin.send_many(scene.bob_id, garbage(1000))
     behind = get(scene.alice.url, "key", remoteSystemID=scene.bob_id)
@@ -359,10 +347,10 @@ def test_ten_thousand_pieces_of_garbage_keep_nobody_from_exchanging_keys_once_th
     else:
         assert behind.status == 500
         assert behind.error.endswith("it is withdrawn")
-    wait_for(lambda: refused_in_all(scene) >= before + 10_000, timeout_seconds=60)
+    wait_for(lambda: rejected_in_all(scene) >= before + 10_000, timeout_seconds=60)
     scene.assert_goes_on()
     wait_for(lambda: scene.records_at_bob() == records, timeout_seconds=20)
-    assert refused_in_all(scene) == before + 10_000
+    assert rejected_in_all(scene) == before + 10_000
     scene.admin.purge(dead_queue_name(scene.bob_id))
 
 
@@ -371,13 +359,13 @@ def test_while_garbage_is_refused_keys_are_exchanged_from_stock(
 ) -> None:
     with attack_scene(tmp_path_factory.mktemp("flood"), mariadb, rabbitmq, stock=STOCK) as stocked:
         wait_stock(stocked.alice, stocked.bob_id, STOCK)
-        before = refused_in_all(stocked)
+        before = rejected_in_all(stocked)
         with ThreadPoolExecutor(1) as pool:
             flooding = pool.submit(stocked.admin.send_many, stocked.bob_id, garbage(5000))
-            wait_for(lambda: refused_in_all(stocked) > before, timeout_seconds=20)
+            wait_for(lambda: rejected_in_all(stocked) > before, timeout_seconds=20)
             for _ in range(STOCK // 2):
                 stocked.lab.assert_retrievable(stocked.issue())
-            assert refused_in_all(stocked) < before + 5000, "the flood was over before the keys were asked for"
+            assert rejected_in_all(stocked) < before + 5000, "the flood was over before the keys were asked for"
             flooding.result(60)
-        wait_for(lambda: refused_in_all(stocked) == before + 5000, timeout_seconds=60)
+        wait_for(lambda: rejected_in_all(stocked) == before + 5000, timeout_seconds=60)
         wait_stock(stocked.alice, stocked.bob_id, STOCK)

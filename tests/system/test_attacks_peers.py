@@ -15,19 +15,13 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.simulated_peer import SealedKeys
 from skipbus.shared.broker.names import queue_name
 from skipbus.shared.clock import now_ms
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
-from tests.system.bus_harness import (
-    Load,
-    Scene,
-    attack_scene,
-    refused,
-    sealed_keys,
-    stock_of,
-    wait_told,
-)
+from tests.system.attack_scene import Scene, attack_scene
+from tests.system.bus_links import rejected, sealed_keys, stock_of, wait_logged
 from tests.system.harness import rows
 from tests.waiting import wait_for
 
@@ -56,8 +50,8 @@ def test_a_record_with_a_keyid_of_another_peers_key_overwrites_nothing(scene: Sc
     alices = scene.issue()
     load = scene.carols_keys(3)
     load.records[1][0] = bytes.fromhex(alices.key_id)
-    scene.assert_refused(scene.carol.places(scene.bob_id, load), "key_exists", scene.carol.id)
-    wait_told(scene.bob, f'"reason":"key_exists","sender":"{scene.carol.id}"')
+    scene.assert_rejected(scene.carol.key_issued(scene.bob_id, load), "key_exists", scene.carol.id)
+    wait_logged(scene.bob, f'"reason":"key_exists","sender":"{scene.carol.id}"')
     # All or nothing: the records beside it are not there either.
     assert not scene.records_at_bob() & {key.key_id for key in load.keys}
     scene.lab.assert_retrievable(alices)
@@ -65,17 +59,17 @@ def test_a_record_with_a_keyid_of_another_peers_key_overwrites_nothing(scene: Sc
 
 def test_a_record_with_a_keyid_of_the_peers_own_key_overwrites_nothing(scene: Scene) -> None:
     first, second = scene.carols_keys(), scene.carols_keys()
-    scene.admin.send(scene.bob_id, scene.carol.places(scene.bob_id, first))
+    scene.admin.send(scene.bob_id, scene.carol.key_issued(scene.bob_id, first))
     wait_for(lambda: first.keys[0].key_id in scene.records_at_bob(), timeout_seconds=20)
     second.records[0][0] = first.records[0][0]
-    scene.assert_refused(scene.carol.places(scene.bob_id, second), "key_exists", scene.carol.id)
+    scene.assert_rejected(scene.carol.key_issued(scene.bob_id, second), "key_exists", scene.carol.id)
     assert scene.at_bob(first.keys[0]).body["key"] == first.keys[0].key
 
 
 def test_a_peer_cannot_withdraw_another_peers_keys(scene: Scene) -> None:
     alices = scene.issue()
     event = [bytes.fromhex(alices.key_id), now_ms() + 3_600_000, "c"]
-    scene.admin.send(scene.bob_id, scene.carol.says(scene.bob_id, EnvelopeType.KEY_WITHDRAWN, encoding.pack([event])))
+    scene.admin.send(scene.bob_id, scene.carol.sign(scene.bob_id, EnvelopeType.KEY_WITHDRAWN, encoding.pack([event])))
     scene.assert_goes_on()
     scene.lab.assert_retrievable(alices)
 
@@ -85,26 +79,26 @@ def test_a_peer_cannot_withdraw_another_peers_keys(scene: Scene) -> None:
 
 def test_a_peer_that_issues_under_another_key_providers_name_is_refused(scene: Scene) -> None:
     load = sealed_keys(scene.carol, scene.bob, scene.bobs, source_id=scene.alice_id)
-    as_alice = scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, load.pack(), sender_id=scene.alice_id)
-    scene.assert_refused(as_alice, "bad_signature", scene.alice_id)
+    as_alice = scene.carol.sign(scene.bob_id, EnvelopeType.KEY_ISSUED, load.pack(), sender_id=scene.alice_id)
+    scene.assert_rejected(as_alice, "bad_signature", scene.alice_id)
     assert get(scene.bob.url, "key", load.keys[0].key_id, remoteSystemID=scene.alice_id).status == 400
 
 
 def test_a_peer_that_sends_wrapping_keys_made_for_another_source_is_refused(scene: Scene) -> None:
     load = sealed_keys(scene.carol, scene.bob, scene.bobs, source_id=scene.alice_id)
-    scene.assert_refused(scene.carol.places(scene.bob_id, load), "bad_seal", scene.carol.id)
+    scene.assert_rejected(scene.carol.key_issued(scene.bob_id, load), "bad_seal", scene.carol.id)
     for source in (scene.alice_id, scene.carol.id):
         assert get(scene.bob.url, "key", load.keys[0].key_id, remoteSystemID=source).status == 400
 
 
 def test_a_peer_that_sends_anothers_recorded_keys_as_its_own_is_refused(scene: Scene) -> None:
-    counted = refused(scene.bob, "bad_seal", scene.carol.id)
+    counted = rejected(scene.bob, "bad_seal", scene.carol.id)
     with scene.admin.diverting(scene.bob_id) as tap, ThreadPoolExecutor(1) as caller:
         asked = caller.submit(get, scene.alice.url, "key", remoteSystemID=scene.bob_id)
         recorded = tap.wait(EnvelopeType.KEY_ISSUED, scene.alice_id)
         payload = encoding.unpack(recorded)[1]
-        scene.admin.put(queue_name(scene.bob_id), scene.carol.says(scene.bob_id, EnvelopeType.KEY_ISSUED, payload))
-        wait_for(lambda: refused(scene.bob, "bad_seal", scene.carol.id) > counted, timeout_seconds=20)
+        scene.admin.put(queue_name(scene.bob_id), scene.carol.sign(scene.bob_id, EnvelopeType.KEY_ISSUED, payload))
+        wait_for(lambda: rejected(scene.bob, "bad_seal", scene.carol.id) > counted, timeout_seconds=20)
         tap.deliver(recorded)
         answer = asked.result(10)
     if answer.status == 200:
@@ -119,14 +113,14 @@ class Fault:
 
     name: str
     reason: str
-    change: Callable[[Load], object]
+    change: Callable[[SealedKeys], object]
 
 
-def record(place: int, value: Callable[[], object]) -> Callable[[Load], object]:
+def record(place: int, value: Callable[[], object]) -> Callable[[SealedKeys], object]:
     return lambda load: load.records[0].__setitem__(place, value())
 
 
-def wrapping(place: int, value: Callable[[], object]) -> Callable[[Load], object]:
+def wrapping(place: int, value: Callable[[], object]) -> Callable[[SealedKeys], object]:
     return lambda load: load.wrapping_keys[0].__setitem__(place, value())
 
 
@@ -151,13 +145,13 @@ FAULTS = [
 def test_a_peer_that_places_what_cannot_be_served_is_refused(scene: Scene, fault: Fault) -> None:
     load = scene.carols_keys(2)
     fault.change(load)
-    scene.assert_refused(scene.carol.places(scene.bob_id, load), fault.reason, scene.carol.id)
+    scene.assert_rejected(scene.carol.key_issued(scene.bob_id, load), fault.reason, scene.carol.id)
 
 
 def test_a_key_that_was_sealed_wrong_serves_nobody_and_harms_nobody(scene: Scene) -> None:
     load = scene.carols_keys(2)
     load.records[0][6] = secrets.token_bytes(len(load.records[0][6]))
-    scene.admin.send(scene.bob_id, scene.carol.places(scene.bob_id, load))
+    scene.admin.send(scene.bob_id, scene.carol.key_issued(scene.bob_id, load))
     wait_for(lambda: load.keys[0].key_id in scene.records_at_bob(), timeout_seconds=20)
     broken = scene.at_bob(load.keys[0])
     assert broken.status in (400, 500)
@@ -225,7 +219,7 @@ def test_a_peer_that_acknowledges_another_peers_keys_moves_nothing(scene: Scene)
         caller.start()
         number = read_envelope(tap.wait(EnvelopeType.KEY_ISSUED, scene.alice_id)).header.number
         issued = scene.issued(scene.alice, scene.bob_id)
-        scene.admin.send(scene.alice_id, scene.carol.acknowledges(scene.alice_id, number))
+        scene.admin.send(scene.alice_id, scene.carol.key_stored(scene.alice_id, number))
         caller.join(20)
         # The envelope was never delivered, so nobody may be told that the key is there.
         assert [answer.status for answer in answers] == [500]
@@ -237,8 +231,8 @@ def test_a_peer_that_acknowledges_numbers_that_nobody_sent_moves_nothing(scene: 
     before = outbox_numbers(scene)
     issued = scene.issued(scene.alice, scene.carol.id)
     made_up = [now_ms() * 1000 + offset for offset in range(1000)]
-    scene.admin.send(scene.alice_id, scene.carol.acknowledges(scene.alice_id, *made_up))
-    scene.admin.send(scene.alice_id, scene.carol.retrieved(scene.alice_id))
+    scene.admin.send(scene.alice_id, scene.carol.key_stored(scene.alice_id, *made_up))
+    scene.admin.send(scene.alice_id, scene.carol.key_retrieved(scene.alice_id))
     scene.assert_goes_on()
     assert before <= outbox_numbers(scene)
     assert scene.issued(scene.alice, scene.carol.id) == issued

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
-from tests.system.bus_harness import Scene, attack_scene, wait_stock
-from tests.system.harness import connect, in_background, query
+from tests.system.attack_scene import Scene, attack_scene
+from tests.system.bus_links import wait_stock
+from tests.system.harness import in_background, query
 
 STOCK = 16
 TABLES = {"key_records", "wrapping_keys", "outbox", "stock", "stock_held", "bus_announcements", "withdrawn_keys"}
@@ -44,7 +45,7 @@ class Reader:
             self.copies += 1
 
     def _copy(self, database: Database) -> None:
-        with connect(database) as store:
+        with database.connect() as store:
             tables = [name for (name,) in query(store, "SHOW TABLES")]
             assert set(tables) >= TABLES
             for table in tables:

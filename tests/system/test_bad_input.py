@@ -19,7 +19,6 @@ from tests.system.harness import (
     RawConnection,
     Store,
     ask,
-    connect,
     count_records,
     key_target,
     log_lines,
@@ -124,7 +123,7 @@ def pair(shared_lab: Lab) -> tuple[KeyProvider, KeyProvider]:
 @pytest.fixture(scope="module")
 def store(shared_lab: Lab, pair: tuple[KeyProvider, KeyProvider]) -> Iterator[Store]:
     assert all(kp.is_healthy() for kp in pair)
-    with connect(shared_lab.database) as connection:
+    with shared_lab.database.connect() as connection:
         yield connection
 
 
@@ -136,7 +135,7 @@ def nothing_changes(store: Store) -> Iterator[None]:
     assert count_records(store) == before
 
 
-def refused(kp: KeyProvider, target: bytes) -> RawAnswer:
+def rejected(kp: KeyProvider, target: bytes) -> RawAnswer:
     answer = ask(kp, target)
     assert answer.status == 400, f"{target[:100]!r} was answered {answer.status} {answer.body[:200]!r}"
     assert answer.headers["content-type"] == "application/json; charset=utf-8"
@@ -147,7 +146,7 @@ def refused(kp: KeyProvider, target: bytes) -> RawAnswer:
 
 
 def refused_naming(kp: KeyProvider, parameter: str, target: bytes) -> None:
-    answer = refused(kp, target)
+    answer = rejected(kp, target)
     # Bytes that HTTP itself does not allow in a request line are refused before there is a parameter.
     if any(byte >= 0x80 for byte in target) or len(target) > 2000:
         assert parameter in answer.error or "well-formed HTTP" in answer.error
@@ -222,8 +221,8 @@ def test_a_repeated_size_or_minentropy_is_400(alice: KeyProvider, path: bytes, p
 
 
 def test_a_query_with_thousands_of_fields_is_400(alice: KeyProvider) -> None:
-    refused(alice, b"/key?remoteSystemID=KP_Bob" + b"&a" * 900)
-    refused(alice, b"/key?remoteSystemID=KP_Bob" + b"&" * 1900)
+    rejected(alice, b"/key?remoteSystemID=KP_Bob" + b"&a" * 900)
+    rejected(alice, b"/key?remoteSystemID=KP_Bob" + b"&" * 1900)
 
 
 @pytest.mark.parametrize("value", HOSTILE_KEY_IDS.values(), ids=HOSTILE_KEY_IDS)
@@ -246,7 +245,7 @@ def test_an_error_never_echoes_what_was_sent(alice: KeyProvider) -> None:
             b"/entropy?minentropy=" + value,
             b"/key/" + value + b"?remoteSystemID=KP_Bob",
         ):
-            assert b"xyzzy" not in refused(alice, target).body
+            assert b"xyzzy" not in rejected(alice, target).body
         assert b"xyzzy" not in ask(alice, b"/" + value).body
 
 
@@ -300,7 +299,7 @@ def test_a_reason_of_a_refusal_stands_in_the_access_log(shared_lab: Lab, alice: 
 
 def test_hostile_ids_reached_no_table(shared_lab: Lab, alice: KeyProvider) -> None:
     for value in HOSTILE_VALUES.values():
-        refused(alice, b"/key?remoteSystemID=" + value)
+        rejected(alice, b"/key?remoteSystemID=" + value)
     tables = rows(shared_lab.database, "SHOW TABLES")
     assert ("key_records",) in tables
     assert rows(shared_lab.database, "SELECT DISTINCT target_id FROM wrapping_keys WHERE source_id = %s", ALICE) in (

@@ -14,7 +14,7 @@ import pytest
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.shared.broker.notifications import NotificationKind
-from tests.system.bus_harness import sealed_keys
+from tests.system.bus_links import sealed_keys
 from tests.system.conftest import new_lab
 from tests.system.harness import Lab, ask
 from tests.system.stub_link import CAROL, StubLink, stopwatch

@@ -10,36 +10,32 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from sandbox.client import Answer, get
-from sandbox.key_provider import KeyProvider
+from sandbox.client import get
+from sandbox.key_provider import ROLES, KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
+from skipbus_testkit.client import Answer
+from tests.system.encryptors import Encryptors
 from tests.system.harness import (
     ALICE,
     BOB,
-    Key,
     Lab,
     RawConnection,
-    connect,
     in_background,
     log_lines,
     query,
     request_bytes,
-    roles,
 )
 from tests.waiting import wait_for
 
 HEALED_SECONDS = 30.0
 DRAINED_SECONDS = 10.0
-KEYS_EACH_WAY = 10
 
 
 @pytest.fixture(scope="module")
@@ -47,58 +43,15 @@ def pair(shared_lab: Lab) -> tuple[KeyProvider, KeyProvider]:
     return shared_lab.add_pair(SKIP_HEARTBEAT_SECONDS="1")
 
 
-class Load:
-    """Encryptors on both sides who go on asking for keys whatever happens."""
-
-    def __init__(self, lab: Lab, *kps: KeyProvider) -> None:
-        self._lab = lab
-        self._ways = [(kps[0], kps[1]), (kps[1], kps[0])]
-        self.keys: list[Key] = []
-        self.outcomes: Counter[tuple[str, int]] = Counter()
-
-    def run(self, stop: threading.Event) -> None:
-        while not stop.wait(0.02):
-            for source, target in self._ways:
-                self._ask(source, target.system_id)
-
-    def _ask(self, source: KeyProvider, target_id: str) -> None:
-        try:
-            answer = get(source.url, "key", timeout_seconds=20, remoteSystemID=target_id)
-        except (OSError, ValueError):
-            self.outcomes[source.system_id, 0] += 1
-            return
-        self.outcomes[source.system_id, answer.status] += 1
-        if answer.status == 200:
-            self.keys.append(Key(source.system_id, target_id, answer.body["keyId"], answer.body["key"]))
-
-    def wait_for_more(self, timeout_seconds: float = HEALED_SECONDS) -> None:
-        """Keys are being handed out on both sides."""
-        wanted = {kp.system_id: self.outcomes[kp.system_id, 200] + KEYS_EACH_WAY for kp, _ in self._ways}
-        wait_for(
-            lambda: all(self.outcomes[name, 200] >= count for name, count in wanted.items()),
-            timeout_seconds=timeout_seconds,
-        )
-
-    @property
-    def statuses(self) -> set[int]:
-        """All statuses that were answered; 0 where there was no answer."""
-        return {status for _, status in self.outcomes}
-
-    def assert_nothing_lost(self) -> None:
-        self._lab.handed_out += self.keys
-        for key in self.keys:
-            self._lab.assert_retrievable(key)
-
-
 @contextmanager
-def load_on(lab: Lab, *kps: KeyProvider) -> Iterator[Load]:
-    """A light load meanwhile; afterwards none of its keys is lost."""
-    load = Load(lab, *kps)
+def load_on(lab: Lab, one: KeyProvider, other: KeyProvider) -> Iterator[Encryptors]:
+    """A light load both ways while the block runs; then none of its keys is lost or given out twice."""
+    load = Encryptors(lab, (one, other), (other, one), pause_seconds=0.02)
     with in_background(load.run):
         load.wait_for_more()
         yield load
         load.wait_for_more()
-    load.assert_nothing_lost()
+    load.assert_nothing_lost_and_nothing_twice()
     assert load.statuses <= {0, 200, 500, 503}
 
 
@@ -121,7 +74,7 @@ def assert_answers_without_servers(kp: KeyProvider) -> None:
 # --- processes
 
 
-@pytest.mark.parametrize("role", roles())
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("system_id", [ALICE, BOB])
 def test_a_killed_process_heals_and_no_answered_key_is_lost(
     shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, system_id: str, role: str
@@ -144,7 +97,7 @@ def test_a_killed_process_heals_and_no_answered_key_is_lost(
 def test_all_processes_killed_at_once_come_back(shared_lab: Lab, alice: KeyProvider, bob: KeyProvider) -> None:
     with load_on(shared_lab, alice, bob):
         for kp in (alice, bob):
-            for role in roles():
+            for role in ROLES:
                 kp.kill(role)
         for kp in (alice, bob):
             kp.start_all()
@@ -324,7 +277,7 @@ def test_sigterm_ends_every_process_with_0_in_time(shared_lab: Lab, alice: KeyPr
     idle = [RawConnection(alice.port) for _ in range(20)]
     assert idle[0].ask("/capabilities").status == 200
     with half_sent_request(alice):
-        assert ended(alice, signal.SIGTERM) == dict.fromkeys(roles(), 0)
+        assert ended(alice, signal.SIGTERM) == dict.fromkeys(ROLES, 0)
     for connection in idle:
         connection.close()
     alice.start_all()
@@ -343,7 +296,7 @@ def half_sent_request(kp: KeyProvider) -> Iterator[None]:
 def ended(kp: KeyProvider, signal_number: signal.Signals) -> dict[str, int | None]:
     """Exit codes by role after a signal to all; None for one that did not end in time."""
     started = time.monotonic()
-    children = {role: kp.processes[role] for role in roles()}
+    children = {role: kp.processes[role] for role in ROLES}
     for child in children.values():
         os.kill(child.pid, signal_number)
     while any(child.running for child in children.values()) and time.monotonic() < started + DRAINED_SECONDS:
@@ -357,9 +310,9 @@ def test_ctrl_c_ends_every_process_with_0_while_both_servers_are_down(tmp_path: 
     kp = lab.add(ALICE, BOB)
     kp.start_all()
     wait_for(lambda: answers_capabilities(kp), timeout_seconds=20)
-    wait_for(lambda: all(log_lines(kp, role) for role in roles()), timeout_seconds=20)
+    wait_for(lambda: all(log_lines(kp, role) for role in ROLES), timeout_seconds=20)
     try:
-        assert ended(kp, signal.SIGINT) == dict.fromkeys(roles(), 0)
+        assert ended(kp, signal.SIGINT) == dict.fromkeys(ROLES, 0)
     finally:
         lab.close()
 
@@ -368,7 +321,7 @@ def test_requests_in_flight_are_answered_when_the_api_is_told_to_end(
     shared_lab: Lab, alice: KeyProvider, bob: KeyProvider
 ) -> None:
     key = shared_lab.issue(alice, BOB)
-    with RawConnection(bob.port) as waiting, connect(shared_lab.database) as store:
+    with RawConnection(bob.port) as waiting, shared_lab.database.connect() as store:
         store.begin()
         query(store, "SELECT 1 FROM key_records WHERE key_id = %s FOR UPDATE", bytes.fromhex(key.key_id))
         waiting.send(request_bytes(f"/key/{key.key_id}?remoteSystemID={ALICE}"))
@@ -461,7 +414,7 @@ def test_a_keyring_that_cannot_be_used_ends_every_process_with_its_reason(
     kp = Lab(tmp_path, mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/").add("KP_Unstarted", BOB)
     spoil(kp)
     before = sorted(kp.keyring_dir.rglob("*"))
-    for role in roles():
+    for role in ROLES:
         code, log = refusal(kp, role)
         assert code not in (0, None)
         assert reason in log
@@ -491,7 +444,7 @@ def test_a_new_identity_under_a_known_name_is_refused_until_the_keyring_is_back(
 def test_a_bad_configuration_ends_every_process_with_2_and_all_reasons(tmp_path: Path, mariadb: MariaDbServer) -> None:
     bad = {"SKIP_PORT": "high", "SKIP_NONSENSE": "1", "SKIP_KEY_TTL_SECONDS": "0"}
     kp = Lab(tmp_path, mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/").add("KP_Unstarted", BOB, env=bad)
-    for role in roles():
+    for role in ROLES:
         code, log = refusal(kp, role)
         assert code == 2
         for name in ("SKIP_PORT", "SKIP_NONSENSE", "SKIP_KEY_TTL_SECONDS"):

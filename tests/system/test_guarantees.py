@@ -11,23 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.client import get
+from sandbox.client import Key, get
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import KeyringError
 from tests.system.conftest import new_lab
-from tests.system.harness import (
-    ALICE,
-    BOB,
-    Key,
-    Lab,
-    RawConnection,
-    connect,
-    query,
-    request_bytes,
-    rows,
-)
+from tests.system.harness import ALICE, BOB, Lab, RawConnection, query, request_bytes, rows
 from tests.system.needles import Needles, private_keys, spellings
 from tests.waiting import wait_for
 
@@ -49,7 +39,7 @@ def test_every_key_that_was_answered_is_retrievable(shared_lab: Lab, pair: tuple
 
 
 def test_an_answered_key_is_committed_in_the_store(shared_lab: Lab, alice: KeyProvider) -> None:
-    with connect(shared_lab.database) as store:
+    with shared_lab.database.connect() as store:
         for _ in range(50):
             key = shared_lab.issue(alice, BOB)
             found = query(store, "SELECT target_id FROM key_records WHERE key_id = %s", bytes.fromhex(key.key_id))
@@ -57,7 +47,7 @@ def test_an_answered_key_is_committed_in_the_store(shared_lab: Lab, alice: KeyPr
 
 
 def test_a_record_is_gone_when_its_answer_arrives(shared_lab: Lab, alice: KeyProvider, bob: KeyProvider) -> None:
-    with connect(shared_lab.database) as store:
+    with shared_lab.database.connect() as store:
         for _ in range(50):
             key = shared_lab.issue(alice, BOB)
             assert shared_lab.retrieve(bob, key).status == 200
@@ -217,7 +207,7 @@ def both(alice: KeyProvider, bob: KeyProvider) -> list[tuple[KeyProvider, str]]:
 
 def dump(lab: Lab) -> bytes:
     """Every column of every row of every table."""
-    with connect(lab.database) as store:
+    with lab.database.connect() as store:
         tables = [name for (name,) in query(store, "SHOW TABLES")]
         assert {"key_records", "wrapping_keys", "outbox", "announcements"} <= set(tables)
         cells = [cell for table in tables for row in query(store, f"SELECT * FROM `{table}`") for cell in row]

@@ -85,7 +85,7 @@ class Witness:
         answer = get(self._source.url, *path, timeout_seconds=10, **asked)
         self.seconds.append(time.monotonic() - started)
         assert answer.status == 200, f"{path}: {answer.status} {answer.error}"
-        return answer.body
+        return dict(answer.body)
 
     def assert_noticed_nothing(self) -> None:
         assert len(self.seconds) >= 10

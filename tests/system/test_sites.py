@@ -13,15 +13,11 @@ import pytest
 
 from sandbox.cable import Kind
 from sandbox.client import get
-from tests.system.bus_harness import (
-    HEALED_SECONDS,
-    Encryptors,
-    SitesLab,
-    peer_status,
-    stock_of,
-    two_sites,
-)
-from tests.system.harness import ALICE, BOB, in_background, roles, rows
+from sandbox.key_provider import ROLES
+from tests.system.bus_links import HEALED_SECONDS, peer_status, stock_of
+from tests.system.encryptors import Encryptors
+from tests.system.harness import ALICE, BOB, in_background, rows
+from tests.system.two_sites import SitesLab, two_sites
 from tests.waiting import wait_for
 
 STOCK = 120
@@ -150,7 +146,7 @@ def test_a_long_line_is_waited_for(sites: SitesLab) -> None:
     sites.lab.assert_retrievable(key)
 
 
-@pytest.mark.parametrize("role", roles())
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("number", [0, 1], ids=[ALICE, BOB])
 def test_a_killed_process_heals_and_no_answered_key_is_lost(sites: SitesLab, number: int, role: str) -> None:
     kp = sites.sites[number].kp
@@ -208,7 +204,7 @@ def test_a_whole_site_that_restarts_finds_its_stock_and_is_found_again(sites: Si
     bob.kp.stop_all()
     bob.mariadb.restart()
     bob.rabbitmq.restart()
-    for role in roles():
+    for role in ROLES:
         bob.kp.start(role)
     bob.kp.wait_healthy(HEALED_SECONDS)
     for key in keys:

@@ -12,7 +12,7 @@ import pytest
 
 from sandbox.client import get
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from tests.system.bus_harness import Scene, attack_scene
+from tests.system.attack_scene import Scene, attack_scene
 from tests.system.harness import RawConnection, request_bytes
 
 WAIT_SECONDS = 2.0
@@ -40,7 +40,7 @@ def test_a_key_that_arrives_while_it_is_asked_for_is_answered_at_once(scene: Sce
         time.sleep(0.7)
         assert not asked.done()
         sent = time.monotonic()
-        scene.admin.send(scene.bob_id, scene.carol.places(scene.bob_id, load))
+        scene.admin.send(scene.bob_id, scene.carol.key_issued(scene.bob_id, load))
         answer = asked.result(10)
         assert time.monotonic() - sent < 0.6
     assert answer.body["key"] == load.keys[0].key
@@ -58,7 +58,7 @@ def test_of_many_who_wait_for_one_key_one_gets_it(scene: Scene) -> None:
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(scene.at_bob, load.keys[0]) for _ in range(8)]
         time.sleep(0.5)
-        scene.admin.send(scene.bob_id, scene.carol.places(scene.bob_id, load))
+        scene.admin.send(scene.bob_id, scene.carol.key_issued(scene.bob_id, load))
         answers = [one.result(10) for one in asked]
     assert sorted(answer.status for answer in answers) == [200] + [400] * 7
 
@@ -77,7 +77,7 @@ def test_a_thousand_who_wait_hold_no_thread_and_hold_up_nobody(scene: Scene) -> 
         started = time.monotonic()
         scene.lab.assert_retrievable(scene.issue())
         assert time.monotonic() - started < 1
-        scene.admin.send(scene.bob_id, scene.carol.places(scene.bob_id, load))
+        scene.admin.send(scene.bob_id, scene.carol.key_issued(scene.bob_id, load))
         assert connections[-1].read().json["key"] == load.keys[0].key
         assert {connection.read().status for connection in connections[:-1]} == {400}
     finally:
@@ -92,5 +92,5 @@ def test_a_caller_who_goes_away_while_waiting_costs_nothing(scene: Scene) -> Non
             connection.send(request_bytes(f"/key/{load.keys[0].key_id}?remoteSystemID={scene.carol.id}"))
             time.sleep(0.01)
     time.sleep(WAIT_SECONDS + 0.5)
-    scene.admin.send(scene.bob_id, scene.carol.places(scene.bob_id, load))
+    scene.admin.send(scene.bob_id, scene.carol.key_issued(scene.bob_id, load))
     assert scene.at_bob(load.keys[0]).body["key"] == load.keys[0].key

@@ -18,15 +18,8 @@ import pytest
 from sandbox.client import get
 from sandbox.key_provider import BusPeer, KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from tests.system.bus_harness import (
-    HEALED_SECONDS,
-    Encryptors,
-    introduce_all,
-    peer_status,
-    start_all,
-    wait_linked,
-    wait_stock,
-)
+from tests.system.bus_links import HEALED_SECONDS, introduce_all, peer_status, start_all, wait_linked, wait_stock
+from tests.system.encryptors import Encryptors
 from tests.system.harness import Lab, Place, in_background, rows
 from tests.waiting import wait_for
 

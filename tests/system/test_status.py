@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sandbox.client import get
+from sandbox.client import Key, get
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import RabbitMqServer
-from tests.system.harness import ALICE, BOB, Key, Lab, ask, log_lines
+from tests.system.harness import ALICE, BOB, Lab, ask, log_lines
 from tests.waiting import wait_for
 
 HEARTBEAT_SECONDS = 1

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.simulated_peer import SimulatedPeer
 from skipbus.shared.broker.names import live_routing_key, queue_name, routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType
-from tests.system.bus_harness import Voice
 from tests.system.conftest import new_lab
 from tests.system.harness import ALICE, RawAnswer, RawConnection, ask, log_lines
 from tests.system.stub_link import CAROL, StubLink
@@ -72,14 +72,14 @@ def unsigned(version: int = 1, kind: str = "key.stored", sender: str = CAROL, ta
 
 
 def test_an_envelope_is_accepted_once_the_broker_has_it_as_it_came(link: StubLink, queue: str) -> None:
-    body = link.carol.retrieved(ALICE)
+    body = link.carol.key_retrieved(ALICE)
     answer = post(link, body)
     assert (answer.status, answer.json) == (202, {"status": "accepted"})
     assert link.admin.take(queue) == body
 
 
 def test_what_only_says_how_things_are_goes_to_whoever_listens_and_is_not_kept(link: StubLink, queue: str) -> None:
-    bodies = [link.carol.beats(ALICE), link.carol.announces(ALICE)]
+    bodies = [link.carol.heartbeat(ALICE), link.carol.capabilities(ALICE)]
     assert [post(link, body).status for body in bodies] == [202, 202]
     assert [link.admin.take(LIVE) for _ in bodies] == bodies
     assert link.admin.depth(queue) == 0
@@ -88,13 +88,13 @@ def test_what_only_says_how_things_are_goes_to_whoever_listens_and_is_not_kept(l
 
 
 def test_dates_are_left_to_the_syncer_which_keeps_what_they_say_of_the_clock(link: StubLink, queue: str) -> None:
-    body = link.carol.says(ALICE, EnvelopeType.KEY_STORED, encoding.pack([1]), age_ms=-90_000)
+    body = link.carol.sign(ALICE, EnvelopeType.KEY_STORED, encoding.pack([1]), age_ms=-90_000)
     assert post(link, body).status == 202
     assert link.admin.take(queue) == body
 
 
 def test_envelopes_follow_one_another_on_one_connection_however_their_bodies_come(link: StubLink, queue: str) -> None:
-    bodies = [link.carol.retrieved(ALICE) for _ in range(3)]
+    bodies = [link.carol.key_retrieved(ALICE) for _ in range(3)]
     with RawConnection(link.alice.port) as connection:
         for body in bodies:
             connection.send(head(len(body)))
@@ -110,7 +110,7 @@ def test_envelopes_follow_one_another_on_one_connection_however_their_bodies_com
 
 
 def test_a_body_comes_in_chunks_or_after_a_100_continue_as_well(link: StubLink, queue: str) -> None:
-    body = link.carol.retrieved(ALICE)
+    body = link.carol.key_retrieved(ALICE)
     with RawConnection(link.alice.port) as connection:
         connection.send(head(more="Transfer-Encoding: chunked\r\n"))
         for start in range(0, len(body), 1000):
@@ -130,7 +130,7 @@ def test_a_body_comes_in_chunks_or_after_a_100_continue_as_well(link: StubLink, 
 
 def test_without_a_queue_it_is_to_be_sent_again(link: StubLink) -> None:
     link.admin.delete_queue(QUEUE)
-    answer = post(link, link.carol.retrieved(ALICE))
+    answer = post(link, link.carol.key_retrieved(ALICE))
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert "send it again" in answer.error
 
@@ -144,7 +144,7 @@ class Bad:
     reason: str
 
 
-STRANGER = Voice("KP_Stranger")
+STRANGER = SimulatedPeer("KP_Stranger")
 BAD = {
     "empty": Bad(b"", 400, "malformed"),
     "json": Bad(b'{"type": "heartbeat"}', 400, "malformed"),
@@ -152,7 +152,7 @@ BAD = {
     "an unknown version": Bad(unsigned(version=2), 400, "unknown_version"),
     "an unknown version of a stranger": Bad(unsigned(version=2, sender="KP_X"), 400, "unknown_version"),
     "an unknown type": Bad(unsigned(kind="key.stolen"), 400, "unknown_type"),
-    "a stranger's": Bad(STRANGER.retrieved(ALICE), 401, "unknown_sender"),
+    "a stranger's": Bad(STRANGER.key_retrieved(ALICE), 401, "unknown_sender"),
     "unsigned": Bad(unsigned(), 401, "bad_signature"),
 }
 
@@ -167,12 +167,12 @@ def test_what_is_no_envelope_of_a_peer_is_refused_with_the_reason(link: StubLink
 
 
 def test_a_foreign_signature_a_changed_byte_and_another_target_are_refused(link: StubLink, queue: str) -> None:
-    body = link.carol.retrieved(ALICE)
+    body = link.carol.key_retrieved(ALICE)
     events = encoding.pack([[b"k" * 16, now_ms(), "c"]])
-    foreign = link.carol.says(ALICE, EnvelopeType.KEY_RETRIEVED, events, signer=Identity.generate())
+    foreign = link.carol.sign(ALICE, EnvelopeType.KEY_RETRIEVED, events, signer=Identity.generate())
     assert post(link, foreign).json["reason"] == "bad_signature"
     assert post(link, body[:-1] + bytes([body[-1] ^ 1])).json["reason"] == "bad_signature"
-    assert post(link, link.carol.retrieved("KP_Bob")).json["reason"] == "wrong_target"
+    assert post(link, link.carol.key_retrieved("KP_Bob")).json["reason"] == "wrong_target"
     assert post(link, body[:-1]).json["reason"] == "malformed"
     assert post(link, body + b"x").json["reason"] == "malformed"
     assert post(link, gzip.compress(body), more="Content-Encoding: gzip\r\n").json["reason"] == "malformed"
@@ -220,7 +220,7 @@ def test_hundreds_of_bodies_that_do_not_end_keep_no_envelope_of_a_peer_out(link:
     try:
         for one in stuck:
             one.sendall(head(MAX_ENVELOPE_BYTES) + bytes(4096))
-        assert post(link, link.carol.retrieved(ALICE)).status == 202
+        assert post(link, link.carol.key_retrieved(ALICE)).status == 202
         assert ask(link.alice, "/capabilities").status == 200
     finally:
         for one in stuck:
@@ -248,7 +248,7 @@ def test_one_address_cannot_fill_the_memory_and_is_served_again_afterwards(link:
     # As many as have room wait for their end until they are given up.
     assert {408, 503} <= set(statuses) <= {408, 503, None}
     assert statuses.count(408) <= 4
-    assert post(link, link.carol.retrieved(ALICE)).status == 202
+    assert post(link, link.carol.key_retrieved(ALICE)).status == 202
 
 
 def lines_of_sync(link: StubLink) -> list[dict[str, Any]]:
@@ -259,7 +259,7 @@ def test_the_log_says_which_peer_sent_what_and_name_no_stranger(link: StubLink, 
     # A line is written just after its answer.
     time.sleep(0.5)
     before = len(lines_of_sync(link))
-    for body in (link.carol.retrieved(ALICE), unsigned(), STRANGER.retrieved(ALICE)):
+    for body in (link.carol.key_retrieved(ALICE), unsigned(), STRANGER.key_retrieved(ALICE)):
         post(link, body)
     wait_for(lambda: len(lines_of_sync(link)) == before + 3, timeout_seconds=10)
     lines = lines_of_sync(link)[before:]

@@ -38,7 +38,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
         made.stop()
 
 
-def refused(api: TlsApi, *arguments: str) -> tuple[str, str]:
+def rejected(api: TlsApi, *arguments: str) -> tuple[str, str]:
     """What s_client printed and the reason in the log."""
     before = api.refusals()
     seen = s_client(api.port, *arguments)
@@ -50,7 +50,7 @@ def refused(api: TlsApi, *arguments: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 def test_a_wrong_key_is_told_from_an_unknown_identity(api: TlsApi, version: str) -> None:
-    _, reason = refused(api, version, *api.psk(key_hex=secrets.token_hex(32)))
+    _, reason = rejected(api, version, *api.psk(key_hex=secrets.token_hex(32)))
     assert reason == f"wrong key for the PSK identity '{api.tls.psk_identity}'"
 
 
@@ -66,7 +66,7 @@ def test_a_wrong_key_is_told_from_an_unknown_identity(api: TlsApi, version: str)
     ids=["unknown", "long", "control characters", "not ASCII"],
 )
 def test_an_unknown_identity_is_named(api: TlsApi, version: str, identity: str, told: str) -> None:
-    output, reason = refused(api, version, "-cipher", "PSK", *api.psk(identity=identity))
+    output, reason = rejected(api, version, "-cipher", "PSK", *api.psk(identity=identity))
     assert reason == told
     assert "unknown psk identity" in output
 
@@ -126,7 +126,7 @@ def test_an_identity_of_bytes_that_are_no_text_is_refused(api: TlsApi) -> None:
 
 def test_a_client_without_a_certificate_is_refused_where_certificates_are_asked_for(api: TlsApi) -> None:
     for version in ("-tls1_2", "-tls1_3"):
-        _, reason = refused(api, version)
+        _, reason = rejected(api, version)
         assert reason == "no client certificate, and no pre-shared key"
 
 
@@ -134,20 +134,20 @@ def test_a_certificate_of_a_foreign_authority_is_refused(api: TlsApi, tmp_path: 
     api.kp.run_skipctl("cert", "init", str(tmp_path / "foreign"))
     foreign = ["-cert", f"{tmp_path}/foreign/client.pem", "-key", f"{tmp_path}/foreign/client.key"]
     for version in ("-tls1_2", "-tls1_3"):
-        _, reason = refused(api, version, *foreign)
+        _, reason = rejected(api, version, *foreign)
         assert reason == "bad client certificate: unable to get local issuer certificate"
 
 
 def test_an_expired_client_certificate_is_refused(api: TlsApi, tmp_path: Path) -> None:
     late = expired_certificate(api, tmp_path)
     for version in ("-tls1_2", "-tls1_3"):
-        _, reason = refused(api, version, *late)
+        _, reason = rejected(api, version, *late)
         assert reason == "bad client certificate: certificate has expired"
 
 
 def test_a_server_certificate_is_no_client_certificate(api: TlsApi) -> None:
     files = ["-cert", str(api.tls.folder / "ecdsa.pem"), "-key", str(api.tls.folder / "ecdsa.key")]
-    _, reason = refused(api, "-tls1_3", *files)
+    _, reason = rejected(api, "-tls1_3", *files)
     assert reason.startswith("bad client certificate: ")
 
 
@@ -156,7 +156,7 @@ def test_a_weak_client_certificate_is_refused(api: TlsApi, tmp_path: Path) -> No
     openssl("req", "-newkey", "rsa:1024", "-nodes", "-keyout", "k", "-out", "r", "-subj", "/CN=weak", folder=tmp_path)
     openssl("x509", "-req", "-in", "r", *ca, "-CAserial", "serial", "-out", "c", folder=tmp_path)
     weak = ["-cert", f"{tmp_path}/c", "-key", f"{tmp_path}/k", "-cipher", "DEFAULT@SECLEVEL=0"]
-    _, reason = refused(api, "-tls1_3", *weak)
+    _, reason = rejected(api, "-tls1_3", *weak)
     assert reason.startswith("bad client certificate: ")
 
 
@@ -169,7 +169,7 @@ def test_a_client_certificate_of_2048_bits_is_taken_since_routers_have_it(api: T
 
 @pytest.mark.parametrize("version", ["-tls1", "-tls1_1"])
 def test_older_versions_are_refused(api: TlsApi, version: str) -> None:
-    _, reason = refused(api, version, "-cipher", "ALL@SECLEVEL=0", *api.psk())
+    _, reason = rejected(api, version, "-cipher", "ALL@SECLEVEL=0", *api.psk())
     assert reason == "no shared version: only TLS 1.2 and 1.3 are spoken here"
 
 
@@ -184,14 +184,14 @@ def test_a_client_that_does_not_trust_our_authority_is_told_from_one_that_we_do_
 @pytest.mark.parametrize("digest", ["SHA1", "SHA224"])
 def test_a_client_that_takes_weak_signatures_only_is_refused(api: TlsApi, digest: str) -> None:
     wish = ["-sigalgs", f"RSA+{digest}:ECDSA+{digest}", "-cipher", "ECDHE-RSA-AES256-GCM-SHA384@SECLEVEL=0"]
-    _, reason = refused(api, "-tls1_2", *wish, *api.certificate())
+    _, reason = rejected(api, "-tls1_2", *wish, *api.certificate())
     assert reason in ("no shared signature algorithm", "no shared cipher suite")
 
 
 @pytest.mark.parametrize(("version", "group"), [("-tls1_2", "secp224r1"), ("-tls1_3", "ffdhe2048")])
 def test_a_client_with_groups_below_128_bits_only_is_refused(api: TlsApi, version: str, group: str) -> None:
     wish = ["-groups", group, "-cipher", "ECDHE-RSA-AES256-GCM-SHA384@SECLEVEL=0"]
-    _, reason = refused(api, version, *wish, *api.certificate())
+    _, reason = rejected(api, version, *wish, *api.certificate())
     assert reason in ("no shared key exchange group", "no shared cipher suite")
 
 

@@ -12,10 +12,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from sandbox.client import Key
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import free_port
 from sandbox.tls_files import TlsFiles
-from tests.system.harness import ALICE, BOB, Key, Lab, log_lines
+from tests.system.harness import ALICE, BOB, Lab, log_lines
 from tests.system.tls_api import TlsApi
 from tests.waiting import wait_for
 
