@@ -25,8 +25,8 @@ from skipbus.shared.protocol.announcements import Announcement, digest, read_ann
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings.peers import PeerSettings
 from skipbus.shared.store import announcements, pinned_identities
+from skipbus.shared.store.announcements import Digests, fetch_digests
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.glances import Digests
 from skipbus.shared.store.pinned_identities import Pin
 
 # Only operators change pins. During a conflict they are read at every refresh.
@@ -209,9 +209,7 @@ class PeerDirectory:
 
     def _read_digests(self, connection: Connection) -> dict[str, bytes]:
         """The digests of all relevant KPs, each from the place where its announcements are stored."""
-        # Without bus peers the account has no right to that table.
-        sent = announcements.fetch_bus_announcement_digests(connection, self._local_id) if self._bus_ids else {}
-        return self._relevant(Digests(announcements.fetch_announcement_digests(connection), sent))
+        return self._relevant(fetch_digests(connection, self._local_id, bus=bool(self._bus_ids)))
 
     def _relevant(self, digests: Digests) -> dict[str, bytes]:
         found, sent = digests.found, digests.sent

@@ -26,7 +26,7 @@ from skipbus.shared.protocol.announcements import Announcement, read_announcemen
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Settings, load_settings
 from skipbus.shared.settings.peers import PeerSettings
-from skipbus.shared.store import announcements, messages, peers, pinned_identities
+from skipbus.shared.store import announcements, outbox, peers, pinned_identities
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.processes import fetch_processes
 from skipbus.shared.store.stock import fetch_stock_level
@@ -130,7 +130,7 @@ class _Reader:
             announcement_fault=fault,
             presented=presented,
             row=self._rows.get(system_id),
-            waiting=messages.fetch_waiting(self._connection, self._local_id, system_id),
+            waiting=outbox.fetch_waiting(self._connection, self._local_id, system_id),
             stock=self._stock(peer),
             endpoint_fault=endpoint_fault(peer) if peer.endpoint else None,
         )

@@ -17,7 +17,7 @@ from skipbus.shared.store.expiry import (
     delete_expired_wrapping_keys,
 )
 from skipbus.shared.store.inbox import INBOX_LIFETIME_MS, delete_expired_inbox
-from skipbus.shared.store.messages import OUTBOX_LIFETIME_MS, delete_expired_outbox
+from skipbus.shared.store.outbox import OUTBOX_LIFETIME_MS, delete_expired_outbox
 from skipbus.shared.store.processes import delete_expired_processes
 
 _ROWS = 1000

@@ -29,7 +29,7 @@ from skipbus.shared.errors import SealBroken
 from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
-from skipbus.shared.store import inbox, messages, peers
+from skipbus.shared.store import inbox, outbox, peers
 from skipbus.shared.store.announcements import (
     delete_bus_announcement,
     fetch_bus_announcement,
@@ -315,7 +315,7 @@ class _Transaction:
         if later:
             self.left.append((sender, later))
         if sender not in self._bus_ids:
-            messages.delete_acknowledged(self._connection, self._local_id, sender, now)
+            outbox.delete_acknowledged(self._connection, self._local_id, sender, now)
             return
         issued, more = self._keys.acknowledge(sender, now, MAX_KEYS)
         self._counts[sender]["issued"] += issued

@@ -1,21 +1,35 @@
-"""Tells every peer that this KP lives and which announcement is its current one; a new one is sent to all at once.
+"""Heartbeats: to every peer, that this KP lives and which announcement is its current one; and the sign of life of this
+process in the store, for /health.
 
-A KP that has not announced itself is a stranger to everybody, so it says nothing until its janitor has.
+A KP that has not announced itself is unknown to everybody, so it sends nothing until its janitor has. A new
+announcement is sent to all peers at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import socket
 
+from sqlalchemy import Engine
+
+from skipbus.services.syncer import metrics
 from skipbus.services.syncer.leader import Leader
-from skipbus.services.syncer.outgoing import Letter, Outgoing
+from skipbus.services.syncer.outgoing import OutgoingEnvelope
 from skipbus.services.syncer.payloads import pack_heartbeat
 from skipbus.services.syncer.replies import Replies
+from skipbus.services.syncer.transport import Transport
+from skipbus.shared.broker.connection import BrokerConnection, NeedsOperator
+from skipbus.shared.broker.consuming import QueueWithoutLeader
+from skipbus.shared.broker.publishing import Publisher
+from skipbus.shared.clock import now_ms
 from skipbus.shared.lifecycle import pause
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.settings import Settings, project_version
+from skipbus.shared.store.engine import driver_errors
+from skipbus.shared.store.processes import upsert_process
 
 JITTER = 0.1
 CHUNK = 64
@@ -30,37 +44,61 @@ class Heartbeats:
         settings: Settings,
         directory: PeerDirectory,
         leader: Leader,
-        outgoing: Outgoing,
+        transport: Transport,
         replies: Replies,
     ) -> None:
-        self._settings = settings
+        self._local_id = settings.local_system_id
+        self._seconds = settings.heartbeat_seconds
         self._directory = directory
         self._leader = leader
-        self._outgoing = outgoing
+        self._transport = transport
         self._replies = replies
         self._software = f"skipbus/{project_version()}"
         self._digest: bytes | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Every ``heartbeat_seconds``, give or take a tenth so that many KPs do not beat as one."""
+        """Every ``heartbeat_seconds``, give or take a tenth so that many KPs do not send at the same moment."""
         while not stop.is_set():
-            beaten = await self._beat()
-            spread = random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 -- spreads load, no secret
-            seconds = self._settings.heartbeat_seconds * spread
-            await pause(stop, seconds if beaten else min(seconds, _CHECK_SECONDS))
+            sent = await self._send()
+            seconds = self._seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 -- spreads load, no secret
+            await pause(stop, seconds if sent else min(seconds, _CHECK_SECONDS))
 
-    async def _beat(self) -> bool:
+    async def _send(self) -> bool:
         """One heartbeat to every peer; False where none could be sent."""
-        digest = self._directory.digest(self._settings.local_system_id)
+        digest = self._directory.digest(self._local_id)
         peers = self._directory.peers()
-        if not self._leader.elected or digest is None or not any(map(self._outgoing.is_reachable, peers)):
+        if not self._leader.elected or digest is None or not any(map(self._transport.is_reachable, peers)):
             return False
         if self._digest not in (None, digest):
             for peer_id in peers:
                 self._replies.tell(peer_id)
         self._digest = digest
-        payload = pack_heartbeat(round(self._settings.heartbeat_seconds * 1000), digest, self._software)
+        payload = pack_heartbeat(round(self._seconds * 1000), digest, self._software)
         for start in range(0, len(peers), CHUNK):
             chunk = peers[start : start + CHUNK]
-            await self._outgoing.send([Letter(EnvelopeType.HEARTBEAT, peer, payload) for peer in chunk])
+            await self._transport.send([OutgoingEnvelope(EnvelopeType.HEARTBEAT, peer, payload) for peer in chunk])
         return True
+
+
+class SignsOfLife:
+    """Tells the store, and so /health, that this process works and whether it has the broker."""
+
+    def __init__(self, engine: Engine, local_id: str, broker: BrokerConnection, publisher: Publisher) -> None:
+        self._engine = engine
+        self._local_id = local_id
+        self._broker = broker
+        self._publisher = publisher
+        self._instance = f"{socket.gethostname()}:{os.getpid()}"
+
+    async def give(self) -> None:
+        """One sign. Raises StoreUnavailable, StoreRefused."""
+        up = self._broker.up.is_set() and not self._publisher.silent
+        fault = self._broker.fault
+        metrics.BUS_UP.set(up)
+        metrics.QUEUE_WITHOUT_LEADER.set(isinstance(fault, QueueWithoutLeader))
+        detail = "ok" if up else str(fault) if isinstance(fault, NeedsOperator) else "broker away"
+        await asyncio.to_thread(self._write, detail)
+
+    def _write(self, detail: str) -> None:
+        with driver_errors(), self._engine.begin() as connection:
+            upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), detail)

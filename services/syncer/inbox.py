@@ -18,12 +18,12 @@ from skipbus.services.syncer.complaints import Complaints
 from skipbus.services.syncer.effects import Applied, Effects, Verdict, keys_touched, portions
 from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
 from skipbus.services.syncer.intake import Intake
-from skipbus.services.syncer.letters import told_of
-from skipbus.services.syncer.outbox import Relay
+from skipbus.services.syncer.outgoing import log_summary
 from skipbus.services.syncer.payloads import Acknowledgement, Capabilities, Complaint, Events, Heartbeat
 from skipbus.services.syncer.placed_keys import PlacedKeys
 from skipbus.services.syncer.refuser import Refuser
 from skipbus.services.syncer.replies import Replies
+from skipbus.services.syncer.send import Sender
 from skipbus.shared.broker.consuming import PREFETCH, Delivery
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import StoreRefused, StoreUnavailable
@@ -64,7 +64,7 @@ class Inbox:
         directory: PeerDirectory,
         examiner: Examiner,
         effects: Effects,
-        relay: Relay,
+        sender: Sender,
         replies: Replies,
         complaints: Complaints,
         refuser: Refuser,
@@ -73,7 +73,7 @@ class Inbox:
         self._directory = directory
         self._examiner = examiner
         self._effects = effects
-        self._relay = relay
+        self._sender = sender
         self._replies = replies
         self._complaints = complaints
         self._refuser = refuser
@@ -188,7 +188,7 @@ class Inbox:
             case PlacedKeys():
                 self._replies.acknowledge(sender, accepted.header.number, at_once=True)
             case Acknowledgement(numbers):
-                self._relay.forget(sender, numbers)
+                self._sender.forget(sender, numbers)
             case Complaint() as complaint:
                 self._complaints.hear(sender, complaint)
             case Heartbeat(_, bytes() as digest) if verdict is Verdict.HANDLED:
@@ -215,7 +215,7 @@ def _refused_after_all(accepted: Accepted, verdict: Verdict) -> str | None:
 def _tell(accepted: Accepted, verdict: Verdict) -> None:
     header, payload = accepted.header, accepted.payload
     if isinstance(payload, Events | PlacedKeys):
-        count, correlation_ids = told_of(payload)
+        count, correlation_ids = log_summary(payload)
         _log.info(
             "events received",
             type=header.type.value,

@@ -19,9 +19,8 @@ from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import Header
-from skipbus.shared.store import key_records, messages, peers, stock, withdrawn_keys, wrapping_keys
-from skipbus.shared.store.messages import EnvelopeRow
-from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
+from skipbus.shared.store import key_records, outbox, peers, stock, withdrawn_keys, wrapping_keys
+from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED, EnvelopeRow
 
 _log = get_logger("stock")
 _TRUSTED_SECONDS = 30.0
@@ -128,7 +127,7 @@ class KeyEffects:
 
         In one transaction, however much it is: an operator's mishap, and not something that a peer gains by.
         """
-        messages.delete_stocked_rows(self._connection, self._local_id, peer_id)
+        outbox.delete_stocked_rows(self._connection, self._local_id, peer_id)
         count = stock.delete_stock_of_peer(self._connection, self._local_id, peer_id)
         if count:
             self.aftermath.stock_changed = True
@@ -138,11 +137,11 @@ class KeyEffects:
         """A bus peer has the keys of these envelopes; how many on demand are issued by that, and whether there are
         rows left, which have more than ``max_keys`` keys together with those that were dealt with.
         """
-        found = messages.fetch_envelope_rows(self._connection, self._local_id, peer_id, numbers)
+        found = outbox.fetch_envelope_rows(self._connection, self._local_id, peer_id, numbers)
         rows = _first_rows(found, max_keys)
         if not rows:
             return 0, False
-        messages.delete_rows(self._connection, [row.id for row in rows])
+        outbox.delete_rows(self._connection, [row.id for row in rows])
         stocked = [row.token for row in rows if row.type == KEY_STOCKED and row.token]
         if stocked:
             stock.update_stock_placed(self._connection, stocked, self._now_ms)
@@ -155,7 +154,7 @@ class KeyEffects:
         """A peer has refused an envelope: kept for the operator, and told to whoever waits for its keys."""
         told = f"{complaint.reason}: {complaint.explanation}"
         peers.upsert_rejection(self._connection, self._local_id, peer_id, told, self._now_ms)
-        rows = messages.fetch_envelope_rows(self._connection, self._local_id, peer_id, [complaint.number])
+        rows = outbox.fetch_envelope_rows(self._connection, self._local_id, peer_id, [complaint.number])
         self.aftermath.refused += [row.token for row in rows if row.type == KEY_PLACED and row.token]
         stocked = {row.id: row.token for row in rows if row.type == KEY_STOCKED and row.token}
         # These very keys will never be taken; without them the stock is filled with others.

@@ -7,12 +7,12 @@ something in memory knows to read it again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 from skipbus.services.syncer import metrics
-from skipbus.services.syncer.numbers import Reservation
+from skipbus.services.syncer.sequence_numbers import Reservation
 from skipbus.shared.errors import BackendError
-from skipbus.shared.hop import Hop
 from skipbus.shared.logs import get_logger
 from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.election import Election
@@ -23,8 +23,7 @@ _log = get_logger("leader")
 class Leader:
     """Asks once a second whether this syncer is the elected one."""
 
-    def __init__(self, mysql: MySqlSettings, local_id: str, reservation: Reservation, hop: Hop) -> None:
-        self._hop = hop
+    def __init__(self, mysql: MySqlSettings, local_id: str, reservation: Reservation) -> None:
         self._reservation = reservation
         self._election = Election(mysql, f"syncer {local_id}")
         self.elected = False
@@ -34,7 +33,7 @@ class Leader:
         """Holds on to the lock or tries to get it. Raises StoreUnavailable, StoreRefused: then it is not held."""
         elected = False
         try:
-            elected = await self._hop.run(self._try)
+            elected = await asyncio.to_thread(self._try)
         finally:
             self._settle(elected)
 

@@ -6,8 +6,8 @@ is told only where that is a peer, and once a second at most.
 
 from __future__ import annotations
 
-from skipbus.services.syncer.clocks import Clocks
 from skipbus.services.syncer.examination import Refusal
+from skipbus.services.syncer.peers import PeerClocks
 from skipbus.services.syncer.refusals import Refusals
 from skipbus.services.syncer.replies import Replies
 from skipbus.shared.broker.consuming import Delivery
@@ -19,7 +19,7 @@ class Refuser:
     """The one place where a peer's error becomes a reject."""
 
     def __init__(
-        self, local_id: str, directory: PeerDirectory, refusals: Refusals, replies: Replies, clocks: Clocks
+        self, local_id: str, directory: PeerDirectory, refusals: Refusals, replies: Replies, clocks: PeerClocks
     ) -> None:
         self._local_id = local_id
         self._directory = directory

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from skipbus.services.syncer.outgoing import Letter, Outgoing
+from skipbus.services.syncer.outgoing import OutgoingEnvelope
 from skipbus.services.syncer.payloads import MAX_ACKNOWLEDGED, pack_acknowledgement, pack_capabilities, pack_complaint
+from skipbus.services.syncer.transport import Transport
 from skipbus.shared.errors import BackendError
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import EnvelopeType
@@ -55,8 +56,8 @@ class _Peer:
 class Replies:
     """``fetch_announcement`` blocks and gives the local KP's announcement as it stands in the store."""
 
-    def __init__(self, outgoing: Outgoing, fetch_announcement: Callable[[], bytes | None]) -> None:
-        self._outgoing = outgoing
+    def __init__(self, transport: Transport, fetch_announcement: Callable[[], bytes | None]) -> None:
+        self._transport = transport
         self._fetch_announcement = fetch_announcement
         self._peers: dict[str, _Peer] = {}
         self._asked: dict[str, float] = {}
@@ -132,26 +133,25 @@ class Replies:
                     async with asyncio.timeout(GATHER_SECONDS):
                         await peer.hurry.wait()
                 peer.hurry.clear()
-                await self._outgoing.send(await self._take(peer_id, peer))
+                await self._transport.send(await self._take(peer_id, peer))
         finally:
             peer.busy = False
 
-    async def _take(self, peer_id: str, peer: _Peer) -> list[Letter]:
+    async def _take(self, peer_id: str, peer: _Peer) -> list[OutgoingEnvelope]:
         stored, peer.stored = sorted(peer.stored), set()
         complaints, peer.complaints = peer.complaints, []
         ask, tell, peer.ask, peer.tell = peer.ask, peer.tell, False, False
-        letters = [
-            Letter(EnvelopeType.KEY_STORED, peer_id, pack_acknowledgement(stored[start : start + MAX_ACKNOWLEDGED]))
+        said = [
+            (EnvelopeType.KEY_STORED, pack_acknowledgement(stored[start : start + MAX_ACKNOWLEDGED]))
             for start in range(0, len(stored), MAX_ACKNOWLEDGED)
         ]
-        letters += [Letter(EnvelopeType.ENVELOPE_REFUSED, peer_id, complaint) for complaint in complaints]
+        said += [(EnvelopeType.ENVELOPE_REFUSED, complaint) for complaint in complaints]
         if ask:
-            letters.append(Letter(EnvelopeType.CAPABILITIES, peer_id, pack_capabilities(None, request=True)))
+            said.append((EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
         announcement = await self._read_announcement() if tell else None
         if announcement is not None:
-            answer = pack_capabilities(announcement, request=False)
-            letters.append(Letter(EnvelopeType.CAPABILITIES, peer_id, answer))
-        return letters
+            said.append((EnvelopeType.CAPABILITIES, pack_capabilities(announcement, request=False)))
+        return [OutgoingEnvelope(kind, peer_id, payload) for kind, payload in said]
 
     async def _read_announcement(self) -> bytes | None:
         """Once for all peers that are to have it now."""

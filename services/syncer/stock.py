@@ -8,24 +8,22 @@ there: to look twice in such a while for what has grown too old is early enough.
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from sqlalchemy import Connection, Engine
 
 from skipbus.services.syncer.leader import Leader
-from skipbus.services.syncer.row_types import STOCK_DROPPED
+from skipbus.services.syncer.outgoing import STOCK_DROPPED
 from skipbus.shared.clock import now_ms
-from skipbus.shared.glance import Glance
-from skipbus.shared.hop import Hop
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.keys import counted_before_ms
 from skipbus.shared.settings import Settings
-from skipbus.shared.store import messages, stock
+from skipbus.shared.store import outbox, stock
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.glances import look_at_oldest_stock
+from skipbus.shared.store.outbox import OutboxRow
 from skipbus.shared.store.stock import StockRow
 
 BATCH = 1_000
@@ -36,16 +34,12 @@ _log = get_logger("stock")
 class StockWatch:
     """Works only while this syncer is the elected one. ``on_change`` is called on the event loop after a change."""
 
-    def __init__(
-        self, settings: Settings, engine: Engine, leader: Leader, hop: Hop, on_change: Callable[[], None]
-    ) -> None:
+    def __init__(self, settings: Settings, engine: Engine, leader: Leader, on_change: Callable[[], None]) -> None:
         self._local_id = settings.local_system_id
         self._useful_ms = settings.key_ttl_seconds * 1000 // 2
         self._bus_ids = frozenset(peer.system_id for peer in settings.bus_peers)
         self._engine = engine
-        self._glance = Glance(settings.mysql)
         self._leader = leader
-        self._hop = hop
         self._look_seconds = counted_before_ms(settings.key_ttl_seconds) / 2000
         self._look_at = 0.0
         self._on_change = on_change
@@ -55,17 +49,14 @@ class StockWatch:
         now = time.monotonic()
         if not self._leader.elected or now < self._look_at:
             return
-        changed = await self._hop.run(self._drop_old)
+        changed = await asyncio.to_thread(self._drop_old)
         self._look_at = now + self._look_seconds
         if changed:
             self._on_change()
 
-    def close(self) -> None:
-        """Gives its connection back."""
-        self._glance.close()
-
     def _drop_old(self) -> bool:
-        oldest_ms = self._glance.read(functools.partial(look_at_oldest_stock, local_id=self._local_id))
+        with driver_errors(), self._engine.connect() as connection:
+            oldest_ms = stock.fetch_oldest_stock(connection, self._local_id)
         at_ms = now_ms()
         old = [peer_id for peer_id, expires_ms in oldest_ms.items() if expires_ms < at_ms + self._useful_ms]
         dropped = {peer_id: self._drop_of(peer_id, at_ms) for peer_id in old}
@@ -87,9 +78,9 @@ class StockWatch:
 
     def _drop(self, connection: Connection, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
         tokens = {row.token for row in rows if not row.placed}
-        waiting = messages.fetch_rows_of_tokens(connection, tokens) if tokens else []
+        waiting = outbox.fetch_rows_of_tokens(connection, tokens)
         if waiting:
-            messages.delete_rows(connection, [row_id for row_id, _, _ in waiting])
+            outbox.delete_rows(connection, [row_id for row_id, _, _ in waiting])
         stock.delete_stock(connection, [row.key_id for row in rows])
         # What was in no envelope cannot be at the peer; everything else may be.
         unsent = {token for _, token, number in waiting if number is None}
@@ -103,7 +94,7 @@ def drop_refused_stock(
 ) -> None:
     """Drops stock that the peer will never take; ``tokens`` by the ids of the outbox rows that carry it."""
     rows = stock.claim_stock_of_tokens(connection, local_id, tokens.values())
-    messages.delete_rows(connection, list(tokens))
+    outbox.delete_rows(connection, list(tokens))
     if rows:
         stock.delete_stock(connection, [row.key_id for row in rows])
         # The refusal may be an old one, played back: perhaps the peer has them all the same.
@@ -112,4 +103,5 @@ def drop_refused_stock(
 
 def _tell_dropped(connection: Connection, local_id: str, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
     payload = encoding.pack([[row.key_id, row.expires_ms, ""] for row in rows])
-    messages.insert_outbox(connection, local_id, peer_id, STOCK_DROPPED, payload, len(rows), at_ms)
+    row = OutboxRow(local_id, peer_id, STOCK_DROPPED, payload, len(rows), at_ms)
+    outbox.insert_outbox_rows(connection, [row])

@@ -12,21 +12,13 @@ from dataclasses import dataclass
 
 from pymysql.connections import Connection
 
+from skipbus.shared.store.announcements import Digests
 from skipbus.shared.store.literals import name
-from skipbus.shared.store.peers import OWN_ROW, PeerLiveness, PeerRow
+from skipbus.shared.store.peers import OWN_ROW, PeerRow
 from skipbus.shared.store.processes import ProcessSeen
 from skipbus.shared.store.results import Rows
 
 _PEER_ROW = ", ".join(PeerRow.__dataclass_fields__)
-_PEER_SIGNS = ", ".join(PeerLiveness.__dataclass_fields__)
-
-
-@dataclass(frozen=True, slots=True)
-class Digests:
-    """Digests of announcements by system id: of all KPs in the store, and of what bus peers sent to one of them."""
-
-    found: dict[str, bytes]
-    sent: dict[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +29,6 @@ class Due:
     digest: bytes | None
 
 
-def look_at_signs(connection: Connection, local_id: str, *, bus: bool) -> tuple[Digests, list[PeerLiveness]]:
-    """For a syncer. Without ``bus`` it needs no right to what bus peers announced. One row a KP and one a peer."""
-    signs, *digests = _ask(connection, [_of_peers(_PEER_SIGNS, local_id), *_digests(local_id, bus=bus)])
-    return _read_digests(digests), [PeerLiveness(*row) for row in signs]
-
-
 def look_at_view(
     connection: Connection, local_id: str, *, bus: bool
 ) -> tuple[Digests, list[PeerRow], list[ProcessSeen]]:
@@ -50,16 +36,6 @@ def look_at_view(
     seen = f"SELECT role, instance, seen_ms, detail FROM processes WHERE local_id = {name(local_id)}"
     peers, processes, *digests = _ask(connection, [_of_peers(_PEER_ROW, local_id), seen, *_digests(local_id, bus=bus)])
     return _read_digests(digests), [PeerRow(*row) for row in peers], [ProcessSeen(*row) for row in processes]
-
-
-def look_at_oldest_stock(connection: Connection, local_id: str) -> dict[str, int]:
-    """The peers that there is stock for, and when the first of each expires (UTC ms).
-
-    The primary key begins with peer and expiry, so one row of each peer is looked at.
-    """
-    oldest = f"SELECT peer_id, MIN(expires_ms) FROM stock WHERE local_id = {name(local_id)} GROUP BY peer_id"
-    (rows,) = _ask(connection, [oldest])
-    return dict(rows)
 
 
 def look_at_due(connection: Connection, local_id: str, now_ms: int) -> Due:

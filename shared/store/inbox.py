@@ -11,7 +11,7 @@ from sqlalchemy.dialects.mysql import insert
 
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS
-from skipbus.shared.store.messages import OUTBOX_LIFETIME_MS
+from skipbus.shared.store.outbox import OUTBOX_LIFETIME_MS
 from skipbus.shared.store.schema import INBOX as I
 
 INBOX_LIFETIME_MS = OUTBOX_LIFETIME_MS + MAX_AGE_MS + 2 * MAX_CLOCK_SKEW_MS

@@ -16,7 +16,7 @@ from sqlalchemy import func, select
 
 from sandbox.key_provider import BusPeer
 from sandbox.servers import Database
-from skipbus.services.syncer.row_types import SEALED_TYPES
+from skipbus.services.syncer.outgoing import SEALED_TYPES
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
@@ -26,10 +26,9 @@ from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.settings.peers import identity_line
 from skipbus.shared.store.announcements import upsert_announcement
-from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
-from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows, insert_wrapping_keys
+from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED, OutboxRow, insert_outbox_rows
 from skipbus.shared.store.schema import BUS_ANNOUNCEMENTS, KEY_RECORDS, STOCK, STOCK_HELD, WITHDRAWN_KEYS
-from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys
+from skipbus.shared.store.wrapping_keys import fetch_sealed_wrapping_keys, insert_wrapping_keys
 from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig
 from tests.waiting import wait_for
 
@@ -84,8 +83,8 @@ class Site:
             self.kp.id, placed.target, kind, encoding.pack(placed.rows), len(placed.rows), now_ms(), placed.token
         )
         with self.rig.engine.begin() as connection:
-            connection.exec_driver_sql(insert_wrapping_keys([placed.wrapping_key]))
-            connection.exec_driver_sql(insert_outbox_rows([row]))
+            insert_wrapping_keys(connection, [placed.wrapping_key])
+            insert_outbox_rows(connection, [row])
             if kind == KEY_STOCKED:
                 connection.execute(STOCK.insert(), [self._copy(placed, record) for record in placed.records])
 
@@ -107,7 +106,7 @@ class Site:
         payload = encoding.pack([list(event) for event in events])
         with self.rig.engine.begin() as connection:
             row = OutboxRow(self.kp.id, target.kp.id, kind, payload, len(events), now_ms())
-            connection.exec_driver_sql(insert_outbox_rows([row]))
+            insert_outbox_rows(connection, [row])
 
     def withdraw(self, target: Site, placed: Placed) -> None:
         self.tell(target, "key.withdrawn", [[r.key_id, r.expires_ms, r.correlation_id] for r in placed.records])

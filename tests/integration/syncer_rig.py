@@ -39,8 +39,8 @@ from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelop
 from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.announcements import fetch_announcement, upsert_announcement
 from skipbus.shared.store.engine import make_engine
-from skipbus.shared.store.messages import insert_outbox
 from skipbus.shared.store.migrate import bring_up_to_date
+from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
 from skipbus.shared.store.schema import INBOX, OUTBOX, PROCESSES
 from tests.waiting import wait_for
@@ -132,7 +132,8 @@ class Rig:
     def tell(self, local: Kp, peer: Kp, kind: EnvelopeType, count: int = 1) -> None:
         """What api and janitor do: one outbox row."""
         with self.engine.begin() as connection:
-            insert_outbox(connection, local.id, peer.id, kind.value, events(kind, count), count, now_ms())
+            row = OutboxRow(local.id, peer.id, kind.value, events(kind, count), count, now_ms())
+            insert_outbox_rows(connection, [row])
 
     def peer(self, local: Kp, peer: Kp) -> PeerRow | None:
         with self.engine.connect() as connection:

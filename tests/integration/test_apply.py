@@ -12,7 +12,7 @@ from skipbus.services.syncer.payloads import Acknowledgement, Payload
 from skipbus.services.syncer.placed_keys import PlacedKeys
 from skipbus.shared.clock import now_ms
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
-from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
+from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from tests.integration.key_providers import Store
 
 KP, PEER, STRANGER = "KP_Bob", "KP_Carol", "KP_Dora"
@@ -60,7 +60,7 @@ def outbox(store: Store, *types: str, items: int = 1) -> list[bytes]:
     tokens = [secrets.token_bytes(16) for _ in types]
     rows = [OutboxRow(KP, PEER, kind, b"\x90", items, now_ms(), one) for kind, one in zip(types, tokens, strict=True)]
     with store.engine.begin() as connection:
-        connection.exec_driver_sql(insert_outbox_rows(rows))
+        insert_outbox_rows(connection, rows)
     for number, token in enumerate(tokens, 1):
         store.rows("UPDATE outbox SET envelope_no = %s WHERE token = %s", number, token)
     return tokens

@@ -19,18 +19,16 @@ from sqlalchemy import Engine, bindparam, event, func, select, update
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.services.syncer.effects import MAX_KEYS, Effects
 from skipbus.services.syncer.examination import Accepted
-from skipbus.services.syncer.numbers import RESERVED_US, Numbers, Reservation
 from skipbus.services.syncer.payloads import Acknowledgement, Events, Payload
 from skipbus.services.syncer.placed_keys import MAX_RECORDS
+from skipbus.services.syncer.sequence_numbers import RESERVED_US, Reservation, SequenceNumbers
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
 from skipbus.shared.store.announcements import fetch_bus_announcement
-from skipbus.shared.store.messages import insert_outbox
-from skipbus.shared.store.outbox import KEY_STOCKED
-from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
+from skipbus.shared.store.outbox import KEY_STOCKED, OutboxRow, insert_outbox_rows
 from skipbus.shared.store.peers import fetch_last_number, fetch_peer_rows, upsert_last_number
 from skipbus.shared.store.schema import INBOX, OUTBOX, PEERS
 from tests.integration.bus_rig import Placed, Site, Sites, seal
@@ -109,7 +107,9 @@ def test_a_syncer_that_takes_over_gives_up_what_the_one_before_it_numbered(scene
     alice.kp.process.kill("syncer")
     with alice.rig.engine.begin() as connection:
         expired = encoding.pack([[secrets.token_bytes(16), now_ms() + LONG_EXPIRED_MS, ""]])
-        insert_outbox(connection, alice.kp.id, scene.carol.kp.id, "key.withdrawn", expired, 1, now_ms())
+        insert_outbox_rows(
+            connection, [OutboxRow(alice.kp.id, scene.carol.kp.id, "key.withdrawn", expired, 1, now_ms())]
+        )
         row = update(OUTBOX).where(OUTBOX.c.envelope_no.is_(None))
         # Sent a moment ago, so that it is not due again.
         connection.execute(row.values(envelope_no=now_ms() * 1000, attempts=9, sent_ms=now_ms()))
@@ -201,7 +201,7 @@ def placed_rows(store: Store, count: int, items: int) -> list[bytes]:
     tokens = [secrets.token_bytes(16) for _ in range(count)]
     rows = [OutboxRow(KP, PEER, "key.placed", b"\x90", items, now_ms(), token) for token in tokens]
     with store.engine.begin() as connection:
-        connection.exec_driver_sql(insert_outbox_rows(rows))
+        insert_outbox_rows(connection, rows)
         numbered = update(OUTBOX).where(OUTBOX.c.token == bindparam("its")).values(envelope_no=bindparam("number"))
         connection.execute(numbered, [{"its": token, "number": number} for number, token in enumerate(tokens, 1)])
     return tokens
@@ -277,7 +277,7 @@ def announced_to(here: Site, there: Site) -> bytes | None:
 
 def test_a_successor_whose_clock_is_behind_goes_on_after_the_numbers_of_the_one_before(store: Store) -> None:
     clock_us = time.time_ns() // 1000
-    before, after = Numbers(lambda: clock_us + HOUR_US), Numbers(lambda: clock_us)
+    before, after = SequenceNumbers(lambda: clock_us + HOUR_US), SequenceNumbers(lambda: clock_us)
     Reservation(store.engine, KP, before).take_over()
     used = [before.next() for _ in range(10)]
     Reservation(store.engine, KP, after).take_over()
@@ -286,7 +286,7 @@ def test_a_successor_whose_clock_is_behind_goes_on_after_the_numbers_of_the_one_
 
 def test_numbers_are_noted_before_they_are_used_and_not_more_often_than_needed(store: Store) -> None:
     clock_us = [time.time_ns() // 1000]
-    numbers = Numbers(lambda: clock_us[0])
+    numbers = SequenceNumbers(lambda: clock_us[0])
     reservation = Reservation(store.engine, KP, numbers)
     reservation.take_over()
     noted = set()
@@ -300,7 +300,7 @@ def test_numbers_are_noted_before_they_are_used_and_not_more_often_than_needed(s
 
 
 def test_an_orderly_end_gives_back_what_was_not_used_unless_another_has_taken_over(store: Store) -> None:
-    first, second = Numbers(), Numbers()
+    first, second = SequenceNumbers(), SequenceNumbers()
     reservation = Reservation(store.engine, KP, first)
     reservation.take_over()
     used = first.next()

@@ -11,15 +11,13 @@ import pytest
 from sandbox.servers import MariaDbServer
 from skipbus.shared.errors import StoreRefused, StoreUnavailable
 from skipbus.shared.glance import Glance
+from skipbus.shared.store.announcements import Digests
 from skipbus.shared.store.glances import (
-    Digests,
     Due,
     look_at_due,
-    look_at_oldest_stock,
-    look_at_signs,
     look_at_view,
 )
-from skipbus.shared.store.peers import OWN_ROW, PeerLiveness, PeerRow, fetch_peer_rows
+from skipbus.shared.store.peers import OWN_ROW, PeerRow, fetch_peer_rows
 from skipbus.shared.store.processes import ProcessSeen
 from tests.integration.key_providers import Store
 
@@ -70,22 +68,6 @@ def recorded(store: Store, target_id: str, expires_ms: int) -> None:
     )
 
 
-@pytest.mark.parametrize("kp", [KP, ODD])
-def test_a_syncer_sees_its_own_peers_and_what_was_announced_to_it(store: Store, glance: Glance, kp: str) -> None:
-    heard(store, kp, PEER)
-    heard(store, kp, OWN_ROW)
-    heard(store, OTHER, SECOND)
-    announced(store, OTHER, DIGEST)
-    sent(store, kp, PEER)
-    sent(store, OTHER, SECOND)
-    signs = [PeerLiveness(PEER, NOW_MS, 5000, -3)]
-    assert glance.read(partial(look_at_signs, local_id=kp, bus=True)) == (
-        Digests({OTHER: DIGEST}, {PEER: SENT}),
-        signs,
-    )
-    assert glance.read(partial(look_at_signs, local_id=kp, bus=False)) == (Digests({OTHER: DIGEST}, {}), signs)
-
-
 def test_an_api_sees_what_the_tables_say_of_its_peers_and_processes(store: Store, glance: Glance) -> None:
     heard(store, KP, PEER)
     heard(store, KP, OWN_ROW)
@@ -100,14 +82,6 @@ def test_an_api_sees_what_the_tables_say_of_its_peers_and_processes(store: Store
     assert (row.peer_id, row.issued) == (PEER, 7)
     assert processes == [ProcessSeen("syncer", "host:1", NOW_MS, "ok")]
     assert digests == Digests({KP: DIGEST}, {})
-
-
-def test_of_each_peers_stock_the_oldest_is_seen(store: Store, glance: Glance) -> None:
-    for peer_id, expires_ms in ((PEER, NOW_MS + 9), (PEER, NOW_MS + 5), (SECOND, NOW_MS + 7)):
-        stocked(store, KP, peer_id, expires_ms, placed=True)
-    stocked(store, OTHER, PEER, NOW_MS, placed=True)
-    oldest_ms = glance.read(partial(look_at_oldest_stock, local_id=KP))
-    assert oldest_ms == {PEER: NOW_MS + 5, SECOND: NOW_MS + 7}
 
 
 def test_a_janitor_sees_that_a_record_of_its_own_has_expired(store: Store, glance: Glance) -> None:

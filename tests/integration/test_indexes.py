@@ -27,7 +27,6 @@ from skipbus.shared.store import (
     inbox,
     key_records,
     keys,
-    messages,
     outbox,
     packets,
     peers,
@@ -47,7 +46,7 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(announcements, expiry, glances, inbox, key_records, keys, messages, outbox, peers, pinned_identities),
+    *(announcements, expiry, glances, inbox, key_records, keys, outbox, peers, pinned_identities),
     *(processes, stock, withdrawn_keys, wrapping_keys),
 )
 
@@ -55,7 +54,7 @@ MODULES = (
 # them all and waits for those of other callers. A join from a list of the keyIds does not:
 # DELETE k FROM (SELECT 0x.. AS id UNION ALL ...) AS w STRAIGHT_JOIN key_records AS k ON k.key_id = w.id
 # What is asked for is the whole table: one row a KP, its long body left where it is.
-WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests"}
+WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests", "fetch_digests"}
 ALL_DIGESTS = "SELECT system_id, digest FROM announcements"
 
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
@@ -75,15 +74,14 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_expired_wrapping_keys": lambda c: expiry.delete_expired_wrapping_keys(c, NOW_MS, 100),
     "delete_expired_held": lambda c: expiry.delete_expired_held(c, KP, NOW_MS, 100),
     "delete_expired_withdrawn": lambda c: expiry.delete_expired_withdrawn(c, KP, NOW_MS, 100),
-    "insert_outbox": lambda c: messages.insert_outbox(c, KP, PEER, "key.issued", b"\x90", 0, NOW_MS),
-    "claim_unsent_rows": lambda c: messages.claim_unsent_rows(c, KP, 500),
-    "update_numbered": lambda c: messages.update_numbered(c, [5, 6], 77),
-    "fetch_envelopes": lambda c: messages.fetch_envelopes(c, KP),
-    "fetch_payloads": lambda c: messages.fetch_payloads(c, KP, PEER, 7),
-    "fetch_waiting": lambda c: messages.fetch_waiting(c, KP, PEER),
-    "update_sent": lambda c: messages.update_sent(c, KP, PEER, [7, 8], NOW_MS),
-    "delete_acknowledged": lambda c: messages.delete_acknowledged(c, KP, PEER, [7, 8]),
-    "delete_expired_outbox": lambda c: messages.delete_expired_outbox(c, KP, NOW_MS, 100),
+    "claim_unsent_rows": lambda c: outbox.claim_unsent_rows(c, KP, 500),
+    "update_numbered": lambda c: outbox.update_numbered(c, [5, 6], 77),
+    "fetch_envelopes": lambda c: outbox.fetch_envelopes(c, KP),
+    "fetch_payloads": lambda c: outbox.fetch_payloads(c, KP, PEER, 7),
+    "fetch_waiting": lambda c: outbox.fetch_waiting(c, KP, PEER),
+    "update_sent": lambda c: outbox.update_sent(c, KP, PEER, [7, 8], NOW_MS),
+    "delete_acknowledged": lambda c: outbox.delete_acknowledged(c, KP, PEER, [7, 8]),
+    "delete_expired_outbox": lambda c: outbox.delete_expired_outbox(c, KP, NOW_MS, 100),
     "insert_inbox": lambda c: inbox.insert_inbox(c, KP, PEER, 10**9, NOW_MS),
     "fetch_is_in_inbox": lambda c: inbox.fetch_is_in_inbox(c, KP, PEER, 7),
     "delete_expired_inbox": lambda c: inbox.delete_expired_inbox(c, KP, NOW_MS, 100),
@@ -98,6 +96,7 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "fetch_peer_rows": lambda c: peers.fetch_peer_rows(c, KP),
     "upsert_announcement": lambda c: announcements.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
     "fetch_announcement_digests": announcements.fetch_announcement_digests,
+    "fetch_digests": lambda c: announcements.fetch_digests(c, KP, bus=True),
     "fetch_bus_announcement_digests": lambda c: announcements.fetch_bus_announcement_digests(c, KP),
     "fetch_announcement": lambda c: announcements.fetch_announcement(c, KP),
     "fetch_announcement_issued_ms": lambda c: announcements.fetch_announcement_issued_ms(c, KP),
@@ -126,15 +125,12 @@ SQLALCHEMY_CALLS |= {
     "fetch_tokens": lambda c: outbox.fetch_tokens(c, KEY_IDS),
     "fetch_token_exists": lambda c: outbox.fetch_token_exists(c, b"t" * 16),
     "insert_wrapping_keys": lambda c: wrapping_keys.insert_wrapping_keys(c, [WRAPPING_KEY]),
-    "fetch_envelope_rows": lambda c: messages.fetch_envelope_rows(c, KP, PEER, [7, 8]),
-    "fetch_row_payloads": lambda c: messages.fetch_row_payloads(c, [5, 6]),
-    "delete_stocked_rows": lambda c: messages.delete_stocked_rows(c, KP, PEER),
+    "fetch_envelope_rows": lambda c: outbox.fetch_envelope_rows(c, KP, PEER, [7, 8]),
+    "fetch_row_payloads": lambda c: outbox.fetch_row_payloads(c, [5, 6]),
+    "delete_stocked_rows": lambda c: outbox.delete_stocked_rows(c, KP, PEER),
     "delete_stock_of_peer": lambda c: stock.delete_stock_of_peer(c, KP, PEER),
     "delete_rows": lambda c: outbox.delete_rows(c, [5, 6]),
-    "fetch_rows_of_tokens": lambda c: (
-        messages.fetch_rows_of_tokens(c, KEY_IDS),
-        outbox.fetch_rows_of_tokens(c, KEY_IDS),
-    ),
+    "fetch_rows_of_tokens": lambda c: outbox.fetch_rows_of_tokens(c, KEY_IDS),
     "delete_inbox": lambda c: inbox.delete_inbox(c, KP, PEER, 7),
     "upsert_rejection": lambda c: peers.upsert_rejection(c, KP, PEER, "no", NOW_MS),
     "fetch_known_key_ids": lambda c: key_records.fetch_known_key_ids(c, KEY_IDS),
@@ -162,9 +158,7 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "fetch_is_placed": lambda c: run_steps(c, keys.fetch_is_placed(KEY_IDS[0])),
     "fetch_commit_token": lambda c: run_steps(c, keys.fetch_commit_token(b"t" * 16)),
     "end_without_change": lambda c: run_steps(c, keys.end_without_change()),
-    "look_at_signs": lambda c: glances.look_at_signs(c, KP, bus=True),
     "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
-    "look_at_oldest_stock": lambda c: glances.look_at_oldest_stock(c, KP),
     "look_at_due": lambda c: glances.look_at_due(c, KP, NOW_MS),
 }
 
@@ -373,7 +367,7 @@ DELETIONS: dict[str, tuple[str, Callable[[RawConnection[Any], Connection], objec
     "delete_stock": ("stock", lambda _, c: stock.delete_stock(c, MOST)),
     "delete_stock_held": ("stock_held", lambda _, c: stock.delete_stock_held(c, KP, PEER, MOST)),
     "delete_rows": ("outbox", lambda _, c: outbox.delete_rows(c, ROW_IDS[:-1])),
-    "delete_acknowledged": ("outbox", lambda _, c: messages.delete_acknowledged(c, KP, PEER, ROW_IDS[:-1])),
+    "delete_acknowledged": ("outbox", lambda _, c: outbox.delete_acknowledged(c, KP, PEER, ROW_IDS[:-1])),
 }
 
 

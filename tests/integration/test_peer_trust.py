@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from skipbus.ctl.__main__ import main
-from skipbus.services.syncer.clocks import Clocks
 from skipbus.services.syncer.effects import Effects
 from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
 from skipbus.services.syncer.payloads import Capabilities, pack_capabilities, pack_heartbeat
+from skipbus.services.syncer.peers import PeerClocks
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
@@ -25,9 +25,8 @@ from skipbus.shared.protocol.announcements import Announcement, sign_announcemen
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings.peers import PeerSettings, identity_line
-from skipbus.shared.store import announcements, messages, peers
-from skipbus.shared.store.announcements import upsert_announcement, upsert_bus_announcement
-from skipbus.shared.store.glances import Digests
+from skipbus.shared.store import announcements, outbox, peers
+from skipbus.shared.store.announcements import Digests, upsert_announcement, upsert_bus_announcement
 from skipbus.shared.store.peers import PeerLiveness, PeerRow, fetch_peer_rows
 from skipbus.shared.store.pinned_identities import fetch_pin
 from tests.integration.key_providers import Store
@@ -211,7 +210,7 @@ def test_stock_that_was_sealed_to_another_identity_is_dropped_when_the_new_one_a
         values = (ALICE, peer_id, now_ms() + 60_000, key_id, 256, b"w", b"n", b"s", key_id, 1)
         store.rows(f"INSERT INTO stock VALUES ({', '.join(['%s'] * 10)})", *values)
         with store.engine.begin() as connection:
-            messages.insert_outbox(connection, ALICE, peer_id, "key.stocked", b"\x90", 0, 1)
+            outbox.insert_outbox_rows(connection, [outbox.OutboxRow(ALICE, peer_id, "key.stocked", b"\x90", 0, 1)])
     announce_over_bus(store, BOB, thief)
     apply(store, announcing(bob, now_ms()), BOB)
     assert store.rows("SELECT key_id FROM stock") == [(b"carols",)]
@@ -289,6 +288,11 @@ def test_a_peer_that_announces_another_identity_than_it_signs_with_is_refused(
 # Clocks
 
 
+def record(store: Store, clocks: PeerClocks) -> None:
+    with store.engine.begin() as connection:
+        clocks.record(connection)
+
+
 @pytest.mark.parametrize("age_ms", [-29_000, 0, 29_000])
 def test_a_heartbeat_shows_how_far_the_clocks_are_apart(store: Store, bob: Identity, age_ms: int) -> None:
     apply(store, accepted(store, directory_of(store, over_bus(bob)), heartbeat(bob, age_ms=age_ms)), BOB)
@@ -298,13 +302,13 @@ def test_a_heartbeat_shows_how_far_the_clocks_are_apart(store: Store, bob: Ident
 
 
 def test_a_heartbeat_that_its_date_has_refused_shows_it_too(store: Store, bob: Identity) -> None:
-    directory, clocks = directory_of(store, over_bus(bob)), Clocks(store.engine, ALICE)
+    directory, clocks = directory_of(store, over_bus(bob)), PeerClocks(ALICE)
     for age_ms in (-90_000, 7_200_000, -(10**12)):
         verdict = refused(store, directory, heartbeat(bob, age_ms=age_ms))
         assert verdict.verified
         assert verdict.clock_skew_ms is not None
         clocks.note(BOB, 5, verdict.clock_skew_ms)
-        clocks.write()
+        record(store, clocks)
         row = row_of_bob(store)
         assert row.last_heartbeat_ms is None
         assert abs((row.clock_skew_ms or 0) - max(-(2**31), age_ms)) < 1000
@@ -320,10 +324,10 @@ def test_a_heartbeat_of_a_clock_minutes_behind_is_no_sign_of_life_but_shows_the_
 
 
 def test_a_recorded_heartbeat_says_nothing_of_the_clock(store: Store, bob: Identity) -> None:
-    directory, clocks = directory_of(store, over_bus(bob)), Clocks(store.engine, ALICE)
+    directory, clocks = directory_of(store, over_bus(bob)), PeerClocks(ALICE)
     apply(store, accepted(store, directory, heartbeat(bob, number=7)), BOB)
     clocks.note(BOB, 7, 7_200_000)
-    clocks.write()
+    record(store, clocks)
     assert abs(row_of_bob(store).clock_skew_ms or 0) < 1000
 
 
@@ -342,10 +346,10 @@ def test_what_says_nothing_of_the_clock_is_not_taken_for_it(
 def test_clocks_that_differ_by_too_much_are_told_by_name_and_amount_once(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clocks = Clocks(store.engine, ALICE)
+    clocks = PeerClocks(ALICE)
     rows = [PeerLiveness(BOB, None, 0, -95_000), PeerLiveness(CAROL, None, 0, 30_000)]
     for _ in range(3):
-        clocks.tell(rows)
+        clocks.report(rows)
     lines = capsys.readouterr().out
     assert lines.count("clocks differ by too much") == 1
     assert BOB in lines

@@ -8,7 +8,7 @@ from skipbus.services.janitor import pruning
 from skipbus.services.janitor.pruning import WITHDRAWN_KEPT_MS, prune
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.store.inbox import INBOX_LIFETIME_MS, insert_inbox
-from skipbus.shared.store.messages import OUTBOX_LIFETIME_MS, insert_outbox
+from skipbus.shared.store.outbox import OUTBOX_LIFETIME_MS, OutboxRow, insert_outbox_rows
 from skipbus.shared.store.processes import ProcessSeen, fetch_processes, upsert_process
 from tests.integration.key_providers import Store
 
@@ -65,7 +65,7 @@ def test_outbox_rows_go_after_a_day_and_only_ones_own(store: Store, capsys: pyte
             (KP, "KP_Bob", NOW_MS - OUTBOX_LIFETIME_MS),
             ("KP_Bob", KP, NOW_MS - OUTBOX_LIFETIME_MS - 1),
         ):
-            insert_outbox(connection, local_id, peer_id, "key.issued", b"\x90", 0, created_ms)
+            insert_outbox_rows(connection, [OutboxRow(local_id, peer_id, "key.issued", b"\x90", 0, created_ms)])
     prune_now(store)
     assert store.rows("SELECT local_id, peer_id FROM outbox ORDER BY id") == [(KP, "KP_Bob"), ("KP_Bob", KP)]
     assert "events given up" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_more_rows_than_a_batch_all_go(store: Store, monkeypatch: pytest.MonkeyP
     with store.engine.begin() as connection:
         for n in range(30):
             insert_inbox(connection, KP, "KP_Bob", n, 1)
-            insert_outbox(connection, KP, "KP_Bob", "key.issued", b"\x90", 0, 1)
+            insert_outbox_rows(connection, [OutboxRow(KP, "KP_Bob", "key.issued", b"\x90", 0, 1)])
     prune_now(store)
     tables = ("wrapping_keys", "stock_held", "withdrawn_keys", "inbox", "outbox")
     assert [store.count(table) for table in tables] == [0] * 5

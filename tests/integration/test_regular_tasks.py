@@ -8,13 +8,12 @@ import pytest
 
 from skipbus.services.janitor.__main__ import Janitor
 from skipbus.services.syncer.leader import Leader
-from skipbus.services.syncer.numbers import Numbers, Reservation
+from skipbus.services.syncer.sequence_numbers import Reservation, SequenceNumbers
 from skipbus.services.syncer.stock import StockWatch
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
-from skipbus.shared.hop import Hop
 from skipbus.shared.settings.peers import identity_line
 from tests.integration.key_providers import Store, settings_for
 
@@ -96,9 +95,9 @@ async def test_stock_that_grows_too_old_is_dropped_and_its_age_is_not_asked_for_
         SKIP_KEY_TTL_SECONDS="160",
         RABBITMQ_URL="amqp://guest:guest@localhost/",
     )
-    hop, changes = Hop(), list[bool]()
-    leader = Leader(settings.mysql, KP, Reservation(store.engine, KP, Numbers()), hop)
-    watch = StockWatch(settings, store.engine, leader, hop, lambda: changes.append(True))
+    changes = list[bool]()
+    leader = Leader(settings.mysql, KP, Reservation(store.engine, KP, SequenceNumbers()))
+    watch = StockWatch(settings, store.engine, leader, lambda: changes.append(True))
     try:
         stocked(store, 1, now_ms() + 70_000)
         stocked(store, 2, now_ms() + 120_000)
@@ -117,7 +116,6 @@ async def test_stock_that_grows_too_old_is_dropped_and_its_age_is_not_asked_for_
         assert (store.count("stock"), changes) == (1, [True, True])
     finally:
         leader.close()
-        watch.close()
 
 
 def stocked(store: Store, number: int, expires_ms: int) -> None:

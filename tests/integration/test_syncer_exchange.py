@@ -20,8 +20,8 @@ from skipbus.services.syncer.replies import ANSWER_EVERY_SECONDS
 from skipbus.shared.clock import now_ms
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, check_envelope, read_envelope
-from skipbus.shared.store import messages
 from skipbus.shared.store.engine import driver_errors
+from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from tests.integration.syncer_rig import (
     HEARTBEAT_SECONDS,
     TIMEOUT_SECONDS,
@@ -298,7 +298,7 @@ def test_an_acknowledgement_that_was_lost_is_given_again_without_a_second_effect
 def test_a_malformed_row_does_not_keep_other_rows_from_being_sent(rig: Rig, pair: tuple[Kp, Kp]) -> None:
     alice, bob = pair
     with rig.engine.begin() as connection:
-        messages.insert_outbox(connection, alice.id, bob.id, RETRIEVED.value, b"\xc1", 1, now_ms())
+        insert_outbox_rows(connection, [OutboxRow(alice.id, bob.id, RETRIEVED.value, b"\xc1", 1, now_ms())])
     wait_log(alice, "outbox rows are malformed")
     rig.tell(alice, bob, ISSUED, 1)
     rig.wait_count(bob, alice, "inbound_issued", 1)

@@ -10,27 +10,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipbus.services.syncer.effects import MAX_KEYS, portions
-from skipbus.services.syncer.letters import MAX_PAYLOAD_BYTES, MAX_SEALED_ROWS, gather
-from skipbus.services.syncer.numbers import Numbers
+from skipbus.services.syncer.outgoing import (
+    MAX_PAYLOAD_BYTES,
+    MAX_SEALED_ROWS,
+    counter_when_numbered,
+    envelope_type,
+    group_rows,
+    keys_expire_ms,
+)
 from skipbus.services.syncer.payloads import Events, pack_events, read_payload
+from skipbus.services.syncer.peer_queue import LAST_RESEND_MS, is_due, resend_after_ms
 from skipbus.services.syncer.placed_keys import OwnEpochs
-from skipbus.services.syncer.row_types import counter_when_numbered, envelope_type, keys_expire_ms, urgency
-from skipbus.services.syncer.schedule import LAST_RETRY_MS, is_due, retry_after_ms
+from skipbus.services.syncer.sequence_numbers import SequenceNumbers
 from skipbus.shared.broker.names import encode_id, live_routing_key, queue_name, routing_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType
 from skipbus.shared.store.inbox import INBOX_LIFETIME_MS
-from skipbus.shared.store.messages import OUTBOX_LIFETIME_MS, OutboxEntry
+from skipbus.shared.store.outbox import OUTBOX_LIFETIME_MS, UnsentRow
 
 NOW_MS = 1_800_000_000_000
 printable_ids = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)
 
 
-def entry(row_id: int, peer: str = "KP_Bob", kind: str = "key.issued", payload_bytes: int = 100) -> OutboxEntry:
-    return OutboxEntry(row_id, peer, kind, 1, payload_bytes)
+def entry(row_id: int, peer: str = "KP_Bob", kind: str = "key.issued", payload_bytes: int = 100) -> UnsentRow:
+    return UnsentRow(row_id, peer, kind, 1, payload_bytes)
 
 
-def ids(groups: list[list[OutboxEntry]]) -> list[list[int]]:
+def ids(groups: list[list[UnsentRow]]) -> list[list[int]]:
     return [[row.id for row in group] for group in groups]
 
 
@@ -39,37 +45,33 @@ def ids(groups: list[list[OutboxEntry]]) -> list[list[int]]:
 
 def test_rows_of_one_peer_and_one_type_share_an_envelope() -> None:
     rows = [entry(1), entry(2, kind="key.expired"), entry(3, peer="KP_Carol"), entry(4)]
-    assert ids(gather(rows)) == [[1, 4], [2], [3]]
+    assert ids(group_rows(rows)) == [[1, 4], [2], [3]]
 
 
 def test_an_envelope_is_full_at_256_kib_and_no_later_row_goes_ahead_of_its_turn() -> None:
     half = MAX_PAYLOAD_BYTES // 2
     rows = [entry(1, payload_bytes=half), entry(2, payload_bytes=half), entry(3, payload_bytes=half), entry(4)]
-    assert ids(gather(rows)) == [[1, 2]]
+    assert ids(group_rows(rows)) == [[1, 2]]
 
 
 def test_a_row_that_is_too_large_for_any_envelope_goes_alone() -> None:
     rows = [entry(1, payload_bytes=MAX_PAYLOAD_BYTES + 1), entry(2)]
-    assert ids(gather(rows)) == [[1]]
+    assert ids(group_rows(rows)) == [[1]]
 
 
 @pytest.mark.parametrize("kind", ["key.placed", "key.stocked"])
 def test_rows_with_sealed_keys_share_an_envelope_as_long_as_their_keys_and_wrapping_keys_fit(kind: str) -> None:
-    rows = [OutboxEntry(n, "KP_Bob", kind, 500, 100) for n in range(6)]
-    assert ids(gather(rows)) == [[0, 1, 2, 3]]
-    small = [OutboxEntry(n, "KP_Bob", kind, 1, 100) for n in range(MAX_SEALED_ROWS + 1)]
-    assert len(gather(small)[0]) == MAX_SEALED_ROWS
+    rows = [UnsentRow(n, "KP_Bob", kind, 500, 100) for n in range(6)]
+    assert ids(group_rows(rows)) == [[0, 1, 2, 3]]
+    small = [UnsentRow(n, "KP_Bob", kind, 1, 100) for n in range(MAX_SEALED_ROWS + 1)]
+    assert len(group_rows(small)[0]) == MAX_SEALED_ROWS
 
 
 def test_rows_that_differ_only_in_what_they_count_as_do_not_share_an_envelope() -> None:
     kinds = ["key.placed", "key.stocked", "key.issued", "key.withdrawn", "stock.dropped"]
-    assert ids(gather(entry(n, kind=kind) for n, kind in enumerate(kinds))) == [[0], [1], [2], [3], [4]]
+    assert ids(group_rows(entry(n, kind=kind) for n, kind in enumerate(kinds))) == [[0], [1], [2], [3], [4]]
     assert [envelope_type(kind).value for kind in kinds] == ["key.issued"] * 3 + ["key.withdrawn"] * 2
     assert [counter_when_numbered(kind) for kind in kinds] == [None, None, "issued", "withdrawn", None]
-
-
-def test_what_an_encryptor_waits_for_is_sent_first() -> None:
-    assert urgency("key.placed") < min(urgency(kind) for kind in ("key.stocked", "key.issued", "key.withdrawn"))
 
 
 def test_the_events_of_several_rows_are_one_list_in_their_order() -> None:
@@ -87,24 +89,24 @@ def test_no_more_than_twenty_correlation_ids_go_into_a_log_line() -> None:
 
 
 def test_numbers_grow_even_where_the_clock_does_not() -> None:
-    numbers = Numbers()
+    numbers = SequenceNumbers()
     given_out = [numbers.next() for _ in range(10_000)]
     assert given_out == sorted(set(given_out))
 
 
 def test_a_number_is_greater_than_those_still_in_the_outbox_after_the_clock_was_set_back() -> None:
     ahead = time.time_ns() // 1000 + 3_600_000_000
-    assert Numbers().next(ahead) == ahead + 1
+    assert SequenceNumbers().next(ahead) == ahead + 1
 
 
 def test_a_clock_that_steps_back_does_not_make_numbers_go_back() -> None:
     clock_us = iter([5_000, 5_001, 1, 2])
-    numbers = Numbers(lambda: next(clock_us))
+    numbers = SequenceNumbers(lambda: next(clock_us))
     assert [numbers.next() for _ in range(4)] == [5_000, 5_001, 5_002, 5_003]
 
 
 def test_numbers_are_unique_between_threads() -> None:
-    numbers, taken = Numbers(), list[int]()
+    numbers, taken = SequenceNumbers(), list[int]()
     threads = [threading.Thread(target=lambda: taken.extend(numbers.next() for _ in range(2_000))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -147,8 +149,8 @@ def test_what_keys_came_to_and_keys_that_somebody_waits_for_are_never_pointless(
 
 
 def test_waiting_for_an_acknowledgement_grows_from_ten_seconds_to_five_minutes() -> None:
-    assert [retry_after_ms(attempts) // 1000 for attempts in range(1, 8)] == [10, 20, 40, 80, 160, 300, 300]
-    assert retry_after_ms(10**9) == LAST_RETRY_MS
+    assert [resend_after_ms(attempts) // 1000 for attempts in range(1, 8)] == [10, 20, 40, 80, 160, 300, 300]
+    assert resend_after_ms(10**9) == LAST_RESEND_MS
 
 
 def test_what_was_never_sent_is_due_whoever_is_offline() -> None:
@@ -161,7 +163,7 @@ def test_what_a_listening_peer_did_not_acknowledge_is_due_after_ten_seconds(age_
 
 
 def test_nothing_is_heaped_up_in_the_queue_of_a_peer_that_is_offline() -> None:
-    assert not is_due(1, NOW_MS - LAST_RETRY_MS, "offline", NOW_MS)
+    assert not is_due(1, NOW_MS - LAST_RESEND_MS, "offline", NOW_MS)
     assert is_due(1, NOW_MS - MAX_AGE_MS, "offline", NOW_MS)
 
 
@@ -171,9 +173,9 @@ def test_what_found_no_queue_is_due_as_soon_as_its_peer_is_heard() -> None:
 
 
 def test_what_a_peer_refused_is_left_alone_for_five_minutes() -> None:
-    assert not is_due(1, NOW_MS - LAST_RETRY_MS + 1, "online", NOW_MS, refused=True)
-    assert is_due(1, NOW_MS - LAST_RETRY_MS, "online", NOW_MS, refused=True)
-    assert not is_due(1, NOW_MS - 2_000, "online", NOW_MS, refused=True, unrouted=True)
+    assert not is_due(1, NOW_MS - LAST_RESEND_MS + 1, "online", NOW_MS, rejected=True)
+    assert is_due(1, NOW_MS - LAST_RESEND_MS, "online", NOW_MS, rejected=True)
+    assert not is_due(1, NOW_MS - 2_000, "online", NOW_MS, rejected=True, unrouted=True)
 
 
 # --- epochs that can be opened

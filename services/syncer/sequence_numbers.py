@@ -1,4 +1,4 @@
-"""Numbers of envelopes: unique and growing, also after a restart, a takeover and the loss of the store.
+"""Sequence numbers of envelopes: unique and growing, also after a restart, a takeover and the loss of the store.
 
 A number is the time in microseconds, or one more than the last one where that is greater. Peers take a heartbeat whose
 number does not grow for a recording, and an envelope whose number they have seen for a copy of that one. A syncer that
@@ -25,7 +25,7 @@ def _clock_us() -> int:
     return time.time_ns() // 1000
 
 
-class Numbers:
+class SequenceNumbers:
     """Hands out the numbers of one syncer, to any thread."""
 
     def __init__(self, clock_us: Callable[[], int] = _clock_us) -> None:
@@ -53,7 +53,7 @@ class Numbers:
 class Reservation:
     """What the store knows of the elected syncer's numbers. Blocking, for one thread at a time."""
 
-    def __init__(self, engine: Engine, local_id: str, numbers: Numbers) -> None:
+    def __init__(self, engine: Engine, local_id: str, numbers: SequenceNumbers) -> None:
         self._engine = engine
         self._local_id = local_id
         self._numbers = numbers

@@ -1,10 +1,10 @@
 """Envelopes by HTTPS, for a peer with an ``endpoint``: POST {endpoint}/sync instead of the bus, one after another.
 
-At most one request is on its way to a peer, so what is sent in order arrives in order. What passes (no connection, no
-answer in time, 503) is tried again with growing pauses, by tenacity; after a while the envelope is given back to its
-sender, whose outbox keeps it. What the peer says of the envelope itself (400, 401, 413) is a refusal.
+At most one request is on its way to a peer, so envelopes arrive in the order in which they are sent. After a temporary
+failure (no connection, no answer in time, 503) an envelope is tried again with growing pauses; after ``TRY_SECONDS`` it
+is given back to its sender, whose outbox keeps it. 400, 401 and 413 reject the envelope itself.
 
-TLS with the peer's own CA file, or the system's. Nothing that the other side answers is trusted to be short.
+TLS uses the peer's own CA file, or the system's. An answer may be of any length; at most ``MAX_ANSWER_BYTES`` are read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from collections.abc import Callable
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from skipbus.services.syncer.answers import Answer, Posted
+from skipbus.services.syncer.outgoing import Outcome
 from skipbus.services.syncer.payloads import printable
+from skipbus.services.syncer.transport import PeerAnswer
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES
 from skipbus.shared.settings.peers import PeerSettings
@@ -34,9 +35,9 @@ RETRY_LAST_SECONDS = 4.0
 REST_FIRST_SECONDS = 1.0
 REST_LAST_SECONDS = 30.0
 MAX_ANSWER_BYTES = 4_096
-# Heartbeats and announcements that wait for their turn; what comes later would be told too late.
+# Heartbeats and announcements that wait for their turn; a later one would arrive too late to be of use.
 MAX_LIVE = 4
-_REFUSALS = {400: "malformed", 401: "unknown_sender", 413: "too_large"}
+_REJECTIONS = {400: "malformed", 401: "unknown_sender", 413: "too_large"}
 
 _log = get_logger("https")
 
@@ -49,16 +50,16 @@ class _NotNow(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
-class HttpsLink:
-    """The way to one peer. Of one event loop; ``close`` it."""
+class HttpsPeer:
+    """One peer. Of one event loop; ``close`` it."""
 
-    def __init__(self, peer: PeerSettings, stopping: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, peer: PeerSettings, stop: asyncio.Event) -> None:
         """Raises OSError or ssl.SSLError where the CA file cannot be used."""
         self.peer_id = peer.system_id
         self._url = f"{peer.endpoint}/sync"
         self._context = ssl.create_default_context(cafile=peer.endpoint_ca_file)
         self._context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._stopping = stopping
+        self._stop = stop
         self._session: aiohttp.ClientSession | None = None
         self._turn = asyncio.Lock()
         self._live: set[asyncio.Task[None]] = set()
@@ -71,7 +72,7 @@ class HttpsLink:
         """Whether the peer is left alone for a while, because it could not be reached."""
         return time.monotonic() < self._rest_until
 
-    async def post(self, envelope: bytes) -> Answer:
+    async def post(self, envelope: bytes) -> PeerAnswer:
         """Sends one envelope, again and again for TRY_SECONDS if need be. Raises nothing for a peer that is away."""
         async with self._turn:
             try:
@@ -82,10 +83,10 @@ class HttpsLink:
                 self._note_failure(str(error))
                 self._rest_seconds = min(max(2 * self._rest_seconds, REST_FIRST_SECONDS), REST_LAST_SECONDS)
                 self._rest_until = time.monotonic() + self._rest_seconds
-        return Answer(Posted.LOST)
+        return PeerAnswer(Outcome.LOST)
 
-    def post_soon(self, envelope: bytes, on_answer: Callable[[Answer], None]) -> bool:
-        """Sends something that means nothing later: tried once, when its turn comes. False where too much waits."""
+    def post_soon(self, envelope: bytes, on_answer: Callable[[PeerAnswer], None]) -> bool:
+        """Sends what is of no use later: tried once, when its turn comes. False where too much waits."""
         if len(self._live) >= MAX_LIVE:
             return False
         task = asyncio.create_task(self._post_live(envelope, on_answer), name=f"https {self.peer_id}")
@@ -102,7 +103,7 @@ class HttpsLink:
         if session is not None:
             await session.close()
 
-    async def _post_live(self, envelope: bytes, on_answer: Callable[[Answer], None]) -> None:
+    async def _post_live(self, envelope: bytes, on_answer: Callable[[PeerAnswer], None]) -> None:
         async with self._turn:
             try:
                 on_answer(await self._post_once(envelope))
@@ -115,11 +116,11 @@ class HttpsLink:
         )
 
     def _is_enough(self, state: RetryCallState) -> bool:
-        return self._stopping() or (state.seconds_since_start or 0.0) + state.upcoming_sleep >= TRY_SECONDS
+        return self._stop.is_set() or (state.seconds_since_start or 0.0) + state.upcoming_sleep >= TRY_SECONDS
 
-    async def _post_once(self, envelope: bytes) -> Answer:
+    async def _post_once(self, envelope: bytes) -> PeerAnswer:
         if len(envelope) > MAX_ENVELOPE_BYTES:
-            return Answer(Posted.REFUSED, "too_large", "the envelope is larger than any key provider takes")
+            return PeerAnswer(Outcome.REJECTED, "too_large", "the envelope is larger than any key provider takes")
         try:
             async with self._open().post(self._url, data=envelope, allow_redirects=False) as response:
                 text = await response.content.read(MAX_ANSWER_BYTES)
@@ -152,18 +153,18 @@ class HttpsLink:
         self._rest_seconds = self._rest_until = 0.0
 
 
-def _read_answer(status: int, text: bytes, retry_after: str) -> Answer:
-    """Raises _NotNow where the status says nothing of the envelope."""
+def _read_answer(status: int, text: bytes, retry_after: str) -> PeerAnswer:
+    """Raises _NotNow where the status says nothing about the envelope."""
     if 200 <= status < 300:
-        return Answer(Posted.TAKEN)
-    if status in _REFUSALS:
-        return Answer(Posted.REFUSED, _REFUSALS[status], f"{status}: {_told(text)}")
+        return PeerAnswer(Outcome.TAKEN)
+    if status in _REJECTIONS:
+        return PeerAnswer(Outcome.REJECTED, _REJECTIONS[status], f"{status}: {_sentence(text)}")
     seconds = float(retry_after) if retry_after.isascii() and retry_after.isdecimal() and len(retry_after) < 5 else 0.0
-    raise _NotNow(f"it answers {status}: {_told(text)}", seconds)
+    raise _NotNow(f"it answers {status}: {_sentence(text)}", seconds)
 
 
-def _told(text: bytes) -> str:
-    """The sentence in an error's JSON, or what there is instead."""
+def _sentence(text: bytes) -> str:
+    """The sentence in the JSON of an error, or the answer itself."""
     try:
         error = json.loads(text)["error"]
     except (ValueError, TypeError, KeyError):

@@ -1,0 +1,145 @@
+"""Signs envelopes and hands them to the broker, or by HTTPS to a peer that has an endpoint.
+
+A signature takes one to two milliseconds, so envelopes are signed in a thread, many at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.outgoing import Outcome, OutgoingEnvelope
+from skipbus.services.syncer.payloads import Complaint
+from skipbus.services.syncer.sequence_numbers import SequenceNumbers
+from skipbus.shared.broker.publishing import Publisher, Unconfirmed
+from skipbus.shared.clock import now_ms
+from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.logs import get_logger
+from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
+
+if TYPE_CHECKING:
+    from skipbus.services.syncer.https_peer import HttpsPeer
+
+# What matters only to a peer that listens now is not kept for one that does not.
+_LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED})
+
+_log = get_logger("transport")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAnswer:
+    """What a peer's endpoint answered; ``reason`` and ``explanation`` where it rejects the envelope."""
+
+    outcome: Outcome
+    reason: str = ""
+    explanation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRejection:
+    """A peer has rejected an envelope of this KP's."""
+
+    peer_id: str
+    complaint: Complaint
+
+
+class RejectionQueue(asyncio.Queue[PeerRejection | None]):
+    """Rejections that came as an answer by HTTPS, for ``reject``. None ends it; what does not fit is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__(1_000)
+
+    def offer(self, rejection: PeerRejection | None) -> None:
+        """Never blocks."""
+        if rejection is None and self.full():
+            self.get_nowait()
+        if not self.full():
+            self.put_nowait(rejection)
+
+
+class Transport:
+    """The one place where this KP's envelopes are signed. ``https_peers`` are those that are not reached by the bus."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        identity: Identity,
+        local_id: str,
+        numbers: SequenceNumbers,
+        https_peers: Mapping[str, HttpsPeer],
+        rejections: RejectionQueue,
+    ) -> None:
+        self._publisher = publisher
+        self._identity = identity
+        self._local_id = local_id
+        self._numbers = numbers
+        self._https_peers = https_peers
+        self._rejections = rejections
+
+    def is_https_peer(self, peer_id: str) -> bool:
+        """Whether the peer is sent to by HTTPS, one envelope after another."""
+        return peer_id in self._https_peers
+
+    def is_open(self, peer_id: str) -> bool:
+        """Whether it is worth trying to send to the peer now."""
+        https_peer = self._https_peers.get(peer_id)
+        if https_peer is not None:
+            return not https_peer.resting
+        # Signing what is kept for a peer that is left out would be in vain.
+        return self._publisher.ready and not self._publisher.is_left_out(peer_id)
+
+    def is_reachable(self, peer_id: str) -> bool:
+        """Whether there is a way to the peer at all; one with an endpoint may be tried at any time."""
+        return peer_id in self._https_peers or self._publisher.ready
+
+    async def send(self, envelopes: Sequence[OutgoingEnvelope]) -> list[Outcome]:
+        """Dates, signs and sends; what became of each. Raises nothing for a broker or a peer that is away."""
+        if not any(self.is_reachable(envelope.target) for envelope in envelopes):
+            return [Outcome.LOST] * len(envelopes)
+        bodies = await asyncio.to_thread(lambda: [self._sign(envelope) for envelope in envelopes])
+        outcomes = await asyncio.gather(*map(self._send, envelopes, bodies))
+        for envelope, outcome in zip(envelopes, outcomes, strict=True):
+            metrics.SENT.labels(envelope.type.value, outcome.value).inc()
+        return outcomes
+
+    def _sign(self, envelope: OutgoingEnvelope) -> bytes:
+        number = self._numbers.next() if envelope.number is None else envelope.number
+        header = Header(envelope.type, self._local_id, envelope.target, number, now_ms())
+        return sign_envelope(header, envelope.payload, self._identity)
+
+    async def _send(self, envelope: OutgoingEnvelope, body: bytes) -> Outcome:
+        https_peer = self._https_peers.get(envelope.target)
+        if https_peer is None:
+            outcome = await self._publish(envelope, body)
+        else:
+            outcome = await self._post(https_peer, envelope, body)
+        _log.debug("envelope sent", type=envelope.type, peer=envelope.target, octets=len(body), outcome=outcome.value)
+        return outcome
+
+    async def _publish(self, envelope: OutgoingEnvelope, body: bytes) -> Outcome:
+        lifetime_ms = None if envelope.type in _LIVE else MAX_AGE_MS
+        try:
+            taken = await self._publisher.publish(envelope.target, body, lifetime_ms=lifetime_ms)
+        except BusUnavailable as error:
+            _log.debug("envelope not confirmed", type=envelope.type, peer=envelope.target, reason=str(error))
+            return Outcome.HELD_UP if isinstance(error, Unconfirmed) else Outcome.LOST
+        return Outcome.TAKEN if taken else Outcome.NO_QUEUE
+
+    async def _post(self, https_peer: HttpsPeer, envelope: OutgoingEnvelope, body: bytes) -> Outcome:
+        note = functools.partial(self._note_answer, envelope)
+        if envelope.type in _LIVE:
+            # Nobody waits for the answer: a peer that does not answer must not delay the heartbeats of others.
+            return Outcome.TAKEN if https_peer.post_soon(body, note) else Outcome.LOST
+        answer = await https_peer.post(body)
+        note(answer)
+        return answer.outcome
+
+    def _note_answer(self, envelope: OutgoingEnvelope, answer: PeerAnswer) -> None:
+        if answer.outcome is Outcome.REJECTED:
+            complaint = Complaint(envelope.number or 0, answer.reason, answer.explanation, ())
+            self._rejections.offer(PeerRejection(envelope.target, complaint))
