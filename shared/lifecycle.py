@@ -31,7 +31,7 @@ EXIT_FAILED = 1
 _PR_SET_DUMPABLE = 4
 # New objects between two garbage collections; Python's default is 700.
 _COLLECT_AFTER = 10_000
-BEAT_SECONDS = 1.0
+TICK_SECONDS = 1.0
 # A tick may be this much later than requested; otherwise the earlier one is used.
 _LATENESS_SECONDS = 0.25
 # Many processes must not wake at the same time. Whole milliseconds, as the event loop's timers count them.
@@ -96,19 +96,19 @@ async def pause(stop: asyncio.Event, seconds: float) -> bool:
     return await _pause_until(stop, asyncio.get_running_loop().time() + seconds)
 
 
-async def pause_to_beat(stop: asyncio.Event, seconds: float) -> bool:
+async def pause_to_tick(stop: asyncio.Event, seconds: float) -> bool:
     """``pause`` until a tick that is about ``seconds`` away."""
-    return await _pause_until(stop, next_beat(asyncio.get_running_loop().time(), seconds))
+    return await _pause_until(stop, next_tick(asyncio.get_running_loop().time(), seconds))
 
 
-def next_beat(now: float, seconds: float) -> float:
+def next_tick(now: float, seconds: float) -> float:
     """The loop time of the next tick for a task that runs every ``seconds``; below one second there are no ticks."""
-    if seconds < BEAT_SECONDS:
+    if seconds < TICK_SECONDS:
         return now + seconds
-    earliest = now + seconds + _LATENESS_SECONDS - BEAT_SECONDS
-    beat = _PHASE_SECONDS + BEAT_SECONDS * math.ceil((earliest - _PHASE_SECONDS) / BEAT_SECONDS)
+    earliest = now + seconds + _LATENESS_SECONDS - TICK_SECONDS
+    tick = _PHASE_SECONDS + TICK_SECONDS * math.ceil((earliest - _PHASE_SECONDS) / TICK_SECONDS)
     # The exact value of the loop's clock at that time, which counts milliseconds.
-    return round(beat, 3)
+    return round(tick, 3)
 
 
 async def _pause_until(stop: asyncio.Event, when: float) -> bool:
@@ -137,7 +137,7 @@ async def every(stop: asyncio.Event, seconds: float, what: str, action: Callable
                 _log.info("backend back", what=what)
             away = False
             age.done()
-        await pause_to_beat(stop, seconds)
+        await pause_to_tick(stop, seconds)
 
 
 async def stop_group(stop: asyncio.Event) -> NoReturn:

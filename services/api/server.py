@@ -20,7 +20,7 @@ from skipbus.services.api.access_log import Entry, log_request
 from skipbus.services.api.responses import RouteError, error_response
 from skipbus.services.api.tls.callers import Caller
 from skipbus.services.api.tls.reading import TooMuchBesideData
-from skipbus.shared.lifecycle import next_beat
+from skipbus.shared.lifecycle import next_tick
 from skipbus.shared.logs import get_logger, new_correlation_id
 
 MAX_LINE_BYTES = 2048
@@ -205,7 +205,7 @@ class BoundedServer(web.Server):
                     _log.warning("connection ended", client=_client(connection), reason=reason)
                     _abort(connection)
             now = self._loop.time()
-            await asyncio.sleep(next_beat(now, _SWEEP_SECONDS) - now)
+            await asyncio.sleep(next_tick(now, _SWEEP_SECONDS) - now)
             if self.evicted > evicted:
                 _log.warning("connections evicted", count=self.evicted - evicted, limit=self.max_connections)
 

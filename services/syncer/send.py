@@ -23,7 +23,7 @@ from skipbus.services.syncer.transport import Transport
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
-from skipbus.shared.lifecycle import next_beat
+from skipbus.shared.lifecycle import next_tick
 from skipbus.shared.logs import get_logger
 
 TICK_SECONDS = 1.0
@@ -123,7 +123,7 @@ class Sender:
         now = asyncio.get_running_loop().time()
         due = now >= self._tick_at
         if due:
-            self._tick_at = next_beat(now, TICK_SECONDS)
+            self._tick_at = next_tick(now, TICK_SECONDS)
         if not self._leader.elected:
             return
         await self._take_over()

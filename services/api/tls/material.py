@@ -19,7 +19,7 @@ from cryptography import x509
 from skipbus.services.api.tls.context import Recipe, make_context
 from skipbus.services.api.tls.handshake import TlsContext
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.lifecycle import pause_to_beat
+from skipbus.shared.lifecycle import pause_to_tick
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.psk_file import PskKeys, read_psk_file
 from skipbus.shared.settings import TlsSettings
@@ -81,7 +81,7 @@ class Material:
 
     async def watch(self, stop: asyncio.Event, hangup: asyncio.Event) -> None:
         """Checks the files every second, and immediately after ``hangup``, until ``stop``."""
-        while await pause_to_beat(stop, _CHECK_SECONDS) or hangup.is_set():
+        while await pause_to_tick(stop, _CHECK_SECONDS) or hangup.is_set():
             if stop.is_set():
                 return
             self.warn_of_ends()
