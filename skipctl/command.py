@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 Handler: TypeAlias = Callable[[argparse.Namespace, Mapping[str, str]], int]
-# argparse has no public name for what `add_subparsers` returns.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
+
+
+class Commands(Protocol):
+    """What `ArgumentParser.add_subparsers` returns; argparse has no public name for it."""
+
+    def add_parser(self, name: str, *, help: str, description: str) -> argparse.ArgumentParser:  # noqa: A002
+        """Adds a command."""
 
 
 def add_group(commands: Commands, name: str, help_text: str) -> Commands:

@@ -8,20 +8,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+from skipbus.ctl.command import Commands, add_command, add_group
 from skipbus.ctl.provision import add_provision
 from skipbus.shared.settings import load_settings
 from skipbus.shared.store.migrate import HEAD_REVISION, is_known, store_revision, upgrade_store
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the subcommand."""
-    parser = subparsers.add_parser("db", help="upgrade the store's schema, and make the services' accounts")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("upgrade", help="bring the store up to this release").set_defaults(handler=_upgrade)
-    commands.add_parser("status", help="compare the store with this release; exit code 1 if they differ").set_defaults(
-        handler=_status
-    )
-    add_provision(commands.add_parser("provision", help="upgrade it, and give each service its account and grants"))
+def register(commands: Commands) -> None:
+    """Adds `db` and its subcommands."""
+    group = add_group(commands, "db", "upgrade the store's schema, and make the services' accounts")
+    add_command(group, "upgrade", "bring the store up to this release", _upgrade)
+    add_command(group, "status", "compare the store with this release; exit code 1 if they differ", _status)
+    add_provision(group)
 
 
 def _upgrade(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+from skipbus.ctl.command import Commands, add_command, add_group
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.keyring import Keyring
@@ -18,17 +19,13 @@ from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.pinned_identities import Pin, fetch_pin, fetch_pins, update_pin
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the subcommand."""
-    parser = subparsers.add_parser("identity", help="show identities, and accept a changed one")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("show", help="print the block for the peers' TOML files, and the pins").set_defaults(
-        handler=_show
-    )
-    accept = commands.add_parser("accept", help="accept the identity that a key provider presents now")
+def register(commands: Commands) -> None:
+    """Adds `identity` and its subcommands."""
+    group = add_group(commands, "identity", "show identities, and accept a changed one")
+    add_command(group, "show", "print the block for the peers' TOML files, and the pins", _show)
+    accept = add_command(group, "accept", "accept the identity that a key provider presents now", _accept)
     accept.add_argument("system_id", help="the key provider whose new identity is accepted")
     accept.add_argument("--fingerprint", help="accept only this fingerprint, which its operator has confirmed")
-    accept.set_defaults(handler=_accept)
 
 
 def _show(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:

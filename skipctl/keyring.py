@@ -10,23 +10,21 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from skipbus.ctl.command import Commands, add_command, add_group
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.settings import load_settings
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the subcommand."""
-    parser = subparsers.add_parser("keyring", help="the key provider's own private keys")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    init = commands.add_parser("init", help="make a new identity in an empty folder")
+def register(commands: Commands) -> None:
+    """Adds `keyring` and its subcommands."""
+    group = add_group(commands, "keyring", "the key provider's own private keys")
+    init = add_command(group, "init", "make a new identity in an empty folder", _init)
     init.add_argument("--if-missing", action="store_true", help="do nothing if the keyring of this key provider exists")
-    init.set_defaults(handler=_init)
-    take = commands.add_parser("take", help="move a keyring from another folder, and destroy it there")
+    take = add_command(group, "take", "move a keyring from another folder, and destroy it there", _take)
     take.add_argument("source", type=Path, help="the folder of the keyring")
-    take.set_defaults(handler=_take)
-    commands.add_parser("show", help="show the identity and the live epochs").set_defaults(handler=_show)
+    add_command(group, "show", "show the identity and the live epochs", _show)
 
 
 def _init(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pymysql.connections import Connection
 
+from skipbus.ctl.command import Commands, add_command
 from skipbus.ctl.shipped import read_shipped
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.settings import Secret, load_settings
@@ -37,12 +38,12 @@ class Account:
     password: Secret
 
 
-def add_provision(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+def add_provision(group: Commands) -> None:
+    """Adds `provision`."""
+    parser = add_command(group, "provision", "upgrade it, and give each service its account and grants", _provision)
     parser.add_argument(
         "accounts", nargs="+", metavar="NAME=ROLE:PASSWORD_FILE", help=f"ROLE is one of {', '.join(ROLES)}"
     )
-    parser.set_defaults(handler=_provision)
 
 
 def _provision(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -31,10 +31,10 @@ def register(commands: Commands) -> None:
     add.add_argument("identity", help="the encryptor's PSK identity, 1 to 127 bytes")
     add.add_argument("--server", default="<address>", help="this key provider's address, for the router's lines")
     add.add_argument("--port", type=int, default=None, help=f"its TLS port (default SKIP_TLS_PORT or {_DEFAULT_PORT})")
-    add_command(group, "list", "list the identities and the lengths of their keys", _list)
+    shown = add_command(group, "list", "list the identities and the lengths of their keys", _list)
     remove = add_command(group, "remove", "remove an encryptor's key", _remove)
     remove.add_argument("identity", help="the identity as `skipctl psk list` shows it")
-    for parser in group.choices.values():
+    for parser in (add, shown, remove):
         parser.add_argument("--file", type=Path, default=None, help="the file (default SKIP_TLS_PSK_FILE)")
 
 
