@@ -6,7 +6,6 @@ What is in the rows is random, so that the indexes grow as those of keys do. Not
 from __future__ import annotations
 
 import os
-import statistics
 import time
 
 from sandbox.servers import Database
@@ -36,15 +35,15 @@ class BareStore:
         self._clear()
         return rows / took_seconds
 
-    def single_row_median_us(self, count: int) -> float:
-        """Median time of an INSERT of one row and its COMMIT."""
+    def single_row_times_us(self, count: int) -> list[float]:
+        """How long each INSERT of one row took with its COMMIT."""
         times_us = []
         for _ in range(count):
             started = time.perf_counter()
             self._insert(1)
             times_us.append((time.perf_counter() - started) * 1e6)
         self._clear()
-        return statistics.median(times_us)
+        return times_us
 
     def close(self) -> None:
         self._execute(f"DROP TABLE {_TABLE}")

@@ -97,6 +97,11 @@ class Finding:
     failed: bool = False
 
 
+def p99(values: Sequence[float]) -> float:
+    """The value that one in a hundred is above."""
+    return sorted(values)[max(0, -(-len(values) * 99 // 100) - 1)]
+
+
 def number(value: float) -> str:
     """Three significant digits at least, thousands apart."""
     if abs(value) >= 100:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from bench.machine import file_system_of
 from bench.sites_stage import SitesStage
 from bench.waiting import tell, wait_for_keys, wait_until
 from sandbox.key_provider import KeyProvider
-from sandbox.ports import LOOPBACK, free_port
+from sandbox.ports import free_port
 from sandbox.processes import SandboxError
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from sandbox.site import ALICE, BOB
@@ -166,15 +165,6 @@ class Stage:
             root=self.root / system_id,
             log_dir=self._logs / system_id,
         )
-
-
-def get_bytes(url: str, path: str) -> bytes:
-    """The body of one answer, as it came."""
-    connection = HTTPConnection(LOOPBACK, int(url.rpartition(":")[2]), timeout=10)
-    connection.request("GET", path)
-    body = connection.getresponse().read()
-    connection.close()
-    return body
 
 
 def _is_settled(connection: pymysql.connections.Connection[Any], database: str) -> bool:

@@ -1,46 +1,52 @@
-"""Item 3: how long one caller alone waits for a key."""
+"""Item 3: how long a caller waits for a key over a store link, alone and with 63 others.
+
+The p99 stands beside the p99 of a bare commit: what the machine itself does to one request in a hundred.
+"""
 
 from __future__ import annotations
 
+import statistics
+
 from bench import wrk
-from bench.bare_servers import bare_key_handler
 from bench.bare_store import BareStore
 from bench.plan import Plan
-from bench.report import Figure, Finding, Line, Target
+from bench.report import Figure, Finding, Line, Target, p99
 from bench.stage import Stage
 from bench.waiting import key_url
 
-_UNIT = "µs"
+_CONNECTIONS = 64
 
 
 def measure(stage: Stage, plan: Plan) -> Finding:
-    """All four take turns; each sample is the median of its turn."""
+    """All take turns; each sample is the median, or the p99, of its turn."""
     store = BareStore(stage.mysql.dsn)
-    key: list[float] = []
-    floor: list[float] = []
-    capabilities: list[float] = []
-    insert: list[float] = []
-    with bare_key_handler(stage) as bare_url:
-        for _ in range(plan.rounds * plan.turns):
-            capabilities.append(_median_us(f"{stage.alice.url}/capabilities", plan))
-            insert.append(store.single_row_median_us(plan.inserts))
-            key.append(_median_us(key_url(stage.alice, stage.bob), plan))
-            stage.settle()
-            floor.append(_median_us(bare_url, plan))
+    key, capabilities = key_url(stage.alice, stage.bob), f"{stage.alice.url}/capabilities"
+    alone: list[wrk.Counted] = []
+    together: list[wrk.Counted] = []
+    commits_us: list[list[float]] = []
+    sums_us: list[float] = []
+    for _ in range(plan.rounds * plan.turns):
+        capabilities_us = wrk.start(capabilities, plan.turn_seconds, connections=1).result().median_us
+        commits_us.append(store.single_row_times_us(plan.inserts))
+        sums_us.append(capabilities_us + statistics.median(commits_us[-1]))
+        alone.append(wrk.start(key, plan.turn_seconds, connections=1).result())
+        together.append(wrk.start(key, plan.turn_seconds, connections=_CONNECTIONS).result())
+        stage.settle()
     store.close()
     stage.clear()
-    parts = Figure("GET /capabilities", capabilities, _UNIT), Figure("bare INSERT and COMMIT", insert, _UNIT)
-    sums = [sum(pair) for pair in zip(capabilities, insert, strict=True)]
-    sum_of_parts = Figure("GET /capabilities + bare INSERT and COMMIT", sums, _UNIT)
-    bare = Figure("bare handler that commits a key's rows", floor, _UNIT)
-    one_caller = Figure("GET /key, one connection", key, _UNIT)
-    lines = [
-        Line(3, one_caller, sum_of_parts, Target("at most", 1.5)),
-        Line(3, bare, sum_of_parts),
-        Line(3, one_caller, bare),
-    ]
-    return Finding(lines, [f"item 3: {', '.join(f'{part.name} {part.spread()}' for part in parts)}"])
+    parts = Figure("GET /capabilities + bare INSERT and COMMIT", _ms(sums_us), "ms")
+    commit_p99 = Figure("p99 of a bare INSERT and COMMIT", _ms([p99(times) for times in commits_us]), "ms")
+    one_caller = Figure("GET /key, one connection", _ms([run.median_us for run in alone]), "ms")
+    one_p99 = Figure("p99 of GET /key, one connection", _ms([run.p99_us for run in alone]), "ms")
+    many_p99 = Figure(f"p99 of GET /key, {_CONNECTIONS} connections", _ms([run.p99_us for run in together]), "ms")
+    return Finding(
+        [
+            Line(3, one_caller, parts, Target("at most", 2.2)),
+            Line(3, one_p99, commit_p99),
+            Line(3, many_p99, commit_p99),
+        ]
+    )
 
 
-def _median_us(url: str, plan: Plan) -> float:
-    return wrk.start(url, plan.turn_seconds, connections=1).result().median_us
+def _ms(times_us: list[float]) -> list[float]:
+    return [time_us / 1000 for time_us in times_us]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench import wrk
 from bench.cpu import CpuMeter
 from bench.plan import Plan
-from bench.report import Figure, Finding, Line
+from bench.report import Figure, Finding, Line, Target
 from bench.stage import Stage
 from bench.waiting import key_url
 from sandbox.key_provider import KeyProvider
@@ -34,5 +34,6 @@ def measure(stage: Stage, plan: Plan) -> Finding:
             stage.settle()
     two_workers.stop_all()
     stage.clear()
-    line = Line(4, Figure("GET /key, two api workers", two.rates, "/s"), Figure("one worker", one.rates, "/s"))
+    two_rates, one_rates = Figure("GET /key, two api workers", two.rates, "/s"), Figure("one worker", one.rates, "/s")
+    line = Line(4, two_rates, one_rates, Target("at least", 1.15))
     return Finding([line], [f"item 4: with one worker {one.meter.shown()}; with two {two.meter.shown()}"])
