@@ -28,7 +28,6 @@ from skipbus.services.api.tls.serving import Tls
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import BackendError
-from skipbus.shared.hop import Hop
 from skipbus.shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
@@ -65,8 +64,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         keyring.pins,
         settings.peers,
     )
-    hop = Hop()
-    view = StoreView(settings, keyring, directory, hop)
+    view = StoreView(settings, engine, keyring, directory)
     store = StoreLink(settings, keyring, directory, make_queue_engine(settings.mysql))
     links = BusLink(settings, keyring, directory, engine, store) if settings.bus_peers else None
     skip = SkipMethods(settings, Links(store, {peer.system_id: links for peer in settings.bus_peers} if links else {}))
@@ -103,7 +101,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             tls.close()
             await runner.cleanup()
             await store.close()
-            view.close()
             engine.dispose()
 
 

@@ -6,20 +6,21 @@ reading stays, with its age. The store's schema is brought up to date by the fir
 
 from __future__ import annotations
 
-import functools
+import asyncio
 from dataclasses import dataclass
+
+from sqlalchemy import Engine
 
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import current_epoch
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
-from skipbus.shared.glance import Glance
-from skipbus.shared.hop import Hop
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings
-from skipbus.shared.store.glances import look_at_view
+from skipbus.shared.store.announcements import fetch_digests
+from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.migrate import bring_up_to_date
-from skipbus.shared.store.peers import PeerRow
-from skipbus.shared.store.processes import ProcessSeen
+from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
+from skipbus.shared.store.processes import ProcessSeen, fetch_processes
 
 # A reading every second: three missed ones, or one that hangs, and the store counts as away.
 STORE_AWAY_AFTER_MS = 3000
@@ -37,18 +38,9 @@ class Reading:
 class StoreView:
     """Reads the store for the api."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        keyring: Keyring,
-        directory: PeerDirectory,
-        hop: Hop,
-    ) -> None:
-        local_id, bus = settings.local_system_id, bool(settings.bus_peers)
-        self._look = functools.partial(look_at_view, local_id=local_id, bus=bus)
-        self._glance = Glance(settings.mysql)
-        self._hop = hop
+    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
         self._settings = settings
+        self._engine = engine
         self._keyring = keyring
         self._directory = directory
         self._schema_checked = False
@@ -67,18 +59,17 @@ class StoreView:
 
     async def refresh(self) -> None:
         """One reading. Raises BackendError while the store is away, KeyringError for one it does not know."""
-        await self._hop.run(self._refresh)
-
-    def close(self) -> None:
-        """Gives its connection back."""
-        self._glance.close()
+        await asyncio.to_thread(self._refresh)
 
     def _refresh(self) -> None:
         at_ms = now_ms()
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
-        digests, peers, processes = self._glance.read(self._look)
+        local_id = self._settings.local_system_id
+        with driver_errors(), self._engine.connect() as connection:
+            digests = fetch_digests(connection, local_id, bus=bool(self._settings.bus_peers))
+            peers, processes = fetch_peer_rows(connection, local_id), fetch_processes(connection, local_id)
         reading = Reading(now_ms(), tuple(peers), tuple(processes))
         if not self._directory.is_current(digests, at_ms):
             self._directory.refresh(at_ms)

@@ -20,14 +20,14 @@ from skipbus.services.janitor.expiry import Zeroizer
 from skipbus.services.janitor.pruning import prune
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
-from skipbus.shared.glance import Glance
 from skipbus.shared.lifecycle import Stopped, every, run_service, stop_group
 from skipbus.shared.logs import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.settings import Settings, config_from_argv
+from skipbus.shared.store.announcements import fetch_announcement_digest
 from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors, make_engine
-from skipbus.shared.store.glances import look_at_due
+from skipbus.shared.store.key_records import fetch_expired_exists
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.processes import upsert_process
 
@@ -76,7 +76,6 @@ class Janitor:
         self._election = Election(settings.mysql, f"janitor {settings.local_system_id}")
         self._epochs = EpochKeeper(settings, engine, keyring)
         self._zeroizer = Zeroizer(engine, settings.local_system_id, self._go_on)
-        self._glance = Glance(settings.mysql)
         self._elected = self._listed = False
         self._schema_checked = False
         self._ticks = 0
@@ -93,9 +92,8 @@ class Janitor:
         await asyncio.to_thread(self._report)
 
     def close(self) -> None:
-        """Gives up the election and the connection."""
+        """Gives up the election."""
         self._election.release()
-        self._glance.close()
 
     def _tick(self) -> None:
         if not self._schema_checked:
@@ -107,13 +105,16 @@ class Janitor:
             return
         self._epochs.tend(now_ms(), look=self._ticks % _LIST_EPOCHS_EVERY_TICKS == 0 or not self._listed)
         self._listed = True
-        due = self._glance.read(lambda c: look_at_due(c, self._settings.local_system_id, now_ms()))
-        self._epochs.announce(now_ms(), due.digest)
-        if due.expired:
+        local_id = self._settings.local_system_id
+        with driver_errors(), self._engine.connect() as connection:
+            expired = fetch_expired_exists(connection, local_id, now_ms())
+            digest = fetch_announcement_digest(connection, local_id)
+        self._epochs.announce(now_ms(), digest)
+        if expired:
             self._zeroized.inc(self._zeroizer.zeroize_own(now_ms()))
         if self._ticks % _SWEEP_EVERY_TICKS == 0:
             self._zeroized.inc(self._zeroizer.zeroize_abandoned(now_ms()))
-            prune(self._engine, self._settings.local_system_id, now_ms(), self._go_on)
+            prune(self._engine, local_id, now_ms(), self._go_on)
         self._ticks += 1
 
     def _is_elected(self) -> bool:

@@ -40,6 +40,7 @@ def _upsert(table: Table) -> Insert:
 
 _UPSERT, _UPSERT_BUS = _upsert(A), _upsert(B)
 _DIGESTS = select(A.c.system_id, A.c.digest)
+_DIGEST = select(A.c.digest).where(A.c.system_id == bindparam("system_id"))
 _BUS_DIGESTS = select(B.c.system_id, B.c.digest).where(B.c.local_id == bindparam("local_id"))
 
 
@@ -60,6 +61,12 @@ def fetch_announcement(connection: Connection, system_id: str) -> bytes | None:
     """One KP's announcement as it was signed. Primary key."""
     body: bytes | None = connection.execute(select(A.c.body).where(A.c.system_id == system_id)).scalar()
     return body
+
+
+def fetch_announcement_digest(connection: Connection, system_id: str) -> bytes | None:
+    """The digest of one KP's announcement, None where it has none. Primary key."""
+    stored: bytes | None = connection.execute(_DIGEST, {"system_id": system_id}).scalar()
+    return stored
 
 
 def fetch_announcement_issued_ms(connection: Connection, system_id: str) -> int:

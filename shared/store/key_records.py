@@ -27,6 +27,9 @@ _KNOWN = (
     .with_hint(K, f"FORCE INDEX ({_INDEX})")
     .where(K.c.key_id.in_(bindparam("key_ids", expanding=True)))
 )
+_EXPIRED = (
+    select(literal(1)).where(K.c.target_id == bindparam("target_id"), K.c.expires_ms <= bindparam("now_ms")).limit(1)
+)
 _EXISTS = select(literal(1)).with_hint(K, f"FORCE INDEX ({_INDEX})").where(K.c.key_id == bindparam("key_id"))
 
 
@@ -56,6 +59,11 @@ def delete_key_records_of_source(
 def fetch_known_key_ids(connection: Connection, key_ids: Collection[bytes]) -> frozenset[bytes]:
     """Those of the keyIds that are in the store already, whoever they are for. Index key_records_key_id."""
     return frozenset(connection.execute(_KNOWN, {"key_ids": list(key_ids)}).scalars())
+
+
+def fetch_expired_exists(connection: Connection, target_id: str, now_ms: int) -> bool:
+    """Whether a record of this target has expired. Prefix of the primary key."""
+    return connection.execute(_EXPIRED, {"target_id": target_id, "now_ms": now_ms}).first() is not None
 
 
 def fetch_key_record_exists(connection: Connection, key_id: bytes) -> bool:

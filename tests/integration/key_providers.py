@@ -25,12 +25,11 @@ from skipbus.services.janitor.epochs import EpochKeeper
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import SkipbusError
-from skipbus.shared.glance import Glance
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Settings, load_settings
+from skipbus.shared.store.announcements import fetch_announcement_digest
 from skipbus.shared.store.engine import connect, driver_errors, make_engine, make_queue_engine
-from skipbus.shared.store.glances import look_at_due
 from skipbus.shared.store.migrate import upgrade_store
 
 Answer = TypeVar("Answer")
@@ -91,12 +90,9 @@ class Store:
 def tend(keeper: EpochKeeper, at_ms: int, *, look: bool = True) -> None:
     """What a janitor does each second: keeps the epochs, and announces what the store has not."""
     keeper.tend(at_ms, look=look)
-    glance = Glance(keeper._settings.mysql)
-    try:
-        due = glance.read(lambda c: look_at_due(c, keeper._settings.local_system_id, at_ms))
-    finally:
-        glance.close()
-    keeper.announce(at_ms, due.digest)
+    with keeper._engine.connect() as connection:
+        digest = fetch_announcement_digest(connection, keeper._settings.local_system_id)
+    keeper.announce(at_ms, digest)
 
 
 class KeyProvider:

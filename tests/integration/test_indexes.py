@@ -23,7 +23,6 @@ from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store import (
     announcements,
     expiry,
-    glances,
     inbox,
     key_records,
     keys,
@@ -46,7 +45,7 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(announcements, expiry, glances, inbox, key_records, keys, outbox, peers, pinned_identities),
+    *(announcements, expiry, inbox, key_records, keys, outbox, peers, pinned_identities),
     *(processes, stock, withdrawn_keys, wrapping_keys),
 )
 
@@ -99,6 +98,7 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "fetch_digests": lambda c: announcements.fetch_digests(c, KP, bus=True),
     "fetch_bus_announcement_digests": lambda c: announcements.fetch_bus_announcement_digests(c, KP),
     "fetch_announcement": lambda c: announcements.fetch_announcement(c, KP),
+    "fetch_announcement_digest": lambda c: announcements.fetch_announcement_digest(c, KP),
     "fetch_announcement_issued_ms": lambda c: announcements.fetch_announcement_issued_ms(c, KP),
     "delete_announcement": lambda c: announcements.delete_announcement(c, KP),
     "upsert_bus_announcement": lambda c: announcements.upsert_bus_announcement(
@@ -120,6 +120,7 @@ SQLALCHEMY_CALLS |= {
     "insert_key_records": lambda c: key_records.insert_key_records(c, [RECORD]),
     "claim_key_records": lambda c: key_records.claim_key_records(c, KEY_IDS),
     "delete_key_records": lambda c: key_records.delete_key_records(c, KEY_IDS),
+    "fetch_expired_exists": lambda c: key_records.fetch_expired_exists(c, KP, NOW_MS),
     "fetch_key_record_exists": lambda c: key_records.fetch_key_record_exists(c, KEY_IDS[0]),
     "insert_outbox_rows": lambda c: outbox.insert_outbox_rows(c, [OUTBOX_ROW]),
     "fetch_tokens": lambda c: outbox.fetch_tokens(c, KEY_IDS),
@@ -158,8 +159,6 @@ RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
     "fetch_is_placed": lambda c: run_steps(c, keys.fetch_is_placed(KEY_IDS[0])),
     "fetch_commit_token": lambda c: run_steps(c, keys.fetch_commit_token(b"t" * 16)),
     "end_without_change": lambda c: run_steps(c, keys.end_without_change()),
-    "look_at_view": lambda c: glances.look_at_view(c, KP, bus=True),
-    "look_at_due": lambda c: glances.look_at_due(c, KP, NOW_MS),
 }
 
 
