@@ -11,7 +11,6 @@ from typing import Any
 
 from sandbox.client import Key
 from sandbox.key_provider import BusPeer
-from skipbus.services.syncer.payloads import pack_acknowledgement, pack_capabilities, pack_heartbeat
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
@@ -20,6 +19,7 @@ from skipbus.shared.crypto.sealing import make_wrapping_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.protocol.payloads import pack_acknowledgement, pack_capabilities, pack_heartbeat
 from skipbus.shared.settings.peers import identity_line
 
 KEY_TTL_MS = 3_600_000

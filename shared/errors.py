@@ -1,8 +1,8 @@
 """The error tree, by whose fault it is: the caller's, the peer's, a backend's, or ours.
 
 A message is one sentence that every client may read, and never has key material. One place maps errors to HTTP
-statuses (``skipbus.services.api.responses``), and one maps them to accepting or rejecting an envelope (syncer). Driver
-errors are wrapped where the driver is used, and keep their cause.
+statuses (``skipbus.services.api.responses``), and one maps them to accepting or rejecting an envelope
+(``skipbus.services.syncer.receive``). Driver errors are wrapped where the driver is used, and keep their cause.
 """
 
 from __future__ import annotations

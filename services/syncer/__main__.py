@@ -15,26 +15,22 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Engine
 
 from skipbus.services.syncer import metrics
-from skipbus.services.syncer.complaints import Complaints
-from skipbus.services.syncer.effects import Effects
-from skipbus.services.syncer.examination import Examiner
+from skipbus.services.syncer.apply import Applier
 from skipbus.services.syncer.heartbeat import Heartbeats, SignsOfLife
-from skipbus.services.syncer.inbox import Inbox
-from skipbus.services.syncer.intake import Intake
-from skipbus.services.syncer.key_effects import Aftermath
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.outbox import Outbox
 from skipbus.services.syncer.peers import PeerWatch
-from skipbus.services.syncer.refusals import Refusals
-from skipbus.services.syncer.refuser import Refuser
+from skipbus.services.syncer.receive import FollowUp, Incoming, Receiver
+from skipbus.services.syncer.reject import PeerRejections, Rejecter, RejectionLog
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.send import Sender
 from skipbus.services.syncer.sequence_numbers import Reservation, SequenceNumbers
 from skipbus.services.syncer.stock import StockWatch
 from skipbus.services.syncer.transport import RejectionQueue, Transport
+from skipbus.services.syncer.verify import Verifier
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.consuming import Consumer
-from skipbus.shared.broker.notifications import FOR_SYNCER, Notifier
+from skipbus.shared.broker.notifications import FOR_SYNCER, NotificationKind, Notifier
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import StoreUnavailable
@@ -87,14 +83,22 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     replies = Replies(transport, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, transport, replies)
 
-    effects = Effects(engine, local_id, {p.system_id for p in settings.bus_peers})
-    refusals = Refusals(directory)
-    complaints = Complaints(notifier, effects, sender, refusals, rejections)
-    examiner = Examiner(local_id, directory, keyring.epoch_ids)
-    refuser = Refuser(local_id, directory, refusals, replies, peers.clocks)
-    intake = Intake(consumer, settings.heartbeat_seconds)
-    inbox = Inbox(intake, directory, examiner, effects, sender, replies, complaints, refuser)
-    stock = StockWatch(settings, engine, leader, lambda: complaints.tell(Aftermath(stock_changed=True)))
+    applier, log = Applier(engine, local_id, {p.system_id for p in settings.bus_peers}), RejectionLog()
+    peer_rejections = PeerRejections(rejections, applier, notifier, log)
+    receiver = Receiver(
+        Incoming(consumer, settings.heartbeat_seconds),
+        Verifier(local_id, directory, keyring.epoch_ids),
+        applier,
+        Rejecter(local_id, directory, log, replies, peers.clocks),
+        FollowUp(directory, replies, sender, peer_rejections, notifier),
+        stop,
+    )
+
+    def on_stock_change() -> None:
+        notifier.notify(NotificationKind.STOCK)
+        wake_up.set()
+
+    stock = StockWatch(settings, engine, leader, on_stock_change)
     signs = SignsOfLife(engine, local_id, broker, publisher)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)
 
@@ -109,9 +113,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                     # Where there are none the account has no right to the table of stock either.
                     tasks.create_task(_quietly(stop, _TICK_SECONDS, "stock", stock.tick), name="stock")
                 tasks.create_task(heartbeats.run(stop), name="heartbeats")
-                tasks.create_task(inbox.run(stop), name="inbox")
+                tasks.create_task(receiver.run(), name="receive")
                 tasks.create_task(replies.run(), name="replies")
-                tasks.create_task(complaints.run(), name="complaints")
+                tasks.create_task(peer_rejections.run(), name="peer rejections")
                 tasks.create_task(
                     _quietly(stop, settings.heartbeat_seconds, "signs of life", signs.give), name="signs of life"
                 )

@@ -17,7 +17,6 @@ from sqlalchemy import Engine
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.outgoing import OutgoingEnvelope
-from skipbus.services.syncer.payloads import pack_heartbeat
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.transport import Transport
 from skipbus.shared.broker.connection import BrokerConnection, NeedsOperator
@@ -27,6 +26,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.lifecycle import pause
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType
+from skipbus.shared.protocol.payloads import pack_heartbeat
 from skipbus.shared.settings import Settings, project_version
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.processes import upsert_process
@@ -71,7 +71,7 @@ class Heartbeats:
             return False
         if self._digest not in (None, digest):
             for peer_id in peers:
-                self._replies.tell(peer_id)
+                self._replies.send_announcement(peer_id)
         self._digest = digest
         payload = pack_heartbeat(round(self._seconds * 1000), digest, self._software)
         for start in range(0, len(peers), CHUNK):

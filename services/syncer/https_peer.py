@@ -19,10 +19,10 @@ import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from skipbus.services.syncer.outgoing import Outcome
-from skipbus.services.syncer.payloads import printable
 from skipbus.services.syncer.transport import PeerAnswer
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES
+from skipbus.shared.protocol.payloads import printable
 from skipbus.shared.settings.peers import PeerSettings
 
 CONNECT_SECONDS = 3.0

@@ -9,7 +9,7 @@ peer has acknowledged them (``apply``), or when they are withdrawn or pointless.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 
 from sqlalchemy import Connection, Engine
@@ -20,6 +20,7 @@ from skipbus.services.syncer.sequence_numbers import SequenceNumbers
 from skipbus.shared.clock import now_ms
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
+from skipbus.shared.protocol.placed_keys import MAX_KEYS
 from skipbus.shared.settings import Settings
 from skipbus.shared.store import outbox
 from skipbus.shared.store.engine import driver_errors
@@ -111,11 +112,14 @@ class Outbox:
                 return 0
             keys = [key for payload in outbox.fetch_row_payloads(connection, ids) for key in _withdrawn(payload)]
             outbox.delete_rows(connection, ids)
-            if keys:
-                kind = EnvelopeType.KEY_WITHDRAWN.value
-                row = OutboxRow(self._local_id, peer_id, kind, encoding.pack(keys), len(keys), now_ms())
-                outbox.insert_outbox_rows(connection, [row])
+            outbox.insert_outbox_rows(connection, list(self._withdrawals(peer_id, keys)))
             return len(keys)
+
+    def _withdrawals(self, peer_id: str, keys: Sequence[list[object]]) -> Iterator[OutboxRow]:
+        kind, at_ms = EnvelopeType.KEY_WITHDRAWN.value, now_ms()
+        for start in range(0, len(keys), MAX_KEYS):
+            some = keys[start : start + MAX_KEYS]
+            yield OutboxRow(self._local_id, peer_id, kind, encoding.pack(some), len(some), at_ms)
 
 
 def _withdrawn(payload: bytes) -> list[list[object]]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from skipbus.services.syncer.payloads import Events, Payload, pack_events, read_payload
-from skipbus.services.syncer.placed_keys import MAX_RECORDS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
+from skipbus.shared.protocol.payloads import MAX_EVENTS, Events, Payload, pack_events, read_payload
+from skipbus.shared.protocol.placed_keys import MAX_KEYS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
 from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED, OutboxEnvelope, UnsentRow
 
 MAX_PAYLOAD_BYTES = 256 * 1024
@@ -27,6 +27,7 @@ MAX_SEALED_ROWS = MAX_WRAPPING_KEYS // 2
 # Stock that is taken back was never issued to anybody, so it does not count as withdrawn.
 STOCK_DROPPED = "stock.dropped"
 SEALED_TYPES = frozenset({KEY_PLACED, KEY_STOCKED})
+_COUNTED_ONLY = frozenset({EnvelopeType.KEY_RETRIEVED.value, EnvelopeType.KEY_EXPIRED.value})
 _MAX_KNOWN = 4_096
 _MALFORMED = (ValueError, TypeError, LookupError, EnvelopeRefused)
 _ENVELOPE_TYPES = {
@@ -126,8 +127,8 @@ class _Group:
     def offer(self, row: UnsentRow) -> None:
         self._size += row.payload_bytes
         self._items += row.items
-        sealed = row.type in SEALED_TYPES
-        too_many = sealed and (self._items > MAX_RECORDS or len(self.rows) >= MAX_SEALED_ROWS)
+        too_many = self._items > (MAX_EVENTS if row.type in _COUNTED_ONLY else MAX_KEYS)
+        too_many |= row.type in SEALED_TYPES and len(self.rows) >= MAX_SEALED_ROWS
         self._full = self._full or bool(self.rows and (self._size > MAX_PAYLOAD_BYTES or too_many))
         if not self._full:
             self.rows.append(row)
@@ -161,12 +162,13 @@ class EnvelopeBuilder:
         payload = self._payload(fetch, envelope.type, payloads)
         content = read_payload(kind, payload)
         expire_ms = keys_expire_ms(envelope.type, _entries_of(content))
-        return OutgoingEnvelope(kind, envelope.peer_id, payload, envelope.number, expire_ms, *log_summary(content))
+        requests = content.correlation_ids if isinstance(content, Events | PlacedKeys) else ()
+        return OutgoingEnvelope(kind, envelope.peer_id, payload, envelope.number, expire_ms, envelope.items, requests)
 
     def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:
             return pack_events(payloads)
-        records = [record for payload in payloads for record in encoding.unpack(payload, max_items=MAX_RECORDS)]
+        records = [record for payload in payloads for record in encoding.unpack(payload, max_items=MAX_KEYS)]
         needed = self._wrapping_keys(fetch, records)
         return pack_placed_keys(records, needed, stock=row_type == KEY_STOCKED)
 
@@ -190,14 +192,3 @@ def _entries_of(payload: Payload) -> Sequence[list[Any]]:
             return payload.records
         case _:
             return ()
-
-
-def log_summary(payload: Payload) -> tuple[int, tuple[str, ...]]:
-    """How many keys an envelope is about, and the correlation ids of the first requests for them."""
-    match payload:
-        case Events(count, correlation_ids):
-            return count, correlation_ids
-        case PlacedKeys():
-            return len(payload.records), payload.correlation_ids
-        case _:
-            return 0, ()

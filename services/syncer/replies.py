@@ -1,9 +1,9 @@
-"""Answers to peers that need not wait in the store: acknowledgements, refusals, and what concerns announcements.
+"""Replies to peers that need not wait in the store: acknowledgements, rejections, and what concerns announcements.
 
 All of them may be lost: an envelope that is not acknowledged comes again, and a heartbeat shows again which
 announcement its receiver lacks. They are gathered for a moment, because one signature can acknowledge a thousand
-envelopes; but where an encryptor waits for an acknowledgement it goes at once, and only what comes while one is being
-signed is gathered. Each peer is answered by itself: one that does not take its answers keeps no other waiting.
+envelopes; an acknowledgement that an encryptor waits for is sent at once. Each peer has its own task: one that does not
+take its replies delays no other.
 """
 
 from __future__ import annotations
@@ -15,91 +15,95 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from skipbus.services.syncer.outgoing import OutgoingEnvelope
-from skipbus.services.syncer.payloads import MAX_ACKNOWLEDGED, pack_acknowledgement, pack_capabilities, pack_complaint
 from skipbus.services.syncer.transport import Transport
 from skipbus.shared.errors import BackendError
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import EnvelopeType
+from skipbus.shared.protocol.payloads import (
+    MAX_ACKNOWLEDGED,
+    pack_acknowledgement,
+    pack_capabilities,
+    pack_rejection,
+)
 
 GATHER_SECONDS = 0.05
-# An announcement is large, and whoever replays an envelope must not get one for each.
-ASK_EVERY_SECONDS = 3.0
+# An announcement is large, and a replayed envelope must not cause one each time.
+REQUEST_EVERY_SECONDS = 3.0
 ANSWER_EVERY_SECONDS = 1.0
 KEEP_ANNOUNCEMENT_SECONDS = 0.5
-# Refusals that a peer is told of in a second. Only its own envelopes cause them, but somebody may play those back.
-COMPLAINTS_PER_SECOND = 20
-# Numbers that wait for a peer which does not take its answers; what is dropped is acknowledged when it comes again.
+# Rejections that a peer is sent in a second. Only its own envelopes cause them, but anybody may play those back.
+REJECTIONS_PER_SECOND = 20
+# Numbers that wait for a peer which does not take its replies; a dropped one is acknowledged when it comes again.
 MAX_WAITING = 20 * MAX_ACKNOWLEDGED
 
 _log = get_logger("replies")
 
 
 @dataclass(slots=True)
-class _Peer:
-    """What one peer is to be told."""
+class _Pending:
+    """What one peer is to be sent."""
 
-    stored: set[int] = field(default_factory=set)
-    complaints: list[bytes] = field(default_factory=list)
-    ask: bool = False
-    tell: bool = False
+    acknowledged: set[int] = field(default_factory=set)
+    rejections: list[bytes] = field(default_factory=list)
+    request_announcement: bool = False
+    send_announcement: bool = False
     second: int = 0
-    complained: int = 0
+    rejected: int = 0
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
     busy: bool = False
 
-    @property
-    def waiting(self) -> bool:
-        """Whether there is anything to tell."""
-        return bool(self.stored or self.complaints or self.ask or self.tell)
+    def __bool__(self) -> bool:
+        return bool(self.acknowledged or self.rejections or self.request_announcement or self.send_announcement)
 
 
 class Replies:
-    """``fetch_announcement`` blocks and gives the local KP's announcement as it stands in the store."""
+    """``fetch_announcement`` blocks and returns the local KP's announcement in the store. Of one event loop."""
 
     def __init__(self, transport: Transport, fetch_announcement: Callable[[], bytes | None]) -> None:
         self._transport = transport
         self._fetch_announcement = fetch_announcement
-        self._peers: dict[str, _Peer] = {}
-        self._asked: dict[str, float] = {}
-        self._told: dict[str, float] = {}
-        self._claimed: dict[str, float] = {}
+        self._peers: dict[str, _Pending] = {}
+        self._limits: dict[tuple[str, str], float] = {}
         self._finished = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
         self._announcement_lock = asyncio.Lock()
         self._announcement: tuple[float, bytes | None] = (-KEEP_ANNOUNCEMENT_SECONDS, None)
 
     def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False) -> None:
-        """The effect of the peer's envelope is committed; ``at_once`` where somebody waits to hear that."""
+        """The effect of the peer's envelope is committed; ``at_once`` where an encryptor waits for that."""
         peer = self._peer(peer_id)
-        if len(peer.stored) < MAX_WAITING:
-            peer.stored.add(number)
+        if len(peer.acknowledged) < MAX_WAITING:
+            peer.acknowledged.add(number)
         self._start(peer_id, peer, at_once=at_once)
 
-    def complain(self, peer_id: str, number: int, reason: str, explanation: str, *, verified: bool) -> None:
-        """The peer's envelope is refused; not ``verified`` where it is only said to be the peer's."""
-        if not verified and not _may(self._claimed, peer_id, ANSWER_EVERY_SECONDS):
-            return
+    def reject(self, peer_id: str, number: int, reason: str, explanation: str) -> None:
+        """The peer's envelope is rejected."""
         peer = self._peer(peer_id)
         second = int(time.monotonic())
         if second != peer.second:
-            peer.second, peer.complained = second, 0
-        if peer.complained < COMPLAINTS_PER_SECOND and len(peer.complaints) < COMPLAINTS_PER_SECOND:
-            peer.complained += 1
-            peer.complaints.append(pack_complaint(number, reason, explanation))
+            peer.second, peer.rejected = second, 0
+        if peer.rejected < REJECTIONS_PER_SECOND and len(peer.rejections) < REJECTIONS_PER_SECOND:
+            peer.rejected += 1
+            peer.rejections.append(pack_rejection(number, reason, explanation))
             self._start(peer_id, peer, at_once=True)
 
-    def ask(self, peer_id: str) -> None:
+    def reject_unproven(self, peer_id: str, number: int, reason: str, explanation: str) -> None:
+        """An envelope that claims to be the peer's is rejected."""
+        if self._may("unproven", peer_id, ANSWER_EVERY_SECONDS):
+            self.reject(peer_id, number, reason, explanation)
+
+    def request_announcement(self, peer_id: str) -> None:
         """The peer has an announcement that this KP does not have."""
-        if _may(self._asked, peer_id, ASK_EVERY_SECONDS):
+        if self._may("request", peer_id, REQUEST_EVERY_SECONDS):
             peer = self._peer(peer_id)
-            peer.ask = True
+            peer.request_announcement = True
             self._start(peer_id, peer)
 
-    def tell(self, peer_id: str) -> None:
+    def send_announcement(self, peer_id: str) -> None:
         """The peer shall have this KP's announcement."""
-        if _may(self._told, peer_id, ANSWER_EVERY_SECONDS):
+        if self._may("send", peer_id, ANSWER_EVERY_SECONDS):
             peer = self._peer(peer_id)
-            peer.tell = True
+            peer.send_announcement = True
             self._start(peer_id, peer)
 
     def finish(self) -> None:
@@ -107,7 +111,7 @@ class Replies:
         self._finished.set()
 
     async def run(self) -> None:
-        """Until ``finish``; then what is to be told is still sent."""
+        """Until ``finish``; then what is pending is still sent."""
         async with asyncio.TaskGroup() as self._tasks:
             for peer_id, peer in list(self._peers.items()):
                 self._start(peer_id, peer)
@@ -115,20 +119,27 @@ class Replies:
             for peer in self._peers.values():
                 peer.hurry.set()
 
-    def _peer(self, peer_id: str) -> _Peer:
-        return self._peers.setdefault(peer_id, _Peer())
+    def _peer(self, peer_id: str) -> _Pending:
+        return self._peers.setdefault(peer_id, _Pending())
 
-    def _start(self, peer_id: str, peer: _Peer, *, at_once: bool = False) -> None:
+    def _may(self, what: str, peer_id: str, every_seconds: float) -> bool:
+        now = time.monotonic()
+        if now - self._limits.get((what, peer_id), -every_seconds) < every_seconds:
+            return False
+        self._limits[what, peer_id] = now
+        return True
+
+    def _start(self, peer_id: str, peer: _Pending, *, at_once: bool = False) -> None:
         if at_once or self._finished.is_set():
             peer.hurry.set()
-        if peer.waiting and not peer.busy and self._tasks is not None:
+        if peer and not peer.busy and self._tasks is not None:
             peer.busy = True
-            self._tasks.create_task(self._answer(peer_id, peer), name=f"replies {peer_id}")
+            self._tasks.create_task(self._send(peer_id, peer), name=f"replies {peer_id}")
 
-    async def _answer(self, peer_id: str, peer: _Peer) -> None:
-        """Sends until there is nothing more; the next reply starts it anew."""
+    async def _send(self, peer_id: str, peer: _Pending) -> None:
+        """Sends until nothing is pending; the next reply starts it again."""
         try:
-            while peer.waiting:
+            while peer:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(GATHER_SECONDS):
                         await peer.hurry.wait()
@@ -137,21 +148,22 @@ class Replies:
         finally:
             peer.busy = False
 
-    async def _take(self, peer_id: str, peer: _Peer) -> list[OutgoingEnvelope]:
-        stored, peer.stored = sorted(peer.stored), set()
-        complaints, peer.complaints = peer.complaints, []
-        ask, tell, peer.ask, peer.tell = peer.ask, peer.tell, False, False
-        said = [
-            (EnvelopeType.KEY_STORED, pack_acknowledgement(stored[start : start + MAX_ACKNOWLEDGED]))
-            for start in range(0, len(stored), MAX_ACKNOWLEDGED)
+    async def _take(self, peer_id: str, peer: _Pending) -> list[OutgoingEnvelope]:
+        numbers, peer.acknowledged = sorted(peer.acknowledged), set()
+        rejections, peer.rejections = peer.rejections, []
+        request, peer.request_announcement = peer.request_announcement, False
+        send, peer.send_announcement = peer.send_announcement, False
+        payloads = [
+            (EnvelopeType.KEY_STORED, pack_acknowledgement(numbers[start : start + MAX_ACKNOWLEDGED]))
+            for start in range(0, len(numbers), MAX_ACKNOWLEDGED)
         ]
-        said += [(EnvelopeType.ENVELOPE_REFUSED, complaint) for complaint in complaints]
-        if ask:
-            said.append((EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
-        announcement = await self._read_announcement() if tell else None
+        payloads += [(EnvelopeType.ENVELOPE_REFUSED, rejection) for rejection in rejections]
+        if request:
+            payloads.append((EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
+        announcement = await self._read_announcement() if send else None
         if announcement is not None:
-            said.append((EnvelopeType.CAPABILITIES, pack_capabilities(announcement, request=False)))
-        return [OutgoingEnvelope(kind, peer_id, payload) for kind, payload in said]
+            payloads.append((EnvelopeType.CAPABILITIES, pack_capabilities(announcement, request=False)))
+        return [OutgoingEnvelope(kind, peer_id, payload) for kind, payload in payloads]
 
     async def _read_announcement(self) -> bytes | None:
         """Once for all peers that are to have it now."""
@@ -165,11 +177,3 @@ class Replies:
                     return None
                 self._announcement = time.monotonic(), body
             return body
-
-
-def _may(last: dict[str, float], peer_id: str, every_seconds: float) -> bool:
-    now = time.monotonic()
-    if now - last.get(peer_id, -every_seconds) < every_seconds:
-        return False
-    last[peer_id] = now
-    return True

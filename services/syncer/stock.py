@@ -89,7 +89,7 @@ class StockWatch:
             _tell_dropped(connection, self._local_id, peer_id, sent, at_ms)
 
 
-def drop_refused_stock(
+def drop_rejected_stock(
     connection: Connection, local_id: str, peer_id: str, tokens: Mapping[int, bytes], now_ms: int
 ) -> None:
     """Drops stock that the peer will never take; ``tokens`` by the ids of the outbox rows that carry it."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.outgoing import Outcome, OutgoingEnvelope
-from skipbus.services.syncer.payloads import Complaint
 from skipbus.services.syncer.sequence_numbers import SequenceNumbers
 from skipbus.shared.broker.publishing import Publisher, Unconfirmed
 from skipbus.shared.clock import now_ms
@@ -21,6 +20,7 @@ from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import BusUnavailable
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
+from skipbus.shared.protocol.payloads import Rejection
 
 if TYPE_CHECKING:
     from skipbus.services.syncer.https_peer import HttpsPeer
@@ -45,7 +45,7 @@ class PeerRejection:
     """A peer has rejected an envelope of this KP's."""
 
     peer_id: str
-    complaint: Complaint
+    rejection: Rejection
 
 
 class RejectionQueue(asyncio.Queue[PeerRejection | None]):
@@ -141,5 +141,5 @@ class Transport:
 
     def _note_answer(self, envelope: OutgoingEnvelope, answer: PeerAnswer) -> None:
         if answer.outcome is Outcome.REJECTED:
-            complaint = Complaint(envelope.number or 0, answer.reason, answer.explanation, ())
-            self._rejections.offer(PeerRejection(envelope.target, complaint))
+            rejection = Rejection(envelope.number or 0, answer.reason, answer.explanation, ())
+            self._rejections.offer(PeerRejection(envelope.target, rejection))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+from collections.abc import Iterator
 
+import pymysql
 import pytest
+from sqlalchemy import event
 
-from skipbus.services.syncer.effects import Applied, Effects, Verdict
-from skipbus.services.syncer.examination import Accepted
-from skipbus.services.syncer.payloads import Acknowledgement, Payload
-from skipbus.services.syncer.placed_keys import PlacedKeys
+from skipbus.services.syncer.apply import Applied, Applier, Result
+from skipbus.services.syncer.verify import Verified
 from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import StoreConflict
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
+from skipbus.shared.protocol.payloads import Acknowledgement, Payload
+from skipbus.shared.protocol.placed_keys import PlacedKeys
 from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from tests.integration.key_providers import Store
 
@@ -20,28 +25,28 @@ WRAPPING_KEY = [b"w" * 16, b"e" * 16, now_ms() + 3_600_000, b"sealed", b"signatu
 
 
 @pytest.fixture
-def effects(store: Store) -> Effects:
-    return Effects(store.engine, KP, {PEER})
+def applier(store: Store) -> Applier:
+    return Applier(store.engine, KP, {PEER})
 
 
-def accepted(payload: Payload, kind: EnvelopeType, number: int, sender: str = PEER) -> Accepted:
-    return Accepted(Header(kind, sender, KP, number, now_ms()), payload, redelivered=False)
+def accepted(payload: Payload, kind: EnvelopeType, number: int, sender: str = PEER) -> Verified:
+    return Verified(Header(kind, sender, KP, number, now_ms()), payload, redelivered=False)
 
 
 def record(key_id: bytes = b"") -> list[object]:
     return [key_id or secrets.token_bytes(16), 256, now_ms() + 60_000, "c", WRAPPING_KEY[0], b"n" * 12, b"s" * 48]
 
 
-def placed(number: int, records: list[list[object]], *, stock: bool = False) -> Accepted:
+def placed(number: int, records: list[list[object]], *, stock: bool = False) -> Verified:
     return accepted(PlacedKeys(tuple(records), (WRAPPING_KEY,), stock), EnvelopeType.KEY_ISSUED, number)
 
 
-def acknowledged(*numbers: int, sender: str = PEER) -> Accepted:
+def acknowledged(*numbers: int, sender: str = PEER) -> Verified:
     return accepted(Acknowledgement(numbers), EnvelopeType.KEY_STORED, 99, sender)
 
 
-def apply(effects: Effects, *batch: Accepted) -> Applied:
-    return effects.apply(batch, now_ms(), again=False)
+def apply(applier: Applier, *batch: Verified) -> Applied:
+    return applier.apply(batch, now_ms(), again=False)
 
 
 def state(store: Store) -> list[list[tuple[object, ...]]]:
@@ -73,11 +78,11 @@ def take_back(store: Store, source: str, key_id: object) -> None:
 # --- keys
 
 
-def test_keys_are_stored_counted_and_remembered(store: Store, effects: Effects) -> None:
+def test_keys_are_stored_counted_and_remembered(store: Store, applier: Applier) -> None:
     records = [record(b"a" * 16), record(b"b" * 16)]
-    done = apply(effects, placed(7, records))
-    assert done.verdicts == [Verdict.HANDLED]
-    assert done.aftermath.arrived == [b"a" * 16, b"b" * 16]
+    done = apply(applier, placed(7, records))
+    assert done.results == [Result.HANDLED]
+    assert done.after_commit.arrived == [b"a" * 16, b"b" * 16]
     assert state(store) == [
         [(KP, PEER, key_id, b"s" * 48, "c") for key_id in (b"a" * 16, b"b" * 16)],
         [(KP, PEER, 7)],
@@ -87,104 +92,142 @@ def test_keys_are_stored_counted_and_remembered(store: Store, effects: Effects) 
     ]
 
 
-def test_keys_whose_wrapping_key_is_known_are_stored_as_the_first_ones(store: Store, effects: Effects) -> None:
+def test_keys_whose_wrapping_key_is_known_are_stored_as_the_first_ones(store: Store, applier: Applier) -> None:
     for number in (7, 8):
-        assert apply(effects, placed(number, [record()])).verdicts == [Verdict.HANDLED]
+        assert apply(applier, placed(number, [record()])).results == [Result.HANDLED]
     assert (store.count("key_records"), store.count("wrapping_keys")) == (2, 1)
 
 
-def test_stock_is_held_and_neither_counted_nor_announced(store: Store, effects: Effects) -> None:
-    done = apply(effects, placed(7, [record(b"a" * 16)], stock=True))
-    assert done.aftermath.arrived == []
+def test_stock_is_held_and_neither_counted_nor_announced(store: Store, applier: Applier) -> None:
+    done = apply(applier, placed(7, [record(b"a" * 16)], stock=True))
+    assert done.after_commit.arrived == []
     assert state(store)[2:] == [[], [], [(b"a" * 16,)]]
     assert store.count("key_records") == 1
 
 
-def test_an_envelope_that_was_handled_before_is_a_duplicate_without_effect(store: Store, effects: Effects) -> None:
+def test_an_envelope_that_was_handled_before_is_a_duplicate_without_effect(store: Store, applier: Applier) -> None:
     envelope = placed(7, [record()])
-    apply(effects, envelope)
+    apply(applier, envelope)
     store.rows("DELETE FROM key_records")
     before = state(store)
-    done = apply(effects, envelope)
-    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.DUPLICATE], [])
+    done = apply(applier, envelope)
+    assert (done.results, done.after_commit.arrived) == ([Result.DUPLICATE], [])
     assert state(store) == before
 
 
 def test_a_key_that_exists_is_never_overwritten_and_its_envelope_is_not_remembered(
-    store: Store, effects: Effects
+    store: Store, applier: Applier
 ) -> None:
     known = record()
-    apply(effects, placed(7, [known]))
+    apply(applier, placed(7, [known]))
     known[-1] = b"x" * 48
     before = state(store)
-    done = apply(effects, placed(8, [record(), known]))
-    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.KEY_EXISTS], [])
+    done = apply(applier, placed(8, [record(), known]))
+    assert (done.results, done.after_commit.arrived) == ([Result.KEY_EXISTS], [])
     assert state(store) == before
 
 
 def test_of_a_batch_the_envelope_with_a_key_that_exists_takes_nothing_from_the_others(
-    store: Store, effects: Effects
+    store: Store, applier: Applier
 ) -> None:
     known = record()
-    done = apply(effects, placed(7, [known]), placed(8, [record(), known]), placed(9, [record()]))
-    assert done.verdicts == [Verdict.HANDLED, Verdict.KEY_EXISTS, Verdict.HANDLED]
+    done = apply(applier, placed(7, [known]), placed(8, [record(), known]), placed(9, [record()]))
+    assert done.results == [Result.HANDLED, Result.KEY_EXISTS, Result.HANDLED]
     assert store.count("key_records") == 2
     assert store.rows("SELECT envelope_no FROM inbox ORDER BY envelope_no") == [(7,), (9,)]
 
 
-def test_a_key_that_its_source_has_taken_back_is_left_out(store: Store, effects: Effects) -> None:
+def test_a_key_that_its_source_has_taken_back_is_left_out(store: Store, applier: Applier) -> None:
     taken_back, other = record(), record()
     take_back(store, PEER, taken_back[0])
-    done = apply(effects, placed(7, [other, taken_back]))
-    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.HANDLED], [other[0]])
+    done = apply(applier, placed(7, [other, taken_back]))
+    assert (done.results, done.after_commit.arrived) == ([Result.HANDLED], [other[0]])
     assert store.rows("SELECT key_id FROM key_records") == [(other[0],)]
     assert store.rows("SELECT inbound_issued FROM peers") == [(1,)]
 
 
 def test_an_envelope_of_keys_that_were_all_taken_back_is_handled_and_stores_nothing(
-    store: Store, effects: Effects
+    store: Store, applier: Applier
 ) -> None:
     taken_back = record()
     take_back(store, PEER, taken_back[0])
-    done = apply(effects, placed(7, [taken_back]))
-    assert (done.verdicts, done.aftermath.arrived) == ([Verdict.HANDLED], [])
+    done = apply(applier, placed(7, [taken_back]))
+    assert (done.results, done.after_commit.arrived) == ([Result.HANDLED], [])
     assert store.count("key_records") == 0
 
 
-def test_what_another_source_has_taken_back_keeps_no_key_away(store: Store, effects: Effects) -> None:
+def test_what_another_source_has_taken_back_keeps_no_key_away(store: Store, applier: Applier) -> None:
     mine = record()
     take_back(store, STRANGER, mine[0])
-    apply(effects, placed(7, [mine]))
+    apply(applier, placed(7, [mine]))
     assert store.count("key_records") == 1
 
 
 # --- acknowledgements
 
 
-def test_an_acknowledgement_takes_rows_away_and_counts_keys_on_demand(store: Store, effects: Effects) -> None:
+def test_an_acknowledgement_takes_rows_away_and_counts_keys_on_demand(store: Store, applier: Applier) -> None:
     tokens = outbox(store, "key.placed", "key.issued", "key.placed", items=3)
-    done = apply(effects, acknowledged(1, 2))
-    assert done.aftermath.stored == [tokens[0]]
+    done = apply(applier, acknowledged(1, 2))
+    assert done.after_commit.stored == [tokens[0]]
     assert store.rows("SELECT envelope_no FROM outbox") == [(3,)]
     assert store.rows("SELECT issued FROM peers") == [(3,)]
 
 
-def test_an_acknowledgement_that_comes_twice_counts_once(store: Store, effects: Effects) -> None:
+def test_an_acknowledgement_that_comes_twice_counts_once(store: Store, applier: Applier) -> None:
     tokens = outbox(store, "key.placed", items=3)
-    assert apply(effects, acknowledged(1)).aftermath.stored == tokens
-    assert apply(effects, acknowledged(1)).aftermath.stored == []
+    assert apply(applier, acknowledged(1)).after_commit.stored == tokens
+    assert apply(applier, acknowledged(1)).after_commit.stored == []
     assert store.rows("SELECT issued FROM peers") == [(3,)]
 
 
-def test_numbers_that_were_never_sent_acknowledge_nothing(store: Store, effects: Effects) -> None:
+def test_numbers_that_were_never_sent_acknowledge_nothing(store: Store, applier: Applier) -> None:
     outbox(store, "key.placed")
     before = state(store)
-    assert apply(effects, acknowledged(17)).aftermath.stored == []
+    assert apply(applier, acknowledged(17)).after_commit.stored == []
     assert state(store) == before
 
 
-def test_nobody_acknowledges_what_was_sent_to_another(store: Store, effects: Effects) -> None:
+def test_nobody_acknowledges_what_was_sent_to_another(store: Store, applier: Applier) -> None:
     outbox(store, "key.placed", "key.issued")
     before = state(store)
-    assert apply(effects, acknowledged(1, 2, sender=STRANGER)).aftermath.stored == []
+    assert apply(applier, acknowledged(1, 2, sender=STRANGER)).after_commit.stored == []
     assert state(store) == before
+
+
+# --- transactions that meet others
+
+
+def conflicts(store: Store, times: int) -> contextlib.AbstractContextManager[list[str]]:
+    """The first statements that insert a key fail as the victim of a deadlock does."""
+    met: list[str] = []
+
+    def meet(_c: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO key_records") and len(met) < times:
+            met.append(statement)
+            raise pymysql.err.OperationalError(1213, "Deadlock found")
+
+    @contextlib.contextmanager
+    def listening() -> Iterator[list[str]]:
+        event.listen(store.engine, "before_cursor_execute", meet)
+        try:
+            yield met
+        finally:
+            event.remove(store.engine, "before_cursor_execute", meet)
+
+    return listening()
+
+
+def test_the_victim_of_a_deadlock_is_tried_again_with_the_whole_effect_once(store: Store, applier: Applier) -> None:
+    with conflicts(store, 2) as met:
+        done = apply(applier, placed(7, [record(b"a" * 16)]))
+    assert len(met) == 2
+    assert (done.results, done.after_commit.arrived) == ([Result.HANDLED], [b"a" * 16])
+    assert store.rows("SELECT inbound_issued FROM peers") == [(1,)]
+
+
+def test_conflicts_without_an_end_are_told_and_leave_nothing(store: Store, applier: Applier) -> None:
+    with conflicts(store, 100) as met, pytest.raises(StoreConflict):
+        apply(applier, placed(7, [record()]))
+    assert 1 < len(met) < 100
+    assert state(store) == [[], [], [], [], []]

@@ -17,16 +17,16 @@ import pytest
 from sqlalchemy import Engine, bindparam, event, func, select, update
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.services.syncer.effects import MAX_KEYS, Effects
-from skipbus.services.syncer.examination import Accepted
-from skipbus.services.syncer.payloads import Acknowledgement, Events, Payload
-from skipbus.services.syncer.placed_keys import MAX_RECORDS
+from skipbus.services.syncer.apply import Applier
 from skipbus.services.syncer.sequence_numbers import RESERVED_US, Reservation, SequenceNumbers
+from skipbus.services.syncer.verify import Verified
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
+from skipbus.shared.protocol.payloads import Acknowledgement, Events, Payload
+from skipbus.shared.protocol.placed_keys import MAX_KEYS
 from skipbus.shared.store.announcements import fetch_bus_announcement
 from skipbus.shared.store.outbox import KEY_STOCKED, OutboxRow, insert_outbox_rows
 from skipbus.shared.store.peers import fetch_last_number, fetch_peer_rows, upsert_last_number
@@ -158,40 +158,35 @@ def _bound_octets(parameters: object) -> Iterator[bytes]:
             yield from _bound_octets(value)
 
 
-def accepted(payload: Payload, kind: EnvelopeType, number: int = 1) -> Accepted:
-    return Accepted(Header(kind, PEER, KP, number, now_ms()), payload, redelivered=False)
+def accepted(payload: Payload, kind: EnvelopeType, number: int = 1) -> Verified:
+    return Verified(Header(kind, PEER, KP, number, now_ms()), payload, redelivered=False)
 
 
-def test_an_envelope_of_many_withdrawals_is_several_bounded_transactions_and_one_effect(store: Store) -> None:
-    ids = [secrets.token_bytes(16) for _ in range(2 * MAX_KEYS + 500)]
+def test_an_envelope_of_many_withdrawals_is_one_effect(store: Store) -> None:
+    ids = [secrets.token_bytes(16) for _ in range(MAX_KEYS)]
     expires_ms = now_ms() + 60_000
     values = ",".join(f"('{KP}',{expires_ms},0x{i.hex()},'{PEER}',256,'w','n','s','')" for i in ids[:1_000] + ids[-10:])
     store.rows(f"INSERT INTO key_records VALUES {values}")
-    envelope = accepted(Events(len(ids), (), [[i, expires_ms, ""] for i in ids]), WITHDRAWN)
-    effects = Effects(store.engine, KP, {PEER})
-    with Transactions(store.engine, set(ids)).watched() as seen:
-        effects.apply([envelope], now_ms(), again=False)
-    assert sum(seen.sizes) == len(ids)
-    assert max(seen.sizes) == MAX_KEYS
+    envelope = accepted(Events([[i, expires_ms, ""] for i in ids]), WITHDRAWN)
+    applier = Applier(store.engine, KP, {PEER})
+    applier.apply([envelope], now_ms(), again=False)
     assert (store.count("key_records"), store.count("withdrawn_keys")) == (0, len(ids))
-    # A second time it is known, and neither touches nor counts anything.
-    with Transactions(store.engine, set(ids[:-MAX_KEYS])).watched() as again:
-        effects.apply([envelope], now_ms(), again=False)
+    # A second time it is known, and neither changes nor counts anything.
+    with Transactions(store.engine, set(ids)).watched() as again:
+        applier.apply([envelope], now_ms(), again=False)
     assert sum(again.sizes) == 0
     assert store.rows("SELECT inbound_withdrawn FROM peers WHERE peer_id = %s", PEER) == [(1_010,)]
 
 
 def test_an_envelope_of_much_released_stock_counts_once(store: Store) -> None:
-    ids = [secrets.token_bytes(16) for _ in range(2 * MAX_KEYS + 500)]
+    ids = [secrets.token_bytes(16) for _ in range(MAX_KEYS)]
     expires_ms = now_ms() + 60_000
     values = ",".join(f"('{KP}','{PEER}',0x{i.hex()},{expires_ms})" for i in ids)
     store.rows(f"INSERT INTO stock_held VALUES {values}")
-    envelope = accepted(Events(len(ids), (), [[i, 256, expires_ms, ""] for i in ids]), ISSUED)
-    effects = Effects(store.engine, KP, {PEER})
-    with Transactions(store.engine, set(ids)).watched() as seen:
-        effects.apply([envelope], now_ms(), again=False)
-        effects.apply([envelope], now_ms(), again=False)
-    assert max(seen.sizes) == MAX_KEYS
+    envelope = accepted(Events([[i, 256, expires_ms, ""] for i in ids]), ISSUED)
+    applier = Applier(store.engine, KP, {PEER})
+    applier.apply([envelope], now_ms(), again=False)
+    applier.apply([envelope], now_ms(), again=False)
     assert store.count("stock_held") == 0
     assert store.rows("SELECT inbound_issued FROM peers WHERE peer_id = %s", PEER) == [(len(ids),)]
 
@@ -212,12 +207,12 @@ def test_an_acknowledgement_of_much_is_several_bounded_transactions(store: Store
     tokens = placed_rows(store, count, items)
     with Transactions(store.engine, set(tokens)).watched() as seen:
         payload = Acknowledgement(tuple(range(1, count + 1)))
-        done = Effects(store.engine, KP, {PEER}).apply(
+        done = Applier(store.engine, KP, {PEER}).apply(
             [accepted(payload, EnvelopeType.KEY_STORED)], now_ms(), again=False
         )
     assert len(seen.sizes) >= min(count, 300 // 32)
     assert store.count("outbox") == 0
-    assert sorted(done.aftermath.stored) == sorted(tokens)
+    assert sorted(done.after_commit.stored) == sorted(tokens)
     assert store.rows("SELECT issued FROM peers WHERE peer_id = %s", PEER) == [(count * items,)]
 
 
@@ -225,19 +220,19 @@ def test_an_acknowledgement_of_much_from_a_peer_of_the_same_store_is_done_in_par
     placed_rows(store, 100, 1)
     with Transactions(store.engine, set()).watched() as seen:
         payload = Acknowledgement(tuple(range(1, 101)))
-        Effects(store.engine, KP).apply([accepted(payload, EnvelopeType.KEY_STORED)], now_ms(), again=False)
+        Applier(store.engine, KP).apply([accepted(payload, EnvelopeType.KEY_STORED)], now_ms(), again=False)
     assert len(seen.sizes) == 4
     assert store.count("outbox") == 0
 
 
 def test_a_peer_that_sends_many_full_envelopes_at_once_makes_no_large_transaction(scene: Scene) -> None:
     bob, carol = scene.bob, scene.carol
-    loads = [seal(carol.kp, bob, MAX_RECORDS) for _ in range(3)]
+    loads = [seal(carol.kp, bob, MAX_KEYS) for _ in range(3)]
     envelopes = [signed(carol.kp, bob.kp, ISSUED, load.payload(stock=True)) for load in loads]
     bob.kp.process.stop("syncer")
     scene.bus.publish(bob.kp, *envelopes)
     bob.kp.process.start("syncer")
-    all_of_it = 3 * MAX_RECORDS
+    all_of_it = 3 * MAX_KEYS
     wait_for(lambda: len(bob.held()) == all_of_it, timeout_seconds=3 * TIMEOUT_SECONDS, poll_seconds=0.5)
     assert all(load.ids <= bob.held() for load in loads)
     # What one transaction takes in is noted with one time.

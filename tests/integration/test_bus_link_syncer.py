@@ -17,18 +17,18 @@ import pytest
 
 from sandbox.ports import free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.services.syncer.payloads import (
-    Complaint,
-    pack_acknowledgement,
-    pack_capabilities,
-    pack_complaint,
-    read_payload,
-)
 from skipbus.shared.broker.notifications import NotificationKind
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import VERSION, EnvelopeType, check_envelope, read_envelope
+from skipbus.shared.protocol.payloads import (
+    Rejection,
+    pack_acknowledgement,
+    pack_capabilities,
+    pack_rejection,
+    read_payload,
+)
 from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 from tests.integration.broker_process import BrokerProcess
 from tests.integration.bus_rig import KEY_TTL_MS, Placed, Site, Sites, seal
@@ -60,7 +60,7 @@ class Scene:
         assert self.refused(self.bob, reason) == before + 1
         assert self.bob.records().keys() == records
 
-    def next_refusal(self, teller: Site) -> Complaint:
+    def next_refusal(self, teller: Site) -> Rejection:
         """The next refusal that Carol is told of."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
@@ -72,7 +72,7 @@ class Scene:
                 continue
             check_envelope(envelope, self.carol.kp.id, teller.kp.identity.public_key, now_ms())
             payload = read_payload(envelope.header.type, envelope.payload)
-            if isinstance(payload, Complaint):
+            if isinstance(payload, Rejection):
                 return payload
         raise AssertionError("no refusal was told")
 
@@ -395,7 +395,7 @@ async def test_a_refusal_is_told_to_the_operator_and_to_whoever_waits(scene: Sce
             while number is None:
                 rows = await asyncio.to_thread(alice.rig.outbox, alice.kp)
                 number = next((row.envelope_no for row in rows if row.token == placed.token), None)
-        refusal = pack_complaint(number, "unknown_version", "this release\nreads \x1b[31mversion 1")
+        refusal = pack_rejection(number, "unknown_version", "this release\nreads \x1b[31mversion 1")
         await asyncio.to_thread(bus.publish, alice.kp, signed(carol.kp, alice.kp, REFUSED, refusal))
         await ears.wait(NotificationKind.REJECTED, placed.token)
     row = alice.rig.peer(alice.kp, carol.kp)
@@ -427,7 +427,7 @@ def test_a_refusal_cannot_be_told_of_what_was_sent_to_another(scene: Scene) -> N
         wait_for(lambda: all(row.envelope_no for row in alice.rig.outbox(alice.kp)), timeout_seconds=TIMEOUT_SECONDS)
         (number,) = (row.envelope_no for row in alice.rig.outbox(alice.kp) if row.token == stocked.token)
         refusals = scene.alice.kp.log.count("envelope refused by peer")
-        refusal = signed(carol.kp, alice.kp, REFUSED, pack_complaint(number, "key_exists", "no"))
+        refusal = signed(carol.kp, alice.kp, REFUSED, pack_rejection(number, "key_exists", "no"))
         stored = signed(carol.kp, alice.kp, EnvelopeType.KEY_STORED, pack_acknowledgement([number]))
         scene.bus.publish(alice.kp, refusal, stored)
         wait_for(lambda: alice.kp.log.count("envelope refused by peer") > refusals, timeout_seconds=TIMEOUT_SECONDS)

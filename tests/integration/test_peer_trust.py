@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from skipbus.ctl.__main__ import main
-from skipbus.services.syncer.effects import Effects
-from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
-from skipbus.services.syncer.payloads import Capabilities, pack_capabilities, pack_heartbeat
+from skipbus.services.syncer.apply import Applier
 from skipbus.services.syncer.peers import PeerClocks
+from skipbus.services.syncer.verify import Rejected, Verified, Verifier
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
@@ -23,6 +22,7 @@ from skipbus.shared.errors import OperatorError
 from skipbus.shared.peer_directory import PIN_REREAD_MS, PRESENTED_EVERY_MS, PRESENTED_KEPT_MS, PeerDirectory
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.protocol.payloads import Capabilities, pack_capabilities, pack_heartbeat
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings.peers import PeerSettings, identity_line
 from skipbus.shared.store import announcements, outbox, peers
@@ -88,26 +88,26 @@ def capabilities(identity: Identity, announced_by: Identity | None = None) -> by
     return envelope(EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False), identity)
 
 
-def accepted(store: Store, directory: PeerDirectory, body: bytes) -> Accepted:
-    verdict = Examiner(ALICE, directory).examine(body, redelivered=False)
-    assert isinstance(verdict, Accepted), verdict
+def accepted(store: Store, directory: PeerDirectory, body: bytes) -> Verified:
+    verdict = Verifier(ALICE, directory).verify(body, redelivered=False)
+    assert isinstance(verdict, Verified), verdict
     return verdict
 
 
-def refused(store: Store, directory: PeerDirectory, body: bytes) -> Refusal:
-    verdict = Examiner(ALICE, directory).examine(body, redelivered=False)
-    assert isinstance(verdict, Refusal), verdict
+def refused(store: Store, directory: PeerDirectory, body: bytes) -> Rejected:
+    verdict = Verifier(ALICE, directory).verify(body, redelivered=False)
+    assert isinstance(verdict, Rejected), verdict
     return verdict
 
 
-def apply(store: Store, one: Accepted, *bus_ids: str) -> None:
-    Effects(store.engine, ALICE, bus_ids).apply([one], now_ms(), again=False)
+def apply(store: Store, one: Verified, *bus_ids: str) -> None:
+    Applier(store.engine, ALICE, bus_ids).apply([one], now_ms(), again=False)
 
 
-def announcing(identity: Identity, issued_ms: int) -> Accepted:
+def announcing(identity: Identity, issued_ms: int) -> Verified:
     made, body = announcement(BOB, identity, issued_ms)
     header = Header(EnvelopeType.CAPABILITIES, BOB, ALICE, 1, now_ms())
-    return Accepted(header, Capabilities(body, request=False), redelivered=False, announcement=made)
+    return Verified(header, Capabilities(body, request=False), redelivered=False, announcement=made)
 
 
 def row_of_bob(store: Store) -> PeerRow:

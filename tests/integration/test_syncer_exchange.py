@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from sandbox.servers import Database, MariaDbServer, RabbitMqServer
-from skipbus.services.syncer.payloads import (
+from skipbus.services.syncer.replies import ANSWER_EVERY_SECONDS
+from skipbus.shared.clock import now_ms
+from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
+from skipbus.shared.protocol.envelopes import EnvelopeType, check_envelope, read_envelope
+from skipbus.shared.protocol.payloads import (
     Capabilities,
     pack_acknowledgement,
     pack_capabilities,
     pack_heartbeat,
     read_payload,
 )
-from skipbus.services.syncer.replies import ANSWER_EVERY_SECONDS
-from skipbus.shared.clock import now_ms
-from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
-from skipbus.shared.protocol.envelopes import EnvelopeType, check_envelope, read_envelope
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from tests.integration.syncer_rig import (

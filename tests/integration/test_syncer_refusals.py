@@ -13,12 +13,12 @@ import pytest
 
 from sandbox.ports import free_port
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from skipbus.services.syncer.payloads import pack_capabilities, pack_heartbeat
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity, fingerprint
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, MAX_ENVELOPE_BYTES, EnvelopeType
+from skipbus.shared.protocol.payloads import pack_capabilities, pack_heartbeat
 from tests.integration.syncer_rig import (
     TIMEOUT_SECONDS,
     Kp,

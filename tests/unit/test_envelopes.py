@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipbus.services.syncer.payloads import read_payload
-from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
+from skipbus.services.syncer.verify_keys import OwnEpochs, verify_keys
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.protocol import encoding
@@ -32,6 +31,8 @@ from skipbus.shared.protocol.envelopes import (
     read_envelope,
     sign_envelope,
 )
+from skipbus.shared.protocol.payloads import read_payload
+from skipbus.shared.protocol.placed_keys import PlacedKeys
 
 VECTORS = sorted((Path(__file__).parents[1] / "vectors" / "envelopes").glob("*.json"))
 IDENTITY = Identity.generate()
@@ -54,8 +55,8 @@ def receive(vector: dict[str, Any]) -> SignedEnvelope:
     if isinstance(payload, PlacedKeys):
         epochs = OwnEpochs(frozenset)
         epochs.note(((bytes.fromhex(epoch_id), destroy_ms) for epoch_id, destroy_ms in vector["epochs"]), 0)
-        judge = PlacedKeysJudge(lambda _: vector["link"] == "bus", epochs)
-        judge.check(envelope.header, payload, sender_public_key, vector["now_ms"])
+        bus_peer = vector["link"] == "bus"
+        verify_keys(envelope.header, payload, sender_public_key, epochs, vector["now_ms"], bus_peer=bus_peer)
     return envelope
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipbus.services.syncer.effects import MAX_KEYS, portions
+from skipbus.services.syncer.apply import portions
 from skipbus.services.syncer.outgoing import (
     MAX_PAYLOAD_BYTES,
     MAX_SEALED_ROWS,
@@ -18,13 +18,15 @@ from skipbus.services.syncer.outgoing import (
     group_rows,
     keys_expire_ms,
 )
-from skipbus.services.syncer.payloads import Events, pack_events, read_payload
 from skipbus.services.syncer.peer_queue import LAST_RESEND_MS, is_due, resend_after_ms
-from skipbus.services.syncer.placed_keys import OwnEpochs
 from skipbus.services.syncer.sequence_numbers import SequenceNumbers
+from skipbus.services.syncer.verify_keys import OwnEpochs
 from skipbus.shared.broker.names import encode_id, live_routing_key, queue_name, routing_key
+from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType
+from skipbus.shared.protocol.payloads import Events, pack_events, read_payload
+from skipbus.shared.protocol.placed_keys import MAX_KEYS
 from skipbus.shared.store.inbox import INBOX_LIFETIME_MS
 from skipbus.shared.store.outbox import OUTBOX_LIFETIME_MS, UnsentRow
 
@@ -82,7 +84,27 @@ def test_the_events_of_several_rows_are_one_list_in_their_order() -> None:
 
 def test_no_more_than_twenty_correlation_ids_go_into_a_log_line() -> None:
     payload = encoding.pack([[bytes([i]), 1, f"c-{i}"] for i in range(30)])
-    assert read_payload(EnvelopeType.KEY_EXPIRED, payload) == Events(30, tuple(f"c-{i}" for i in range(20)))
+    events = read_payload(EnvelopeType.KEY_EXPIRED, payload)
+    assert isinstance(events, Events)
+    assert (events.count, events.correlation_ids) == (30, tuple(f"c-{i}" for i in range(20)))
+
+
+@pytest.mark.parametrize("kind", ["key.issued", "key.withdrawn"])
+def test_an_envelope_changes_no_more_keys_than_one_transaction_may(kind: str) -> None:
+    middle = [256, 1] if kind == "key.issued" else [1]
+    entries = [[n.to_bytes(16, "big"), *middle, ""] for n in range(MAX_KEYS + 1)]
+    with pytest.raises(EnvelopeRefused):
+        read_payload(EnvelopeType(kind), encoding.pack(entries))
+    read = read_payload(EnvelopeType(kind), encoding.pack(entries[:-1]))
+    assert isinstance(read, Events)
+    assert read.count == MAX_KEYS
+    rows = [UnsentRow(n, "KP_Bob", kind, MAX_KEYS // 2, 100) for n in range(3)]
+    assert ids(group_rows(rows)) == [[0, 1]]
+
+
+def test_events_that_are_only_counted_share_an_envelope_beyond_that() -> None:
+    rows = [UnsentRow(n, "KP_Bob", "key.expired", MAX_KEYS, 100) for n in range(3)]
+    assert ids(group_rows(rows)) == [[0, 1, 2]]
 
 
 # --- numbers

@@ -1,7 +1,7 @@
-"""What envelopes about a bus peer's keys do to the store, each in the transaction that it is handled in.
+"""What envelopes of bus peers do to keys, each in the transaction of its envelope.
 
-A record is stored only if nothing stands under its keyId yet, and never after its withdrawal, in whichever order the
-two arrive. Stock counts as issued when its source says that it was given out, not when it is placed.
+A record is stored only if its keyId is new, and never after its withdrawal, in whichever order the two arrive. Stock
+counts as issued when its source reports that it was given out, not when it is placed.
 """
 
 from __future__ import annotations
@@ -12,69 +12,83 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
-from skipbus.services.syncer.payloads import Complaint, Events
-from skipbus.services.syncer.placed_keys import MAX_LIFETIME_MS, PlacedKeys
-from skipbus.services.syncer.stock import drop_refused_stock
+from skipbus.services.syncer.stock import drop_rejected_stock
+from skipbus.services.syncer.verify_keys import MAX_LIFETIME_MS
+from skipbus.shared.broker.notifications import NotificationKind, Notifier
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import Header
+from skipbus.shared.protocol.payloads import Events, Rejection
+from skipbus.shared.protocol.placed_keys import MAX_KEYS, PlacedKeys
 from skipbus.shared.store import key_records, outbox, peers, stock, withdrawn_keys, wrapping_keys
 from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED, EnvelopeRow
 
+_KNOWN_SECONDS = 30.0
+_MAX_KNOWN = 4_096
+
 _log = get_logger("stock")
-_TRUSTED_SECONDS = 30.0
-_MAX_TRUSTED = 4_096
 
 
 @dataclass(slots=True)
-class Aftermath:
-    """What other processes of this KP are told once the transaction is committed."""
+class AfterCommit:
+    """What the other processes of this KP are notified of once a transaction is committed."""
 
     stored: list[bytes] = field(default_factory=list)
     """Tokens of keys on demand that the peer has stored."""
-    refused: list[bytes] = field(default_factory=list)
-    """Tokens of keys on demand whose envelope the peer has refused."""
+    rejected: list[bytes] = field(default_factory=list)
+    """Tokens of keys on demand whose envelope the peer has rejected."""
     arrived: list[bytes] = field(default_factory=list)
     """keyIds of keys on demand that are here now."""
     stock_changed: bool = False
 
+    def add(self, other: AfterCommit) -> None:
+        """What another transaction has done."""
+        self.stored += other.stored
+        self.rejected += other.rejected
+        self.arrived += other.arrived
+        self.stock_changed |= other.stock_changed
+
+    def notify(self, notifier: Notifier) -> None:
+        """To be called after the commit, on the event loop."""
+        for kind, items in (
+            (NotificationKind.STORED, self.stored),
+            (NotificationKind.REJECTED, self.rejected),
+            (NotificationKind.ARRIVED, self.arrived),
+        ):
+            if items:
+                notifier.notify(kind, items)
+        if self.stock_changed:
+            notifier.notify(NotificationKind.STOCK)
+
 
 class KnownWrappingKeys:
-    """Wrapping keys that this process has stored a moment ago: every envelope brings those it needs."""
+    """Wrapping keys that this process has stored a moment ago: every envelope brings those that it needs."""
 
     def __init__(self) -> None:
         self._known: dict[SealedWrappingKey, float] = {}
 
-    def missing(self, wrapping_keys: Iterable[SealedWrappingKey]) -> list[SealedWrappingKey]:
+    def missing(self, wanted: Iterable[SealedWrappingKey]) -> list[SealedWrappingKey]:
         """Those that must be stored, or compared with what is stored."""
-        since = time.monotonic() - _TRUSTED_SECONDS
-        return [one for one in wrapping_keys if self._known.get(one, since) <= since]
+        since = time.monotonic() - _KNOWN_SECONDS
+        return [one for one in wanted if self._known.get(one, since) <= since]
 
-    def note(self, wrapping_keys: Iterable[SealedWrappingKey]) -> None:
+    def note(self, stored: Iterable[SealedWrappingKey]) -> None:
         """These are committed."""
-        if len(self._known) > _MAX_TRUSTED:
+        if len(self._known) > _MAX_KNOWN:
             self._known.clear()
-        self._known.update(dict.fromkeys(wrapping_keys, time.monotonic()))
+        self._known.update(dict.fromkeys(stored, time.monotonic()))
 
 
-class KeyEffects:
-    """One transaction's part that deals with keys of bus peers."""
+class KeyChanges:
+    """The part of one transaction that changes keys."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        local_id: str,
-        now_ms: int,
-        known: KnownWrappingKeys,
-        aftermath: Aftermath | None = None,
-    ) -> None:
-        """An ``aftermath`` that is given is that of transactions before this one, and is added to."""
+    def __init__(self, connection: Connection, local_id: str, now_ms: int, known: KnownWrappingKeys) -> None:
         self._connection = connection
         self._local_id = local_id
         self._now_ms = now_ms
         self._known = known
-        self.aftermath = aftermath or Aftermath()
+        self.after_commit = AfterCommit()
         self.stored_wrapping_keys: list[SealedWrappingKey] = []
 
     def store(self, header: Header, placed: PlacedKeys) -> int | None:
@@ -95,14 +109,11 @@ class KeyEffects:
         if placed.stock:
             stock.insert_stock_held(self._connection, self._local_id, header.sender, wanted)
             return 0
-        self.aftermath.arrived += [record.key_id for record in wanted]
+        self.after_commit.arrived += [record.key_id for record in wanted]
         return len(wanted)
 
     def _store_wrapping_keys(self, missing: Sequence[SealedWrappingKey]) -> bool:
-        """False where another one stands under one of the ids, which then stays as it is.
-
-        Acknowledging keys whose wrapping key is not the one that they were sealed under would lose them.
-        """
+        """False where another wrapping key has one of the ids: keys that are sealed under this one would be lost."""
         wrapping_keys.insert_wrapping_keys(self._connection, missing)
         stored = wrapping_keys.fetch_sealed_wrapping_keys(self._connection, [w.wrapping_key_id for w in missing])
         return set(stored) == set(missing)
@@ -123,52 +134,51 @@ class KeyEffects:
         return max(0, deleted - held)
 
     def drop_stock(self, peer_id: str, reason: str) -> None:
-        """The peer can open nothing of what is placed there: all of it, and what is on its way.
+        """The peer cannot open what is placed there: all stock is dropped, and what is in transit.
 
-        In one transaction, however much it is: an operator's mishap, and not something that a peer gains by.
+        In one transaction, however many keys: an operator's mistake causes it, and a peer gains nothing by it.
         """
         outbox.delete_stocked_rows(self._connection, self._local_id, peer_id)
         count = stock.delete_stock_of_peer(self._connection, self._local_id, peer_id)
         if count:
-            self.aftermath.stock_changed = True
+            self.after_commit.stock_changed = True
             _log.warning("stock dropped, the peer cannot open it", peer=peer_id, count=count, reason=reason)
 
-    def acknowledge(self, peer_id: str, numbers: Collection[int], max_keys: int) -> tuple[int, bool]:
-        """A bus peer has the keys of these envelopes; how many on demand are issued by that, and whether there are
-        rows left, which have more than ``max_keys`` keys together with those that were dealt with.
+    def acknowledge(self, peer_id: str, numbers: Collection[int]) -> tuple[int, bool]:
+        """A bus peer has the keys of these envelopes; how many on demand are issued by that, and whether rows are left.
+
+        Rows are left where all of them have more than MAX_KEYS keys.
         """
         found = outbox.fetch_envelope_rows(self._connection, self._local_id, peer_id, numbers)
-        rows = _first_rows(found, max_keys)
-        if not rows:
-            return 0, False
+        rows = _first_rows(found)
         outbox.delete_rows(self._connection, [row.id for row in rows])
         stocked = [row.token for row in rows if row.type == KEY_STOCKED and row.token]
         if stocked:
             stock.update_stock_placed(self._connection, stocked, self._now_ms)
-            self.aftermath.stock_changed = True
+            self.after_commit.stock_changed = True
         placed = [row for row in rows if row.type == KEY_PLACED]
-        self.aftermath.stored += [row.token for row in placed if row.token]
+        self.after_commit.stored += [row.token for row in placed if row.token]
         return sum(row.items for row in placed), len(rows) < len(found)
 
-    def hear_refusal(self, peer_id: str, complaint: Complaint) -> None:
-        """A peer has refused an envelope: kept for the operator, and told to whoever waits for its keys."""
-        told = f"{complaint.reason}: {complaint.explanation}"
-        peers.upsert_rejection(self._connection, self._local_id, peer_id, told, self._now_ms)
-        rows = outbox.fetch_envelope_rows(self._connection, self._local_id, peer_id, [complaint.number])
-        self.aftermath.refused += [row.token for row in rows if row.type == KEY_PLACED and row.token]
+    def note_rejection(self, peer_id: str, rejection: Rejection) -> None:
+        """A peer has rejected an envelope: recorded for the operator; whoever waits for its keys is notified."""
+        words = f"{rejection.reason}: {rejection.explanation}"
+        peers.upsert_rejection(self._connection, self._local_id, peer_id, words, self._now_ms)
+        rows = outbox.fetch_envelope_rows(self._connection, self._local_id, peer_id, [rejection.number])
+        self.after_commit.rejected += [row.token for row in rows if row.type == KEY_PLACED and row.token]
         stocked = {row.id: row.token for row in rows if row.type == KEY_STOCKED and row.token}
-        # These very keys will never be taken; without them the stock is filled with others.
-        if complaint.reason == "key_exists" and stocked:
-            drop_refused_stock(self._connection, self._local_id, peer_id, stocked, self._now_ms)
-            self.aftermath.stock_changed = True
+        # The peer will never take these keys; without them the stock is filled with others.
+        if rejection.reason == "key_exists" and stocked:
+            drop_rejected_stock(self._connection, self._local_id, peer_id, stocked, self._now_ms)
+            self.after_commit.stock_changed = True
 
 
-def _first_rows(rows: Sequence[EnvelopeRow], max_keys: int) -> list[EnvelopeRow]:
-    """As many as have ``max_keys`` keys, one at least."""
+def _first_rows(rows: Sequence[EnvelopeRow]) -> list[EnvelopeRow]:
+    """As many as have MAX_KEYS keys together, one at least."""
     taken, keys = list[EnvelopeRow](), 0
     for row in rows:
-        if taken and keys + row.items > max_keys:
+        keys += row.items
+        if taken and keys > MAX_KEYS:
             break
         taken.append(row)
-        keys += row.items
     return taken

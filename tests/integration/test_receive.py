@@ -1,25 +1,35 @@
-"""Heartbeats wait for each other and for nothing else; no other envelope ever waits for one."""
+"""Heartbeats wait for each other and for nothing else; no other envelope waits for one, or fails with another."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 from sandbox.servers import Database, RabbitMqServer
-from skipbus.services.syncer.effects import Effects, Verdict
-from skipbus.services.syncer.examination import Accepted
-from skipbus.services.syncer.intake import MAX_GATHER_SECONDS, MAX_GATHERED, Intake
-from skipbus.services.syncer.payloads import Heartbeat, pack_acknowledgement, pack_heartbeat
+from skipbus.services.syncer.apply import Applied, Applier, Result
+from skipbus.services.syncer.receive import MAX_GATHER_SECONDS, MAX_GATHERED, FollowUp, Incoming, Receiver
+from skipbus.services.syncer.reject import Rejecter
+from skipbus.services.syncer.verify import Verified, Verifier
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.consuming import Consumer, Delivery
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.protocol.payloads import Heartbeat, pack_acknowledgement, pack_heartbeat
+from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Secret
+from skipbus.shared.store.announcements import upsert_announcement
 from skipbus.shared.store.peers import fetch_peer_rows
 from tests.integration.key_providers import Store
 
@@ -39,6 +49,11 @@ def acknowledgement(number: int) -> bytes:
     return sign_envelope(header, pack_acknowledgement([number]), IDENTITY)
 
 
+def events(number: int) -> bytes:
+    header = Header(EnvelopeType.KEY_RETRIEVED, BOB, ALICE, number, now_ms())
+    return sign_envelope(header, encoding.pack([[secrets.token_bytes(16), now_ms(), "c"]]), IDENTITY)
+
+
 @asynccontextmanager
 async def intake(rabbitmq: RabbitMqServer, interval_seconds: float = INTERVAL_SECONDS) -> AsyncIterator[Handed]:
     # A queue of each test's own: nothing of an earlier one is ever in it.
@@ -47,13 +62,13 @@ async def intake(rabbitmq: RabbitMqServer, interval_seconds: float = INTERVAL_SE
     broker = BrokerConnection(url, "test", [consumer, publisher])
     async with broker.connected():
         await broker.up.wait()
-        yield Handed(Intake(consumer, interval_seconds), publisher, local_id)
+        yield Handed(Incoming(consumer, interval_seconds), publisher, local_id)
 
 
 class Handed:
     """What an inbox would be handed, and when."""
 
-    def __init__(self, made: Intake, publisher: Publisher, local_id: str) -> None:
+    def __init__(self, made: Incoming, publisher: Publisher, local_id: str) -> None:
         self.intake = made
         self._publisher = publisher
         self._local_id = local_id
@@ -137,17 +152,92 @@ def test_heartbeats_of_one_batch_are_each_written_under_their_own_peer(database:
     store = Store(database, tmp_path)
     at_ms = now_ms()
     batch = [
-        Accepted(
+        Verified(
             Header(EnvelopeType.HEARTBEAT, f"KP_{n}", ALICE, 100 + n, at_ms), Heartbeat(1000 * n, None), False, None, n
         )
         for n in (3, 1, 2)
     ]
-    effects = Effects(store.engine, ALICE)
-    assert effects.apply(batch, at_ms, again=False).verdicts == [Verdict.HANDLED] * 3
-    assert effects.apply(batch, at_ms, again=False).verdicts == [Verdict.REPLAYED] * 3
+    applier = Applier(store.engine, ALICE)
+    assert applier.apply(batch, at_ms, again=False).results == [Result.HANDLED] * 3
+    assert applier.apply(batch, at_ms, again=False).results == [Result.REPLAYED] * 3
     with store.engine.connect() as connection:
         rows = fetch_peer_rows(connection, ALICE)
     store.close()
     assert {(r.peer_id, r.heartbeat_interval_ms, r.clock_skew_ms, r.last_heartbeat_ms) for r in rows} == {
         (f"KP_{n}", 1000 * n, n, at_ms) for n in (1, 2, 3)
     }
+
+
+# --- one envelope never fails its neighbours
+
+
+@dataclass
+class FakeDelivery:
+    """A delivery in the test's hands, and how it was answered."""
+
+    body: bytes
+    redelivered: bool = False
+    waited_ms: int = 0
+    lost: bool = False
+    answer: str = ""
+
+    async def ack(self) -> None:
+        self.answer = "ack"
+
+    async def reject(self) -> None:
+        self.answer = "reject"
+
+    async def requeue(self) -> None:
+        self.answer = "requeue"
+
+
+class Deliveries:
+    """One batch; then the process is told to stop."""
+
+    def __init__(self, batch: list[FakeDelivery], stop: asyncio.Event) -> None:
+        self._batches = [batch]
+        self._stop = stop
+
+    async def next_deliveries(self, _limit: int, _wait_seconds: float) -> list[FakeDelivery]:
+        self._stop.set()
+        return self._batches.pop() if self._batches else []
+
+    async def stop(self) -> None:
+        pass
+
+
+class Faulty(Applier):
+    """It has a fault that only the envelope with this number meets."""
+
+    faulty_number = 13
+
+    def apply(self, batch: Sequence[Verified], now_ms: int, *, again: bool) -> Applied:
+        if any(one.header.number == self.faulty_number for one in batch):
+            raise RuntimeError("a fault that nobody foresaw")
+        return super().apply(batch, now_ms, again=again)
+
+
+async def test_an_envelope_that_meets_a_fault_does_not_fail_its_neighbours(database: Database, tmp_path: Path) -> None:
+    store = Store(database, tmp_path)
+    with store.engine.begin() as connection:
+        said = Announcement(BOB, IDENTITY.public_key, now_ms(), "test", ())
+        upsert_announcement(connection, said, sign_announcement(said, IDENTITY))
+    directory = PeerDirectory(store.engine, ALICE, RemoteSystemIds([BOB], ALICE))
+    directory.refresh(now_ms())
+    followed: list[int] = []
+
+    def follow(verified: Sequence[Verified], _applied: Applied) -> None:
+        followed.extend(one.header.number for one in verified)
+
+    follow_up = cast("FollowUp", SimpleNamespace(follow_up=follow, finish=lambda: None))
+    rejecter = cast("Rejecter", SimpleNamespace(log_left_out=lambda: None))
+    stop = asyncio.Event()
+    batch = [FakeDelivery(events(number)) for number in (12, 13, 14)]
+    deliveries = cast("Incoming", Deliveries(batch, stop))
+    applier = Faulty(store.engine, ALICE)
+    await Receiver(deliveries, Verifier(ALICE, directory), applier, rejecter, follow_up, stop).run()
+    store_rows = store.rows("SELECT envelope_no FROM inbox ORDER BY envelope_no")
+    store.close()
+    assert [one.answer for one in batch] == ["ack", "requeue", "ack"]
+    assert store_rows == [(12,), (14,)]
+    assert followed == [12, 14]

@@ -11,10 +11,8 @@ from typing import Any, cast
 
 import pytest
 
-from skipbus.services.syncer.examination import Accepted, Examiner, Refusal
 from skipbus.services.syncer.metrics import REASONS
-from skipbus.services.syncer.payloads import pack_acknowledgement
-from skipbus.services.syncer.placed_keys import pack_placed_keys
+from skipbus.services.syncer.verify import Rejected, Verified, Verifier
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan
 from skipbus.shared.crypto.hpke import HybridPrivateKey
@@ -24,6 +22,8 @@ from skipbus.shared.crypto.sealing import make_wrapping_key
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
+from skipbus.shared.protocol.payloads import pack_acknowledgement
+from skipbus.shared.protocol.placed_keys import pack_placed_keys
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 IDENTITY, OTHER = Identity.generate(), Identity.generate()
@@ -81,14 +81,14 @@ class Directory:
         self.known[ALICE] = IDENTITY.public_key
 
 
-def examiner(directory: Directory | None = None, epochs: Callable[[], frozenset[bytes]] = frozenset) -> Examiner:
-    return Examiner(BOB, cast("PeerDirectory", cast("Any", directory or Directory())), epochs)
+def verifier(directory: Directory | None = None, epochs: Callable[[], frozenset[bytes]] = frozenset) -> Verifier:
+    return Verifier(BOB, cast("PeerDirectory", cast("Any", directory or Directory())), epochs)
 
 
 @pytest.mark.parametrize("body", [signed, placed], ids=["acknowledgement", "keys"])
 def test_what_is_in_order_is_accepted(body: Callable[[], bytes]) -> None:
-    result = examiner().examine(body(), redelivered=True)
-    assert isinstance(result, Accepted)
+    result = verifier().verify(body(), redelivered=True)
+    assert isinstance(result, Verified)
     assert (result.header.sender, result.header.number, result.redelivered) == (ALICE, 7, True)
 
 
@@ -110,54 +110,54 @@ def test_what_is_in_order_is_accepted(body: Callable[[], bytes]) -> None:
     ],
 )
 def test_whatever_is_wrong_is_refused_with_its_reason(body: Callable[[], bytes], reason: str) -> None:
-    refusal = examiner().examine(body(), redelivered=False)
-    assert isinstance(refusal, Refusal)
+    refusal = verifier().verify(body(), redelivered=False)
+    assert isinstance(refusal, Rejected)
     assert refusal.reason == reason
     assert refusal.explanation.isprintable()
 
 
 def test_a_sender_that_was_not_known_a_moment_ago_is_looked_up_once_a_second() -> None:
     directory = Directory(pin=None)
-    made = examiner(directory)
-    assert isinstance(made.examine(signed(), redelivered=False), Accepted)
+    made = verifier(directory)
+    assert isinstance(made.verify(signed(), redelivered=False), Verified)
     directory.known.clear()
     for _ in range(3):
-        refusal = made.examine(signed(), redelivered=False)
-        assert isinstance(refusal, Refusal)
+        refusal = made.verify(signed(), redelivered=False)
+        assert isinstance(refusal, Rejected)
         assert refusal.reason == "unknown_sender"
     assert directory.refreshed == 1
 
 
 def test_keys_from_a_peer_of_the_same_store_are_refused() -> None:
-    refusal = examiner(Directory(bus=False)).examine(placed(), redelivered=False)
-    assert isinstance(refusal, Refusal)
+    refusal = verifier(Directory(bus=False)).verify(placed(), redelivered=False)
+    assert isinstance(refusal, Rejected)
     assert refusal.reason == "not_a_bus_peer"
 
 
 def test_keys_for_an_epoch_that_is_announced_no_more_are_accepted_while_the_keyring_has_it(tmp_path: Path) -> None:
     keyring = Keyring.create(tmp_path / "keyring", BOB)
-    made = examiner(Directory(announced=False), lambda: frozenset(keyring.epoch_ids()))
-    refusal = made.examine(placed(), redelivered=False)
-    assert isinstance(refusal, Refusal)
+    made = verifier(Directory(announced=False), lambda: frozenset(keyring.epoch_ids()))
+    refusal = made.verify(placed(), redelivered=False)
+    assert isinstance(refusal, Rejected)
     assert refusal.reason == "unknown_epoch"
     keyring.write_epoch(EPOCH)
-    assert isinstance(made.examine(placed(), redelivered=False), Accepted)
+    assert isinstance(made.verify(placed(), redelivered=False), Verified)
 
 
 def test_an_error_that_nobody_foresaw_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("skipbus.services.syncer.examination.check_envelope", fail)
-    refusal = examiner().examine(signed(), redelivered=False)
-    assert isinstance(refusal, Refusal)
+    monkeypatch.setattr("skipbus.services.syncer.verify.check_envelope", fail)
+    refusal = verifier().verify(signed(), redelivered=False)
+    assert isinstance(refusal, Rejected)
     assert refusal.reason == "malformed"
 
 
 def test_a_signed_envelope_keeps_its_bytes() -> None:
     """A receiver verifies what it was sent, and packs nothing anew."""
     protected, payload, proof = encoding.unpack(signed())
-    assert isinstance(examiner().examine(encoding.pack([protected, payload, proof]), redelivered=False), Accepted)
+    assert isinstance(verifier().verify(encoding.pack([protected, payload, proof]), redelivered=False), Verified)
 
 
 def test_every_reason_that_stands_in_the_protocol_has_a_label_of_its_own() -> None:

@@ -1,9 +1,7 @@
-"""Decides whether an envelope may have an effect: sender, target, signature, date, payload.
+"""Verifies envelopes: sender, target, signature, date, payload. Blocks, and belongs in a thread.
 
-Blocks, and is for a thread.
-
-Nothing of an envelope is believed before its signature is verified against the sender's pin, except the names that are
-needed to find that pin. Whether its number is new is decided with its effect (``effects``).
+Nothing in an envelope is believed before its signature is verified against the sender's pin, except the names that are
+needed to find that pin. Whether its number is new is decided by ``apply``, in the transaction of its effect.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from skipbus.services.syncer.payloads import Capabilities, Payload, read_payload
-from skipbus.services.syncer.placed_keys import OwnEpochs, PlacedKeys, PlacedKeysJudge
+from skipbus.services.syncer.verify_keys import OwnEpochs, verify_keys
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused
@@ -28,12 +25,13 @@ from skipbus.shared.protocol.envelopes import (
     read_claim,
     read_envelope,
 )
+from skipbus.shared.protocol.payloads import Capabilities, Payload, read_payload
+from skipbus.shared.protocol.placed_keys import PlacedKeys
 
-# How often an unknown sender may cause a look into the store.
-_LOOK_AGAIN_MS = 1_000
-# Refused before the pinned identity's signature was verified, or because it did not verify: what such an envelope
-# says is nobody's word. Every other reason comes after that.
-_NOT_VERIFIED = frozenset(
+# How often an unknown sender may cause a query.
+_REFRESH_EVERY_MS = 1_000
+# Reasons that come before the signature is verified: such an envelope proves nothing about its sender.
+_UNPROVEN = frozenset(
     {
         "too_large",
         "malformed",
@@ -45,17 +43,17 @@ _NOT_VERIFIED = frozenset(
         "identity_changed",
     }
 )
-# Its header is readable, though what it says is not proven: the sender can be told, and may do something about it.
+# The header is readable, though unproven: the sender can be notified, and may do something about it.
 _UNREADABLE = frozenset({"unknown_version", "unknown_type"})
 
-_log = get_logger("examination")
+_log = get_logger("verify")
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class Verified:
     """A verified envelope; ``announcement`` is the one in a ``capabilities`` payload, verified as well.
 
-    ``clock_skew_ms`` is by how much its date lies behind the local clock at its receipt: negative where it is ahead.
+    ``clock_skew_ms`` is by how much its date is behind the local clock at its receipt: negative where it is ahead.
     """
 
     header: Header
@@ -66,12 +64,12 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why an envelope is dead-lettered; ``sender`` is what it claims, None where that cannot be read.
+class Rejected:
+    """Why an envelope is dead-lettered; ``sender`` is the claimed one, None where that cannot be read.
 
-    ``header`` is None where it could not be read, and the sender's own word only where ``verified``. A
-    ``clock_skew_ms`` is given where the envelope was refused by its date and says something of the sender's clock.
-    ``claim`` is what one that this release cannot read says of itself.
+    ``header`` is None where it could not be read, and proven only where ``verified``. ``clock_skew_ms`` is there where
+    the envelope was rejected for its date and says something of the sender's clock. ``claim`` is what an envelope that
+    this release cannot read says of itself.
     """
 
     reason: str
@@ -83,23 +81,19 @@ class Refusal:
     claim: Claim | None = None
 
 
-class Examiner:
-    """Goes by one KP's directory."""
+class Verifier:
+    """Of one KP."""
 
     def __init__(
-        self,
-        local_id: str,
-        directory: PeerDirectory,
-        epochs_in_keyring: Callable[[], Collection[bytes]] = frozenset,
+        self, local_id: str, directory: PeerDirectory, epochs_in_keyring: Callable[[], Collection[bytes]] = frozenset
     ) -> None:
         self._local_id = local_id
         self._directory = directory
         self._own_epochs = OwnEpochs(epochs_in_keyring)
-        self._judge = PlacedKeysJudge(directory.is_bus_peer, self._own_epochs)
-        self._looked_ms = 0
+        self._refreshed_ms = 0
 
-    def examine(self, body: bytes, redelivered: bool, waited_ms: int = 0) -> Accepted | Refusal:
-        """The verdict; ``waited_ms`` is how long ago it arrived.
+    def verify(self, body: bytes, redelivered: bool, waited_ms: int = 0) -> Verified | Rejected:
+        """The result; ``waited_ms`` is how long ago the envelope arrived.
 
         Raises StoreUnavailable, only where a sender had to be looked up.
         """
@@ -107,58 +101,59 @@ class Examiner:
         try:
             envelope = read_envelope(body)
             header = envelope.header
-            return self._accept(envelope, redelivered, waited_ms)
+            return self._verify(envelope, redelivered, waited_ms)
         except EnvelopeRefused as error:
-            return _refusal(error, header, body)
+            return _rejected(error, header, body)
         except SkipbusError:
             raise
-        except Exception as error:  # noqa: BLE001 -- no surprise in what somebody sent may end the loop that reads it
+        except Exception as error:  # noqa: BLE001 -- nothing that a peer sends may end the loop that reads it
             _log.error("envelope not understood", exc_info=error)
-            return Refusal("malformed", header.sender if header else None, "an envelope is malformed")
+            return Rejected("malformed", header.sender if header else None, "an envelope is malformed")
 
-    def _accept(self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int) -> Accepted:
+    def _verify(self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int) -> Verified:
         header = envelope.header
         pin, at_ms = self._find_pin(header.sender), now_ms()
         try:
             check_envelope(envelope, self._local_id, pin, at_ms)
         except EnvelopeRefused as error:
             if error.reason == "bad_signature":
-                self._blame_changed_identity(envelope)
+                self._raise_if_identity_changed(envelope)
             raise
         payload = read_payload(header.type, envelope.payload)
         announcement = None
         if isinstance(payload, PlacedKeys):
-            self._note_own_epochs(at_ms)
-            self._judge.check(header, payload, pin, at_ms)
+            self._verify_keys(header, payload, pin, at_ms)
         if isinstance(payload, Capabilities) and payload.announcement is not None:
-            announcement = _read_announcement(payload.announcement, header.sender, pin)
-        return Accepted(header, payload, redelivered, announcement, at_ms - waited_ms - header.date_ms)
+            announcement = _verify_announcement(payload.announcement, header.sender, pin)
+        return Verified(header, payload, redelivered, announcement, at_ms - waited_ms - header.date_ms)
 
-    def _note_own_epochs(self, at_ms: int) -> None:
+    def _verify_keys(self, header: Header, placed: PlacedKeys, pin: bytes, at_ms: int) -> None:
         own = self._directory.get(self._local_id)
         if own is not None:
             self._own_epochs.note(((epoch.epoch_id, epoch.span.destroy_ms) for epoch in own.epochs), at_ms)
+        bus_peer = self._directory.is_bus_peer(header.sender)
+        verify_keys(header, placed, pin, self._own_epochs, at_ms, bus_peer=bus_peer)
 
     def _find_pin(self, sender: str) -> bytes:
         if self._directory.allows(sender):
-            pin = self._directory.pin(sender) or self._look_again(sender)
+            pin = self._directory.pin(sender) or self._refresh_for(sender)
             if pin is not None:
                 return pin
         raise EnvelopeRefused("unknown_sender", "an envelope's sender is not a peer of this key provider")
 
-    def _look_again(self, sender: str) -> bytes | None:
-        """A KP that announced itself a moment ago is not a stranger."""
+    def _refresh_for(self, sender: str) -> bytes | None:
+        """A KP may have announced itself a moment ago."""
         at_ms = now_ms()
-        if abs(at_ms - self._looked_ms) < _LOOK_AGAIN_MS:
+        if abs(at_ms - self._refreshed_ms) < _REFRESH_EVERY_MS:
             return None
-        self._looked_ms = at_ms
+        self._refreshed_ms = at_ms
         try:
             self._directory.refresh(at_ms)
         except StoreRefused:
-            return None  # the watch tells of it, once
+            return None  # ``peers`` logs it, once
         return self._directory.pin(sender)
 
-    def _blame_changed_identity(self, envelope: SignedEnvelope) -> None:
+    def _raise_if_identity_changed(self, envelope: SignedEnvelope) -> None:
         """Raises EnvelopeRefused: identity_changed, where the envelope is signed by what the sender presents now."""
         sender = envelope.header.sender
         conflict = self._directory.conflicts().get(sender)
@@ -180,9 +175,9 @@ class Examiner:
         return True
 
     def _presented_in(self, envelope: SignedEnvelope) -> bytes | None:
-        """The identity that an announcement under a bus peer's name carries. It proves nothing but that it is another.
+        """The identity in an announcement under a bus peer's name. It proves only that it is another one.
 
-        The announcements of others stand in the store, where the directory finds what they present.
+        The announcements of other peers are in the store, where the directory finds what they present.
         """
         header = envelope.header
         if header.type is not EnvelopeType.CAPABILITIES or not self._directory.is_bus_peer(header.sender):
@@ -197,19 +192,19 @@ class Examiner:
         return announcement.public_key if announcement.system_id == header.sender else None
 
 
-def _refusal(error: EnvelopeRefused, header: Header | None, body: bytes) -> Refusal:
+def _rejected(error: EnvelopeRefused, header: Header | None, body: bytes) -> Rejected:
     claim = read_claim(body) if error.reason in _UNREADABLE else None
     sender = header.sender if header else claim.sender if claim else None
-    verified = error.reason not in _NOT_VERIFIED and header is not None
+    verified = error.reason not in _UNPROVEN and header is not None
     # A kept envelope may be old because it waited; a heartbeat is not kept, so its age is the clock's.
     by_clock = error.reason == "from_future" or (
         error.reason == "too_old" and header is not None and header.type is EnvelopeType.HEARTBEAT
     )
     skew_ms = now_ms() - header.date_ms if by_clock and header is not None else None
-    return Refusal(error.reason, sender, str(error), header, verified, skew_ms, claim)
+    return Rejected(error.reason, sender, str(error), header, verified, skew_ms, claim)
 
 
-def _read_announcement(body: bytes, sender: str, pin: bytes) -> Announcement:
+def _verify_announcement(body: bytes, sender: str, pin: bytes) -> Announcement:
     try:
         announcement = read_announcement(body)
     except SealBroken as error:

@@ -1,0 +1,303 @@
+"""Receives envelopes: batch → verify → apply → acknowledge.
+
+No envelope is answered before its effect is committed. While the store is away the deliveries are held and tried again:
+giving them back would use up their delivery limit, which is there for envelopes that cannot be handled. A batch in
+which something unexpected fails is applied again one by one, so that one envelope never fails its neighbours.
+
+Heartbeats are gathered for a moment, because with hundreds of peers one arrives every few milliseconds and a
+transaction for each costs more than it is worth. What an envelope says of its type is not verified there: a false one
+changes only the moment at which it is handled, and at most MAX_GATHERED are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential
+
+from skipbus.services.syncer import metrics
+from skipbus.services.syncer.apply import Applied, Applier, Result, keys_changed, portions
+from skipbus.services.syncer.reject import PeerRejections, Rejecter
+from skipbus.services.syncer.replies import Replies
+from skipbus.services.syncer.send import Sender
+from skipbus.services.syncer.verify import Rejected, Verified, Verifier
+from skipbus.shared.broker.consuming import PREFETCH, Consumer, Delivery
+from skipbus.shared.broker.notifications import Notifier
+from skipbus.shared.clock import now_ms
+from skipbus.shared.errors import EnvelopeRefused, StoreUnavailable
+from skipbus.shared.lifecycle import pause
+from skipbus.shared.logs import get_logger
+from skipbus.shared.peer_directory import PeerDirectory
+from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
+from skipbus.shared.protocol.payloads import Acknowledgement, Capabilities, Events, Heartbeat, Rejection
+from skipbus.shared.protocol.placed_keys import PlacedKeys
+
+BATCH = 2 * PREFETCH
+# Half of what the broker delivers unacknowledged, so that other live envelopes are still delivered.
+MAX_GATHERED = PREFETCH // 2
+# Of the local heartbeat interval: small next to the time after which a peer counts as late.
+GATHER_SHARE = 0.05
+MAX_GATHER_SECONDS = 0.25
+_POLL_SECONDS = 0.5
+_DRAIN_SECONDS = 0.1
+# A heartbeat has 5 kB. What is longer is not read on the event loop.
+_MAX_HEARTBEAT_BYTES = 16 * 1024
+_STORE_WAIT = wait_exponential(multiplier=0.2, max=5.0)
+# Verified envelopes that are rejected for what is in the store.
+_REJECTED = {
+    Result.REPLAYED: "a heartbeat with a number that is not new",
+    Result.KEY_EXISTS: "a key under an id that exists here already",
+}
+# The same envelope with a new date may be accepted.
+_PASSING_REASONS = frozenset({"too_old", "from_future"})
+
+_log = get_logger("receive")
+T = TypeVar("T")
+
+
+class Incoming:
+    """What the consumer delivers; heartbeats come together and later than the rest."""
+
+    def __init__(self, consumer: Consumer, heartbeat_seconds: float) -> None:
+        self._consumer = consumer
+        self._gather_seconds = min(MAX_GATHER_SECONDS, GATHER_SHARE * heartbeat_seconds)
+        self._gathered: list[Delivery] = []
+        self._due_at = 0.0
+
+    async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
+        """As ``Consumer.next_deliveries``; an empty list also where only heartbeats came, for a later call."""
+        if self._gathered:
+            wait_seconds = min(wait_seconds, max(0.0, self._due_at - time.monotonic()))
+        urgent = [one for one in await self._consumer.next_deliveries(limit, wait_seconds) if not self._gather(one)]
+        # Checked at each call: heartbeats must not wait for a pause in what is urgent.
+        if len(self._gathered) < MAX_GATHERED and time.monotonic() < self._due_at:
+            return urgent
+        gathered, self._gathered = self._gathered, []
+        return urgent + [one for one in gathered if not one.lost]
+
+    async def stop(self) -> None:
+        """Takes in no more; what was delivered already is still returned, at once."""
+        self._gather_seconds = self._due_at = 0.0
+        await self._consumer.stop()
+
+    def _gather(self, delivery: Delivery) -> bool:
+        """Whether it is kept for a later call."""
+        if self._gather_seconds <= 0 or not _is_heartbeat(delivery.body):
+            return False
+        if not self._gathered:
+            self._due_at = time.monotonic() + self._gather_seconds
+        self._gathered.append(delivery)
+        return True
+
+
+def _is_heartbeat(body: bytes) -> bool:
+    if len(body) > _MAX_HEARTBEAT_BYTES:
+        return False
+    try:
+        return read_envelope(body).header.type is EnvelopeType.HEARTBEAT
+    except EnvelopeRefused:
+        return False
+
+
+class FollowUp:
+    """What is sent, noted and forgotten when the effect of an envelope is committed. Of one event loop."""
+
+    def __init__(
+        self,
+        directory: PeerDirectory,
+        replies: Replies,
+        sender: Sender,
+        peer_rejections: PeerRejections,
+        notifier: Notifier,
+    ) -> None:
+        self._directory = directory
+        self._replies = replies
+        self._sender = sender
+        self._peer_rejections = peer_rejections
+        self._notifier = notifier
+
+    def follow_up(self, batch: Sequence[Verified], applied: Applied) -> None:
+        """Acknowledgements first, because encryptors wait for them."""
+        for one, result in zip(batch, applied.results, strict=True):
+            self._follow_up(one, result)
+        applied.after_commit.notify(self._notifier)
+        if applied.after_commit.stock_changed:
+            self._sender.wake()
+
+    def finish(self) -> None:
+        """No more will come."""
+        self._replies.finish()
+        self._peer_rejections.finish()
+
+    def _follow_up(self, one: Verified, result: Result) -> None:
+        peer_id, number = one.header.sender, one.header.number
+        match one.payload:
+            case (Events() | PlacedKeys()) as payload if result in (Result.HANDLED, Result.DUPLICATE):
+                # A duplicate came again because its acknowledgement did not arrive.
+                self._replies.acknowledge(peer_id, number, at_once=isinstance(payload, PlacedKeys))
+            case Acknowledgement(numbers):
+                self._sender.forget(peer_id, numbers)
+            case Rejection(rejected_number, reason) as rejection:
+                self._peer_rejections.note(peer_id, rejection)
+                if reason not in _PASSING_REASONS:
+                    self._sender.note_rejected(peer_id, rejected_number)
+            case Heartbeat(_, bytes() as digest) if result is Result.HANDLED:
+                if digest != self._directory.digest(peer_id):
+                    self._replies.request_announcement(peer_id)
+            case Capabilities(_, True):
+                self._replies.send_announcement(peer_id)
+            case _:
+                pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A delivery whose envelope is verified and whose effect is still to be committed."""
+
+    delivery: Delivery
+    verified: Verified
+
+
+class _GivenUp(Exception):
+    """The broker will deliver the batch again: its connection is lost, or this process ends."""
+
+
+class Receiver:
+    """Handles what the bus delivers, one batch after another."""
+
+    def __init__(
+        self,
+        incoming: Incoming,
+        verifier: Verifier,
+        applier: Applier,
+        rejecter: Rejecter,
+        follow_up: FollowUp,
+        stop: asyncio.Event,
+    ) -> None:
+        self._incoming = incoming
+        self._verifier = verifier
+        self._applier = applier
+        self._rejecter = rejecter
+        self._follow_up = follow_up
+        self._stop = stop
+
+    async def run(self) -> None:
+        """Until ``stop``; then what was delivered already is still handled."""
+        try:
+            while not self._stop.is_set():
+                await self._handle(await self._incoming.next_deliveries(BATCH, _POLL_SECONDS))
+                self._rejecter.log_left_out()
+            await self._incoming.stop()
+            while batch := await self._incoming.next_deliveries(BATCH, _DRAIN_SECONDS):
+                await self._handle(batch)
+        finally:
+            self._follow_up.finish()
+
+    async def _handle(self, batch: Sequence[Delivery]) -> None:
+        if not batch:
+            return
+        try:
+            opened = await self._verify(batch)
+            for portion in portions(opened, lambda one: keys_changed(one.verified)):
+                await self._apply(portion)
+        except _GivenUp:
+            _log.debug("deliveries left to the broker", count=len(batch))
+
+    async def _verify(self, batch: Sequence[Delivery]) -> list[_Open]:
+        def verify(_again: bool) -> list[Verified | Rejected]:
+            return [self._verifier.verify(one.body, one.redelivered, one.waited_ms) for one in batch]
+
+        opened: list[_Open] = []
+        for delivery, result in zip(batch, await self._while_store_away(verify, batch), strict=True):
+            if isinstance(result, Verified):
+                opened.append(_Open(delivery, result))
+            else:
+                await self._rejecter.reject(delivery, result)
+        return opened
+
+    async def _apply(self, batch: Sequence[_Open]) -> None:
+        verified = [one.verified for one in batch]
+        try:
+            applied = await self._while_store_away(
+                lambda again: self._applier.apply(verified, now_ms(), again=again), [one.delivery for one in batch]
+            )
+        except _GivenUp:
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever one envelope caused must not fail the others
+            await self._apply_one_by_one(batch, error)
+            return
+        self._follow_up.follow_up(verified, applied)
+        # The envelopes that encryptors wait for are on their way before the broker is answered.
+        await asyncio.sleep(0)
+        for one, result in zip(batch, applied.results, strict=True):
+            await self._answer(one, result)
+
+    async def _apply_one_by_one(self, batch: Sequence[_Open], error: Exception) -> None:
+        if len(batch) > 1:
+            for one in batch:
+                await self._apply([one])
+            return
+        header = batch[0].verified.header
+        _log.error(
+            "envelope not handled",
+            type=header.type,
+            peer=header.sender,
+            number=header.number,
+            reason=str(error),
+            exc_info=error,
+        )
+        await pause(self._stop, 1.0)
+        await batch[0].delivery.requeue()
+
+    async def _while_store_away(self, action: Callable[[bool], T], batch: Sequence[Delivery]) -> T:
+        """Does ``action`` in a thread until the store is there; its argument says whether it was tried before.
+
+        Raises _GivenUp, and what ``action`` raises but StoreUnavailable.
+        """
+
+        async def sleep(seconds: float) -> None:
+            if not await pause(self._stop, seconds) or all(delivery.lost for delivery in batch):
+                raise _GivenUp
+
+        def log(state: RetryCallState) -> None:
+            reason = str(state.outcome.exception()) if state.outcome else ""
+            _log.debug("store away, deliveries are held", count=len(batch), reason=reason)
+
+        async def attempt() -> T:
+            return await asyncio.to_thread(action, next(attempts) > 0)
+
+        attempts = itertools.count()
+        retry = retry_if_exception_type(StoreUnavailable)
+        return await AsyncRetrying(retry=retry, wait=_STORE_WAIT, sleep=sleep, before_sleep=log)(attempt)
+
+    async def _answer(self, one: _Open, result: Result) -> None:
+        header = one.verified.header
+        if result in _REJECTED:
+            explanation = f"{header.sender} sent {_REJECTED[result]}"
+            rejected = Rejected(result.value, header.sender, explanation, header, verified=True)
+            await self._rejecter.reject(one.delivery, rejected)
+            return
+        await one.delivery.ack()
+        metrics.RECEIVED.labels(header.type.value, result.value).inc()
+        _log_received(one.verified, result)
+
+
+def _log_received(one: Verified, result: Result) -> None:
+    header, payload = one.header, one.payload
+    if isinstance(payload, Events | PlacedKeys):
+        _log.info(
+            "events received",
+            type=header.type.value,
+            peer=header.sender,
+            number=header.number,
+            items=payload.count,
+            outcome=result.value,
+            correlation_ids=payload.correlation_ids,
+        )
+    else:
+        _log.debug("envelope received", type=header.type.value, peer=header.sender, outcome=result.value)
