@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, takewhile
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -33,6 +34,7 @@ from skipbus.shared.store.engine import driver_errors
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Answer_co = TypeVar("Answer_co", covariant=True)
+_EXPIRY_SECONDS = 0.25
 _RETRY_WAIT = wait_random_exponential(multiplier=0.02, max=0.5)
 
 _log = get_logger("group commit")
@@ -81,16 +83,18 @@ class GroupCommit(Generic[Request, Answer]):
         """``observe`` is called after each batch with its size and its duration in seconds."""
         self._limits = limits
         self._observe = observe
+        self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Waiter[Request, Answer]] = deque()
-        self._committing = 0
+        self._committing: Sequence[_Waiter[Request, Answer]] = ()
         self._closing = False
         self._worker: asyncio.Task[None] | None = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"store-{name}")
         self._committer = _Committer(name, make_batch, engine)
 
     def __len__(self) -> int:
         """How many callers wait."""
-        return len(self._waiting) + self._committing
+        return len(self._waiting) + len(self._committing)
 
     async def submit(self, request: Request) -> Answer:
         """The answer to one request. Raises Overloaded at once, StoreUnavailable in time, or the batch's own error."""
@@ -98,16 +102,13 @@ class GroupCommit(Generic[Request, Answer]):
             raise Overloaded("too many requests wait for the key store; try again")
         if self._closing:
             raise _stopping()
-        timeout_seconds = self._limits.timeout_seconds
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiter(request, future, time.monotonic() + timeout_seconds))
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting.append(_Waiter(request, future, time.monotonic() + self._limits.timeout_seconds))
         if self._worker is None:
-            self._worker = asyncio.create_task(self._work(), name="group commit")
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                return await future
-        except TimeoutError:
-            raise StoreUnavailable("the key store did not answer in time") from None
+            self._worker = self._loop.create_task(self._work(), name="group commit")
+        if self._expiry is None:
+            self._expiry = self._loop.call_later(_EXPIRY_SECONDS, self._expire)
+        return await future
 
     async def close(self) -> None:
         """Finishes the batch that is committing; refuses all other callers."""
@@ -116,7 +117,9 @@ class GroupCommit(Generic[Request, Answer]):
             _deliver(self._waiting.popleft().future, _stopping())
         if self._worker is not None:
             await self._worker
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._committer.disconnect)
+        if self._expiry is not None:
+            self._expiry.cancel()
+        await self._loop.run_in_executor(self._thread, self._committer.disconnect)
         self._thread.shutdown(wait=False)
 
     async def _work(self) -> None:
@@ -135,14 +138,20 @@ class GroupCommit(Generic[Request, Answer]):
         return taken
 
     async def _commit(self, batch: Sequence[_Waiter[Request, Answer]]) -> None:
-        started, self._committing = time.monotonic(), len(batch)
+        started, self._committing = time.monotonic(), batch
         requests = [waiter.request for waiter in batch]
-        loop = asyncio.get_running_loop()
-        answers = await loop.run_in_executor(self._thread, self._committer.commit, requests, batch[-1].deadline)
-        self._committing = 0
+        answers = await self._loop.run_in_executor(self._thread, self._committer.commit, requests, batch[-1].deadline)
+        self._committing = ()
         for waiter, answer in zip(batch, answers, strict=True):
             _deliver(waiter.future, answer)
         self._observe(len(batch), time.monotonic() - started)
+
+    def _expire(self) -> None:
+        """Refuses callers whose time is up, in a batch that hangs as well. They stand in order of their deadlines."""
+        now = time.monotonic()
+        for waiter in takewhile(lambda waiter: waiter.deadline <= now, chain(self._committing, self._waiting)):
+            _deliver(waiter.future, StoreUnavailable("the key store did not answer in time"))
+        self._expiry = self._loop.call_later(_EXPIRY_SECONDS, self._expire) if len(self) else None
 
 
 class _Committer(Generic[Request, Answer]):

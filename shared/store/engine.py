@@ -7,13 +7,14 @@ row and for nothing else. Knows no table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 import pymysql
 from pymysql.connections import Connection
 from pymysql.constants import CLIENT, CR, ER
-from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy import URL, ClauseElement, Engine, create_engine
+from sqlalchemy.dialects.mysql import pymysql as pymysql_dialect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -151,6 +152,15 @@ def make_queue_engine(settings: MySqlSettings) -> Engine:
         poolclass=NullPool,
         hide_parameters=True,
     )
+
+
+def driver_sql(statement: ClauseElement, columns: Collection[str] | None = None) -> str:
+    """A Core statement's text, for ``exec_driver_sql``: compiled once, and its values bound by the driver, by name.
+
+    For the statements of every key: to compile one, or only to look it up, takes as long as to execute it.
+    ``columns`` are those that an INSERT has values for.
+    """
+    return str(statement.compile(dialect=pymysql_dialect.dialect(paramstyle="pyformat"), column_keys=columns))
 
 
 @contextmanager

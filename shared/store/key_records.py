@@ -11,15 +11,17 @@ from collections.abc import Collection, Sequence
 from sqlalchemy import Connection, bindparam, insert, literal, select
 
 from skipbus.shared.crypto.sealing import KeyRecord
+from skipbus.shared.store.engine import driver_sql
 from skipbus.shared.store.listed import delete_listed
 from skipbus.shared.store.schema import KEY_RECORDS as K
 
 _INDEX = "key_records_key_id"
-_INSERT = insert(K)
-_CLAIM = (
+_INSERT = driver_sql(insert(K), KeyRecord._fields)
+_CLAIM = driver_sql(
     select(*(K.c[name] for name in KeyRecord._fields))
     .with_hint(K, f"FORCE INDEX ({_INDEX})")
-    .where(K.c.key_id.in_(bindparam("key_ids", expanding=True)))
+    # The driver binds a list to one name.
+    .where(K.c.key_id.op("IN")(bindparam("key_ids")))
     .with_for_update()
 )
 _KNOWN = (
@@ -35,13 +37,13 @@ _EXISTS = select(literal(1)).with_hint(K, f"FORCE INDEX ({_INDEX})").where(K.c.k
 
 def insert_key_records(connection: Connection, records: Sequence[KeyRecord]) -> None:
     """Inserts sealed keys. Fails as a whole where a keyId exists."""
-    connection.execute(_INSERT, [record._asdict() for record in records])
+    connection.exec_driver_sql(_INSERT, [record._asdict() for record in records])
 
 
 def claim_key_records(connection: Connection, key_ids: Collection[bytes]) -> dict[bytes, KeyRecord]:
     """The records with these keyIds, whoever they are for, locked. Index key_records_key_id."""
-    rows = connection.execute(_CLAIM, {"key_ids": list(key_ids)})
-    return {row.key_id: KeyRecord._make(row) for row in rows}
+    records = map(KeyRecord._make, connection.exec_driver_sql(_CLAIM, {"key_ids": tuple(key_ids)}))
+    return {record.key_id: record for record in records}
 
 
 def delete_key_records(connection: Connection, key_ids: Sequence[bytes]) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, literal, select, update
 
+from skipbus.shared.store.engine import driver_sql
 from skipbus.shared.store.listed import delete_listed
 from skipbus.shared.store.schema import OUTBOX as T
 
@@ -71,7 +72,7 @@ class EnvelopeRow:
     token: bytes | None
 
 
-_INSERT = insert(T)
+_INSERT = driver_sql(insert(T), OutboxRow._fields)
 _TOKEN = select(literal(1)).select_from(T).where(T.c.token == bindparam("token"))
 _TOKENS = (
     select(T.c.token)
@@ -132,7 +133,7 @@ _ROWS_OF_TOKENS = (
 def insert_outbox_rows(connection: Connection, rows: Sequence[OutboxRow]) -> None:
     """Inserts rows for peers."""
     if rows:
-        connection.execute(_INSERT, [row._asdict() for row in rows])
+        connection.exec_driver_sql(_INSERT, [row._asdict() for row in rows])
 
 
 def fetch_token_exists(connection: Connection, token: bytes) -> bool:
