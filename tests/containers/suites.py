@@ -28,6 +28,7 @@ STORE = (
     "key_store",
     "log_metrics",
     "migrate",
+    "outbox",
     "pins",
     "polling",
     "pruning",
