@@ -16,7 +16,7 @@ from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.expiry import Expired, delete_expired, fetch_expired, fetch_stretch, fetch_targets
-from skipbus.shared.store.packets import OutboxRow, insert_outbox_rows
+from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 
 BATCH = 4000
 ABANDONED_AFTER_MS = 60_000
@@ -67,13 +67,11 @@ class Zeroizer:
 
     def _notify(self, connection: Connection, expired: Sequence[Expired], at_ms: int) -> None:
         rows = [
-            OutboxRow(self._local_id, e.source_id, EnvelopeType.KEY_EXPIRED, e.payload, e.told, at_ms)
+            OutboxRow(self._local_id, e.source_id, EnvelopeType.KEY_EXPIRED.value, e.payload, e.told, at_ms)
             for e in expired
             if e.told
         ]
-        if rows:
-            # As a literal: the driver takes milliseconds to escape a hundred thousand bytes.
-            connection.exec_driver_sql(insert_outbox_rows(rows))
+        insert_outbox_rows(connection, rows)
 
 
 def pause_seconds(worked_seconds: float) -> float:

@@ -6,7 +6,7 @@ ones; only the clock of what takes the time as an argument is the test's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from pymysql.connections import Connection
 from sqlalchemy import Engine
 
 from sandbox.servers import Database
-from skipbus.services.api import issuing
 from skipbus.services.api.group_commit import Batch
 from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
 from skipbus.services.api.links.sealing import Opener, Sealer
@@ -111,7 +110,6 @@ class KeyProvider:
         tend(self.keeper, now_ms())
         self.sealer = Sealer(system_id, self.keyring.identity, self.directory)
         self.opener = Opener(self.keyring, self.directory)
-        self.bus_sealer = issuing.Sealer(system_id, self.keyring.identity, self.directory)
 
     def refresh(self) -> None:
         """Takes in what other KPs have announced."""
@@ -166,11 +164,6 @@ def announced(store: Store, *system_ids: str, **environ: str) -> list[KeyProvide
 def queue_engine(settings: Settings, port: int | None = None) -> Engine:
     """An engine as the api's queues have it, by another port if one is given."""
     return make_queue_engine(replace(settings.mysql, port=port or settings.mysql.port))
-
-
-def through_port(settings: Settings, port: int) -> Callable[[], Connection[Any]]:
-    """Connects as the api's lanes do, by another port."""
-    return lambda: connect(replace(settings.mysql, port=port), several_statements=True)
 
 
 def _or_raise(answer: object) -> object:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from pymysql.connections import Connection as RawConnection
 from sqlalchemy import Connection, event
 
 from sandbox.servers import Database, MariaDbServer
@@ -25,9 +22,7 @@ from skipbus.shared.store import (
     expiry,
     inbox,
     key_records,
-    keys,
     outbox,
-    packets,
     peers,
     pinned_identities,
     processes,
@@ -35,8 +30,6 @@ from skipbus.shared.store import (
     withdrawn_keys,
     wrapping_keys,
 )
-from skipbus.shared.store.engine import connect
-from skipbus.shared.store.steps import Statement, run_steps
 from tests.integration.key_providers import Store
 
 Parameters = dict[str, object] | tuple[object, ...] | None
@@ -45,7 +38,7 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(announcements, expiry, inbox, key_records, keys, outbox, peers, pinned_identities),
+    *(announcements, expiry, inbox, key_records, outbox, peers, pinned_identities),
     *(processes, stock, withdrawn_keys, wrapping_keys),
 )
 
@@ -54,18 +47,15 @@ MODULES = (
 # DELETE k FROM (SELECT 0x.. AS id UNION ALL ...) AS w STRAIGHT_JOIN key_records AS k ON k.key_id = w.id
 # What is asked for is the whole table: one row a KP, its long body left where it is.
 WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests", "fetch_digests"}
-ALL_DIGESTS = "SELECT system_id, digest FROM announcements"
 
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
 WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_MS, b"s", b"s")
-EVENT = packets.OutboxRow(KP, PEER, "key.issued", b"\x90", 0, NOW_MS)
 FEW = [RECORD._replace(key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
 MOST = [record.key_id for record in FEW[:-1]]
-ROW = packets.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
 OUTBOX_ROW = outbox.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
 STRETCH = expiry.Stretch(KP, NOW_MS - 1000, NOW_MS, KEY_IDS[0])
 
-SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
+CALLS: dict[str, Callable[[Connection], object]] = {
     "fetch_stretch": lambda c: expiry.fetch_stretch(c, KP, NOW_MS - 1000, NOW_MS, 100),
     "fetch_expired": lambda c: expiry.fetch_expired(c, STRETCH),
     "delete_expired": lambda c: expiry.delete_expired(c, STRETCH),
@@ -116,7 +106,7 @@ SQLALCHEMY_CALLS: dict[str, Callable[[Connection], object]] = {
     "fetch_processes": lambda c: processes.fetch_processes(c, KP),
     "delete_expired_processes": lambda c: processes.delete_expired_processes(c, KP, NOW_MS),
 }
-SQLALCHEMY_CALLS |= {
+CALLS |= {
     "insert_key_records": lambda c: key_records.insert_key_records(c, [RECORD]),
     "claim_key_records": lambda c: key_records.claim_key_records(c, KEY_IDS),
     "delete_key_records": lambda c: key_records.delete_key_records(c, KEY_IDS),
@@ -150,15 +140,6 @@ SQLALCHEMY_CALLS |= {
     "fetch_held_counts": lambda c: stock.fetch_held_counts(c, KP),
     "fetch_sealed_wrapping_keys": lambda c: wrapping_keys.fetch_sealed_wrapping_keys(c, KEY_IDS),
     "fetch_stock_level": lambda c: stock.fetch_stock_level(c, KP, PEER, NOW_MS),
-}
-RAW_CALLS: dict[str, Callable[[RawConnection[Any]], object]] = {
-    "commit_issued": lambda c: run_steps(c, keys.commit_issued(lambda: [RECORD], [WRAPPING_KEY], [EVENT])),
-    "fetch_for_claim": lambda c: run_steps(c, keys.fetch_for_claim(KEY_IDS)),
-    "fetch_wrapping_keys": lambda c: run_steps(c, keys.fetch_wrapping_keys([b"w" * 16, b"v" * 16])),
-    "commit_claimed": lambda c: run_steps(c, keys.commit_claimed(KEY_IDS, [EVENT], b"u" * 16)),
-    "fetch_is_placed": lambda c: run_steps(c, keys.fetch_is_placed(KEY_IDS[0])),
-    "fetch_commit_token": lambda c: run_steps(c, keys.fetch_commit_token(b"t" * 16)),
-    "end_without_change": lambda c: run_steps(c, keys.end_without_change()),
 }
 
 
@@ -233,12 +214,12 @@ def assert_indexed(store: Store, statements: list[tuple[str, Parameters]]) -> No
 
 
 def test_every_function_of_the_store_is_explained_here() -> None:
-    assert set(SQLALCHEMY_CALLS) | set(RAW_CALLS) == set().union(*map(public_functions, MODULES))
+    assert set(CALLS) == set().union(*map(public_functions, MODULES))
 
 
-@pytest.mark.parametrize("name", sorted(set(SQLALCHEMY_CALLS) - WHOLE_TABLE_IS_THE_QUESTION))
+@pytest.mark.parametrize("name", sorted(set(CALLS) - WHOLE_TABLE_IS_THE_QUESTION))
 def test_statement_uses_an_index(store: Store, name: str) -> None:
-    statements = statements_of(store, SQLALCHEMY_CALLS[name])
+    statements = statements_of(store, CALLS[name])
     assert statements
     assert_indexed(store, statements)
 
@@ -249,67 +230,15 @@ def test_of_what_bus_peers_announced_only_this_kps_own_part_is_read(store: Store
     assert plan[1:] == ("ref", "PRIMARY")
 
 
-def noting(connection: RawConnection) -> list[str]:
-    """The statements that are sent from now on."""
-    driver: Any = connection
-    noted: list[str] = []
-    send = driver._execute_command
-
-    def note(command: int, sql: str | bytes) -> None:
-        noted.extend((sql.decode() if isinstance(sql, bytes) else sql).split(";"))
-        send(command, sql)
-
-    driver._execute_command = note
-    return noted
-
-
-@pytest.mark.parametrize("name", sorted(RAW_CALLS))
-def test_statement_of_the_hot_path_uses_an_index(store: Store, name: str) -> None:
-    with closing(connect(store.settings.mysql, several_statements=True)) as connection:
-        noted = noting(connection)
-        RAW_CALLS[name](connection)
-    assert noted
-    assert_indexed(store, [(statement, None) for statement in noted if statement != ALL_DIGESTS])
-
-
 @pytest.fixture
 def small(database: Database, tmp_path: Path) -> Iterator[Store]:
     """A store with a handful of keys: the optimizer would rather read them all than look most of them up."""
     made = Store(database, tmp_path)
-    with made.connect() as connection:
-        run_steps(connection, keys.commit_issued(lambda: FEW, [], [EVENT]))
+    with made.engine.begin() as connection:
+        key_records.insert_key_records(connection, FEW)
     made.rows("ANALYZE TABLE key_records")
     yield made
     made.close()
-
-
-def test_a_claim_on_a_small_store_does_not_look_for_its_keys_by_a_scan(small: Store) -> None:
-    with small.connect() as connection:
-        noted = noting(connection)
-        assert len(run_steps(connection, keys.fetch_for_claim(MOST))) == len(MOST)
-        run_steps(connection, keys.end_without_change())
-    assert_indexed(small, [(statement, None) for statement in noted])
-
-
-def test_a_claim_on_a_small_store_finds_its_keys_although_another_caller_holds_one(small: Store) -> None:
-    with small.connect() as other, small.connect() as mine:
-        assert len(run_steps(other, keys.fetch_for_claim([FEW[-1].key_id]))) == 1
-        assert len(run_steps(mine, keys.fetch_for_claim(MOST))) == len(MOST)
-
-
-def test_a_claim_on_a_small_store_does_not_delete_by_a_scan(small: Store) -> None:
-    assert_indexed(small, [(deletion_of(MOST), None)])
-    assert_indexed(small, [(deletion_of(MOST[:1]), None)])
-
-
-def test_a_claim_on_a_small_store_waits_for_no_key_of_others(small: Store) -> None:
-    # A scan reads the other caller's row, and waits for its lock until the transaction is given up.
-    with small.connect() as other, small.connect() as mine:
-        assert len(run_steps(other, keys.fetch_for_claim([FEW[-1].key_id]))) == 1
-        assert len(run_steps(mine, keys.fetch_for_claim(MOST))) == len(MOST)
-        run_steps(mine, keys.commit_claimed(MOST, [EVENT], b"u" * 16))
-        run_steps(other, keys.end_without_change())
-    assert small.count("key_records") == 1
 
 
 @pytest.mark.parametrize("wanted", [MOST, MOST[:1]], ids=["most", "one"])
@@ -350,23 +279,14 @@ def statements_of(store: Store, call: Callable[[Connection], object]) -> list[tu
     return statements
 
 
-def deletion_of(wanted: list[bytes]) -> str:
-    """The statement that would delete these keys. They stay: what is deleted cannot show how it is found."""
-    step = next(keys.commit_claimed(wanted, [EVENT], b"u" * 16))
-    assert isinstance(step, Statement)
-    assert isinstance(step.sql, str)
-    (deletion,) = [statement for statement in step.sql.split(";") if statement.startswith("DELETE")]
-    return deletion
-
-
 # Each deletes by a list: of the rows of FEW, or of outbox rows with the same numbers as ids.
 TOKENS = [bytes([n]) * 16 for n in range(20)]
 ROW_IDS = list(range(1, 21))
-DELETIONS: dict[str, tuple[str, Callable[[RawConnection[Any], Connection], object]]] = {
-    "delete_stock": ("stock", lambda _, c: stock.delete_stock(c, MOST)),
-    "delete_stock_held": ("stock_held", lambda _, c: stock.delete_stock_held(c, KP, PEER, MOST)),
-    "delete_rows": ("outbox", lambda _, c: outbox.delete_rows(c, ROW_IDS[:-1])),
-    "delete_acknowledged": ("outbox", lambda _, c: outbox.delete_acknowledged(c, KP, PEER, ROW_IDS[:-1])),
+DELETIONS: dict[str, tuple[str, Callable[[Connection], object]]] = {
+    "delete_stock": ("stock", lambda c: stock.delete_stock(c, MOST)),
+    "delete_stock_held": ("stock_held", lambda c: stock.delete_stock_held(c, KP, PEER, MOST)),
+    "delete_rows": ("outbox", lambda c: outbox.delete_rows(c, ROW_IDS[:-1])),
+    "delete_acknowledged": ("outbox", lambda c: outbox.delete_acknowledged(c, KP, PEER, ROW_IDS[:-1])),
 }
 
 
@@ -400,8 +320,8 @@ def test_a_deletion_on_a_small_store_waits_for_no_row_of_others(few_on_a_link: S
     store = few_on_a_link
     with store.connect() as other, other.cursor() as cursor:
         assert cursor.execute(f"SELECT 1 FROM {table} WHERE {held} FOR UPDATE") == 1
-        with store.connect() as mine, store.engine.begin() as connection:
-            call(mine, connection)
+        with store.engine.begin() as connection:
+            call(connection)
         other.rollback()
     assert store.rows(f"SELECT COUNT(*) FROM {table} WHERE {held}") == [(1,)]
     assert store.count(table) == 1

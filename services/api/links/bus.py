@@ -63,7 +63,7 @@ class BusLink:
         self._place = GroupCommit("place", place, queues, limits, batch_observer("place"))
         self._confirm = GroupCommit("confirm", confirm, queues, confirm_limits, batch_observer("confirm"))
         self._stock = GroupCommit("stock", stock, queues, limits, batch_observer("stock"))
-        self._waiter = ConfirmationWaiter(self._confirm, settings.sync_timeout_seconds, settings.max_queue)
+        self._confirmations = ConfirmationWaiter(self._confirm, settings.sync_timeout_seconds, settings.max_queue)
         self._arrivals = Arrivals(settings.retrieve_wait_seconds)
         self._keeper = StockKeeper(
             settings, engine, StockMaker(engine, ttl_seconds, self._sealers[1]), self._notify_outbox
@@ -97,7 +97,7 @@ class BusLink:
             async with self._broker.connected():
                 yield
         finally:
-            self._waiter.close()
+            self._confirmations.close()
             for queue in (self._place, self._confirm, self._stock):
                 await queue.close()
             await asyncio.to_thread(self._keeper.close)
@@ -154,10 +154,10 @@ class BusLink:
         return issued
 
     async def _issue_on_demand(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
-        self._waiter.check_room()
+        self._confirmations.check_room()
         placed = await self._place.submit(IssueRequest(target_id, size_bits, correlation_id))
         self._notify_outbox()
-        await self._waiter.confirm(placed.placement)
+        await self._confirmations.confirm(placed.placement)
         metrics.count_issued(target_id, "on_demand")
         return placed.issued
 
@@ -167,9 +167,9 @@ class BusLink:
     def _on_notification(self, kind: NotificationKind, items: Sequence[bytes]) -> None:
         match kind:
             case NotificationKind.STORED:
-                self._waiter.acknowledged(items)
+                self._confirmations.acknowledged(items)
             case NotificationKind.REJECTED:
-                self._waiter.rejected(items)
+                self._confirmations.rejected(items)
             case NotificationKind.ARRIVED:
                 self._arrivals.arrived(items)
             case NotificationKind.STOCK:
@@ -179,7 +179,7 @@ class BusLink:
 
     async def _withdraw_outstanding(self) -> None:
         with contextlib.suppress(Overloaded):  # it is tried again a second later
-            await self._waiter.tick()
+            await self._confirmations.tick()
 
 
 def not_usable_over_bus(target_id: str, *, identity_changed: bool) -> PeerNotReady:
