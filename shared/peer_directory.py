@@ -21,39 +21,18 @@ from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError, SealBroken
 from skipbus.shared.logs import get_logger
+from skipbus.shared.presented_identities import Conflict, ConflictReporter, PresentedIdentities
 from skipbus.shared.protocol.announcements import Announcement, digest, read_announcement
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings.peers import PeerSettings
 from skipbus.shared.store import announcements, pinned_identities
-from skipbus.shared.store.announcements import Digests, fetch_digests
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.pinned_identities import Pin
 
 # Only operators change pins. During a conflict they are read at every refresh.
 PIN_REREAD_MS = 10_000
-CONFLICT_REMINDER_MS = 600_000
-# Everybody who can publish can present identities under a bus peer's name, a new one each time.
-PRESENTED_EVERY_MS = 60_000
-PRESENTED_KEPT_MS = 3 * PRESENTED_EVERY_MS
 
 log = get_logger("shared.peer_directory")
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """A KP presents another identity than the pinned one (raw ML-DSA-87 public keys)."""
-
-    pinned_key: bytes
-    presented_key: bytes
-    configured: bool = False
-
-
-@dataclass(frozen=True)
-class _Presented:
-    """Another identity, presented over the bus under the name of a configured peer."""
-
-    key: bytes
-    at_ms: int
 
 
 @dataclass(frozen=True)
@@ -96,36 +75,26 @@ class PeerDirectory:
         self._configured = {k: Pin(peer.identity, None) for k, peer in (peers or {}).items() if peer.identity}
         self._bus_ids = frozenset(k for k, peer in (peers or {}).items() if peer.link == "bus")
         self._named = remote_ids.exact.union(peers or ())
-        self._presented: dict[str, _Presented] = {}
-        self._written: dict[str, _Presented] = {}
+        self._presented = PresentedIdentities(local_id, self._configured, self._bus_ids)
+        self._reporter = ConflictReporter()
         self._engine = engine
         self._local_id = local_id
         self._remote_ids = remote_ids
         self._refreshing = Lock()
         self._snapshot = _Snapshot(pins=dict(self._configured), peers=tuple(sorted(self._named)))
         self._pins_read_ms = 0
-        self._reported: dict[str, tuple[bytes, int]] = {}
-
-    def is_current(self, digests: Digests, now_ms: int) -> bool:
-        """Whether ``refresh`` would change nothing if these are the current digests in the store."""
-        snapshot = self._snapshot
-        return (
-            self._relevant(digests) == {k: known.stored_digest for k, known in snapshot.known.items()}
-            and self._is_quiet(snapshot)
-            and now_ms - self._pins_read_ms < PIN_REREAD_MS
-        )
 
     def refresh(self, now_ms: int) -> None:
         """Reads what changed in the store since the last call. Raises StoreUnavailable, StoreRefused."""
         with self._refreshing:
-            presented = self._recently_presented(now_ms)
             with driver_errors(), self._engine.begin() as connection:
-                self._write_presented(connection, presented)
+                presented = self._presented.store(connection, now_ms)
                 snapshot, pins_read_ms = self._read(connection, now_ms)
             # Only after the commit: an uncommitted pin must not be used.
             self._snapshot, self._pins_read_ms = snapshot, pins_read_ms
-            self._written.update(presented)
-            self._report_conflicts(now_ms)
+            for one in presented:
+                one.stored = True
+            self._reporter.report(snapshot.conflicts, now_ms)
 
     def get(self, system_id: str) -> Announcement | None:
         """The KP's announcement, if it is verified and has the pinned identity."""
@@ -164,16 +133,13 @@ class PeerDirectory:
         The next ``refresh`` reports it and stores it for the operator. It does not affect the peer itself, because
         everybody who can publish can present an identity.
         """
-        pin, before = self._configured.get(system_id), self._presented.get(system_id)
-        if pin is None or pin.public_key == public_key or system_id not in self._bus_ids:
-            return
-        if before is None or now_ms - before.at_ms >= PRESENTED_EVERY_MS:
-            self._presented[system_id] = _Presented(public_key, now_ms)
+        self._presented.note(system_id, public_key, now_ms)
 
     def _read(self, connection: Connection, now_ms: int) -> tuple[_Snapshot, int]:
         old = self._snapshot
         known = self._read_known(connection, old.known)
-        if known == old.known and self._is_quiet(old) and now_ms - self._pins_read_ms < PIN_REREAD_MS:
+        quiet = not old.conflicts and not self._presented
+        if quiet and known == old.known and now_ms - self._pins_read_ms < PIN_REREAD_MS:
             return old, self._pins_read_ms
         stored = pinned_identities.fetch_pins(connection, self._local_id)
         pins = self._trusted(stored) | self._configured
@@ -194,7 +160,7 @@ class PeerDirectory:
         peers = tuple(sorted(self._named.union(announced)))
         # A bus peer's announcement was signed by the identity configured at that time: an old one is no conflict.
         claims = [(k, one.public_key) for k, one in _announced(known) if k not in self._bus_ids]
-        claims += self._claims(stored, now_ms)
+        claims += self._presented.recent(stored, now_ms)
         return _Snapshot(known, pins, self._conflicts(claims, pins), peers), now_ms
 
     def _read_known(self, connection: Connection, old: Mapping[str, _Known]) -> dict[str, _Known]:
@@ -209,15 +175,11 @@ class PeerDirectory:
 
     def _read_digests(self, connection: Connection) -> dict[str, bytes]:
         """The digests of all relevant KPs, each from the place where its announcements are stored."""
-        return self._relevant(fetch_digests(connection, self._local_id, bus=bool(self._bus_ids)))
-
-    def _relevant(self, digests: Digests) -> dict[str, bytes]:
-        found, sent = digests.found, digests.sent
+        found = announcements.fetch_announcement_digests(connection)
+        # Without bus peers the account has no right to that table.
+        sent = announcements.fetch_bus_announcement_digests(connection, self._local_id) if self._bus_ids else {}
         relevant = {k: found[k] for k in found if k not in self._bus_ids and self.allows(k)}
         return relevant | {k: sent[k] for k in sent if k in self._bus_ids}
-
-    def _is_quiet(self, snapshot: _Snapshot) -> bool:
-        return not snapshot.conflicts and not self._presented
 
     def _read_body(self, connection: Connection, system_id: str) -> bytes | None:
         if system_id in self._bus_ids:
@@ -263,42 +225,12 @@ class PeerDirectory:
         if announced != configured and (stored is None or stored.presented_key != announced):
             pinned_identities.upsert_presented(connection, self._local_id, system_id, configured, announced, now_ms)
 
-    def _recently_presented(self, now_ms: int) -> dict[str, _Presented]:
-        for system_id, presented in list(self._presented.items()):
-            if now_ms - presented.at_ms >= PRESENTED_KEPT_MS:
-                del self._presented[system_id]
-        return dict(self._presented)
-
-    def _write_presented(self, connection: Connection, recently: Mapping[str, _Presented]) -> None:
-        for system_id, one in recently.items():
-            if self._written.get(system_id) != one:
-                configured = self._configured[system_id].public_key
-                pinned_identities.upsert_presented(
-                    connection, self._local_id, system_id, configured, one.key, one.at_ms
-                )
-
-    def _claims(self, stored: Mapping[str, Pin], now_ms: int) -> Iterator[tuple[str, bytes]]:
-        """The identities that were recently presented under bus peers' names, noted by any process of this KP."""
-        for system_id in self._bus_ids & self._configured.keys() & stored.keys():
-            pin = stored[system_id]
-            if pin.presented_key is not None and now_ms - (pin.presented_ms or 0) < PRESENTED_KEPT_MS:
-                yield system_id, pin.presented_key
-
     def _conflicts(self, claims: Iterable[tuple[str, bytes]], pins: Mapping[str, Pin]) -> dict[str, Conflict]:
         return {
             system_id: Conflict(pins[system_id].public_key, key, system_id in self._configured)
             for system_id, key in claims
             if system_id in pins and key != pins[system_id].public_key
         }
-
-    def _report_conflicts(self, now_ms: int) -> None:
-        conflicts = self._snapshot.conflicts
-        self._reported = {peer: last for peer, last in self._reported.items() if peer in conflicts}
-        for system_id, conflict in conflicts.items():
-            key, reported_ms = self._reported.get(system_id, (b"", 0))
-            if key != conflict.presented_key or now_ms - reported_ms >= CONFLICT_REMINDER_MS:
-                self._reported[system_id] = (conflict.presented_key, now_ms)
-                _report(system_id, conflict)
 
 
 def _announced(known: Mapping[str, _Known]) -> Iterator[tuple[str, Announcement]]:
@@ -316,23 +248,3 @@ def _verified(system_id: str, stored_digest: bytes, body: bytes) -> _Known:
         log.warning("announcement refused", peer=system_id, error=fault)
         announcement = None
     return _Known(stored_digest, digest(body), announcement)
-
-
-def _report(system_id: str, conflict: Conflict) -> None:
-    pinned, presented = fingerprint(conflict.pinned_key), fingerprint(conflict.presented_key)
-    if conflict.configured:
-        log.error(
-            "identity differs from the configured one: refused until the TOML file has it",
-            peer=system_id,
-            configured=pinned,
-            presented=presented,
-            command=f"skipctl peer check {system_id}",
-        )
-        return
-    log.error(
-        "identity changed: refused until an operator accepts it",
-        peer=system_id,
-        pinned=pinned,
-        presented=presented,
-        command=f"skipctl identity accept {system_id}",
-    )

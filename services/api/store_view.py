@@ -16,7 +16,6 @@ from skipbus.shared.crypto.epochs import current_epoch
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings
-from skipbus.shared.store.announcements import fetch_digests
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
@@ -62,16 +61,13 @@ class StoreView:
         await asyncio.to_thread(self._refresh)
 
     def _refresh(self) -> None:
-        at_ms = now_ms()
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
         local_id = self._settings.local_system_id
         with driver_errors(), self._engine.connect() as connection:
-            digests = fetch_digests(connection, local_id, bus=bool(self._settings.bus_peers))
             peers, processes = fetch_peer_rows(connection, local_id), fetch_processes(connection, local_id)
         reading = Reading(now_ms(), tuple(peers), tuple(processes))
-        if not self._directory.is_current(digests, at_ms):
-            self._directory.refresh(at_ms)
+        self._directory.refresh(now_ms())
         check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
         self.reading = reading

@@ -22,7 +22,6 @@ from skipbus.shared.liveness import PeerStatus, peer_status
 from skipbus.shared.logs import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings
-from skipbus.shared.store.announcements import fetch_digests
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import PeerLiveness, fetch_liveness, upsert_clock_skew
@@ -61,10 +60,8 @@ class PeerWatch:
         local_id = self._settings.local_system_id
         with driver_errors(), self._engine.begin() as connection:
             self.clocks.record(connection)
-            digests = fetch_digests(connection, local_id, bus=bool(self._settings.bus_peers))
             rows = fetch_liveness(connection, local_id)
-        if not self._directory.is_current(digests, at_ms := now_ms()):
-            self._directory.refresh(at_ms)
+        self._directory.refresh(now_ms())
         check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
         return rows
 

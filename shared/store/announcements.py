@@ -5,22 +5,12 @@ Two tables, because whoever can write into one must not speak for a KP of the ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sqlalchemy import Connection, Table, bindparam, delete, func, select
 from sqlalchemy.dialects.mysql import Insert, insert
 
 from skipbus.shared.protocol.announcements import Announcement, digest
 from skipbus.shared.store.schema import ANNOUNCEMENTS as A
 from skipbus.shared.store.schema import BUS_ANNOUNCEMENTS as B
-
-
-@dataclass(frozen=True, slots=True)
-class Digests:
-    """Digests of announcements by system id: of all KPs in the store, and of what bus peers sent to one of them."""
-
-    found: dict[str, bytes]
-    sent: dict[str, bytes]
 
 
 def _upsert(table: Table) -> Insert:
@@ -77,15 +67,6 @@ def fetch_announcement_issued_ms(connection: Connection, system_id: str) -> int:
 def delete_announcement(connection: Connection, system_id: str) -> None:
     """Deletes the announcement of a KP that is gone for good. Primary key."""
     connection.execute(delete(A).where(A.c.system_id == system_id))
-
-
-# --- both, for who polls
-
-
-def fetch_digests(connection: Connection, local_id: str, *, bus: bool) -> Digests:
-    """The digests of all announcements that ``local_id`` may go by. Without ``bus`` it has no right to the others."""
-    sent = fetch_bus_announcement_digests(connection, local_id) if bus else {}
-    return Digests(fetch_announcement_digests(connection), sent)
 
 
 # --- bus peers, each as it announced itself to ``local_id``

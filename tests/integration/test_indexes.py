@@ -46,7 +46,7 @@ MODULES = (
 # them all and waits for those of other callers. A join from a list of the keyIds does not:
 # DELETE k FROM (SELECT 0x.. AS id UNION ALL ...) AS w STRAIGHT_JOIN key_records AS k ON k.key_id = w.id
 # What is asked for is the whole table: one row a KP, its long body left where it is.
-WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests", "fetch_digests"}
+WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests"}
 
 RECORD = KeyRecord(b"new key id.16byt", KP, PEER, 256, NOW_MS, b"w" * 16, b"n" * 12, b"s" * 48, "c")
 WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_MS, b"s", b"s")
@@ -85,7 +85,6 @@ CALLS: dict[str, Callable[[Connection], object]] = {
     "fetch_peer_rows": lambda c: peers.fetch_peer_rows(c, KP),
     "upsert_announcement": lambda c: announcements.upsert_announcement(c, Announcement(KP, b"k", 1, "a", ()), b"body"),
     "fetch_announcement_digests": announcements.fetch_announcement_digests,
-    "fetch_digests": lambda c: announcements.fetch_digests(c, KP, bus=True),
     "fetch_bus_announcement_digests": lambda c: announcements.fetch_bus_announcement_digests(c, KP),
     "fetch_announcement": lambda c: announcements.fetch_announcement(c, KP),
     "fetch_announcement_digest": lambda c: announcements.fetch_announcement_digest(c, KP),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from skipbus.ctl.__main__ import main
 from skipbus.services.syncer.apply import Applier
@@ -19,14 +21,15 @@ from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity, fingerprint
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.peer_directory import PIN_REREAD_MS, PRESENTED_EVERY_MS, PRESENTED_KEPT_MS, PeerDirectory
+from skipbus.shared.peer_directory import PIN_REREAD_MS, PeerDirectory
+from skipbus.shared.presented_identities import PRESENTED_EVERY_MS, PRESENTED_KEPT_MS
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
 from skipbus.shared.protocol.payloads import Capabilities, pack_capabilities, pack_heartbeat
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings.peers import PeerSettings, identity_line
-from skipbus.shared.store import announcements, outbox, peers
-from skipbus.shared.store.announcements import Digests, upsert_announcement, upsert_bus_announcement
+from skipbus.shared.store import outbox, peers
+from skipbus.shared.store.announcements import upsert_announcement, upsert_bus_announcement
 from skipbus.shared.store.peers import PeerLiveness, PeerRow, fetch_peer_rows
 from skipbus.shared.store.pinned_identities import fetch_pin
 from tests.integration.key_providers import Store
@@ -512,51 +515,74 @@ def test_a_configured_identity_is_not_changed_by_a_command(
     assert issubclass(OperatorError, Exception)
 
 
-def is_current(store: Store, directory: PeerDirectory, after_ms: int = 0) -> bool:
-    """What a process asks of the directory each second."""
-    with store.engine.connect() as connection:
-        found = announcements.fetch_announcement_digests(connection)
-        sent = announcements.fetch_bus_announcement_digests(connection, ALICE)
-    return directory.is_current(Digests(found, sent), now_ms() + after_ms)
+@contextlib.contextmanager
+def asked(store: Store, table: str) -> Iterator[list[str]]:
+    """The statements that read rows of a table."""
+    found: list[str] = []
+
+    def note(_c: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("SELECT") and f"FROM {table}" in statement.replace("\n", "").replace("  ", " "):
+            found.append(statement)
+
+    event.listen(store.engine, "before_cursor_execute", note)
+    try:
+        yield found
+    finally:
+        event.remove(store.engine, "before_cursor_execute", note)
 
 
-def test_a_directory_is_read_again_for_every_announcement_that_matters_and_for_no_other(
+def bodies_read(store: Store, directory: PeerDirectory) -> int:
+    with asked(store, "announcements") as here, asked(store, "bus_announcements") as over_the_bus:
+        directory.refresh(now_ms())
+    return sum("body" in statement for statement in here + over_the_bus)
+
+
+def pins_read(store: Store, directory: PeerDirectory, at_ms: int) -> bool:
+    with asked(store, "pinned_identities") as found:
+        directory.refresh(at_ms)
+    return bool(found)
+
+
+def test_a_directory_reads_every_announcement_that_matters_once_and_no_other(
     store: Store, bob: Identity, thief: Identity
 ) -> None:
     directory = directory_of(store, over_bus(bob))
-    assert is_current(store, directory)
     for announce, name in ((announce_over_bus, BOB), (announce_in_store, "KP_Carol")):
         announce(store, name, bob)
-        assert not is_current(store, directory)
-        directory.refresh(now_ms())
-        assert is_current(store, directory)
+        assert bodies_read(store, directory) == 1
+        assert directory.get(name) is not None
+        assert bodies_read(store, directory) == 0
     announce_in_store(store, "Nobody", bob)
     announce_in_store(store, BOB, thief)
     announce_over_bus(store, "KP_Carol", thief)
     announce_over_bus(store, BOB, thief, local_id="KP_Carol")
-    assert is_current(store, directory)
+    assert bodies_read(store, directory) == 0
     store.rows("DELETE FROM bus_announcements WHERE local_id = %s AND system_id = %s", ALICE, BOB)
-    assert not is_current(store, directory)
+    directory.refresh(now_ms())
+    assert directory.get(BOB) is None
 
 
 def test_a_directory_reads_pins_again_though_no_announcement_changes(
     store: Store, bob: Identity, thief: Identity
 ) -> None:
     announce_in_store(store, BOB, bob)
-    directory = directory_of(store)
-    assert is_current(store, directory)
-    assert not is_current(store, directory, PIN_REREAD_MS)
+    directory, at_ms = directory_of(store), now_ms()
+    directory.refresh(at_ms)
+    assert not pins_read(store, directory, at_ms + 1_000)
+    assert pins_read(store, directory, at_ms + PIN_REREAD_MS + 1_000)
     store.rows("DELETE FROM announcements")
     announce_in_store(store, BOB, thief)
-    directory.refresh(now_ms())
+    directory.refresh(at_ms + PIN_REREAD_MS + 2_000)
     # Until an operator has decided, each second.
     assert directory.conflicts()
-    assert not is_current(store, directory)
+    assert pins_read(store, directory, at_ms + PIN_REREAD_MS + 3_000)
 
 
-def test_a_directory_is_read_again_where_another_identity_was_presented_over_the_bus(
+def test_a_directory_reads_pins_again_where_another_identity_was_presented_over_the_bus(
     store: Store, bob: Identity, thief: Identity
 ) -> None:
-    directory = directory_of(store, over_bus(bob))
-    directory.note_presented(BOB, thief.public_key, now_ms())
-    assert not is_current(store, directory)
+    directory, at_ms = directory_of(store, over_bus(bob)), now_ms()
+    directory.refresh(at_ms)
+    directory.note_presented(BOB, thief.public_key, at_ms)
+    assert pins_read(store, directory, at_ms + 1_000)
+    assert directory.conflicts()

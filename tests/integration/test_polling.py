@@ -7,7 +7,11 @@ from sqlalchemy import text
 
 from sandbox.servers import MariaDbServer
 from skipbus.shared.errors import StoreUnavailable
-from skipbus.shared.store.announcements import Digests, fetch_announcement_digest, fetch_digests
+from skipbus.shared.store.announcements import (
+    fetch_announcement_digest,
+    fetch_announcement_digests,
+    fetch_bus_announcement_digests,
+)
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.key_records import fetch_expired_exists
 from skipbus.shared.store.peers import OWN_ROW, PeerLiveness, fetch_liveness, fetch_peer_rows
@@ -56,8 +60,8 @@ def test_a_kp_sees_its_own_peers_and_what_was_announced_to_it(store: Store, kp: 
     with store.engine.connect() as connection:
         assert fetch_liveness(connection, kp) == [PeerLiveness(PEER, NOW_MS, 5000, -3)]
         assert [(row.peer_id, row.issued) for row in fetch_peer_rows(connection, kp)] == [(PEER, 7)]
-        assert fetch_digests(connection, kp, bus=True) == Digests({OTHER: DIGEST}, {PEER: SENT})
-        assert fetch_digests(connection, kp, bus=False) == Digests({OTHER: DIGEST}, {})
+        assert fetch_announcement_digests(connection) == {OTHER: DIGEST}
+        assert fetch_bus_announcement_digests(connection, kp) == {PEER: SENT}
 
 
 def test_a_janitor_sees_that_a_record_of_its_own_has_expired(store: Store) -> None:
