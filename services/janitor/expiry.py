@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine
 from skipbus.shared.logs import get_logger
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.expiry import Expired, delete_expired, fetch_expired, fetch_stretch, fetch_targets
+from skipbus.shared.store.key_records import Expired, delete_expired, fetch_expired, fetch_key_range, fetch_targets
 from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 
 BATCH = 4000
@@ -53,12 +53,12 @@ class Zeroizer:
         while not is_rest and self._go_on():
             started = time.monotonic()
             with driver_errors(), self._engine.begin() as connection:
-                stretch = fetch_stretch(connection, target_id, from_ms, until_ms, BATCH)
+                key_range = fetch_key_range(connection, target_id, from_ms, until_ms, BATCH)
                 # Only the keys' own target notifies their sources.
                 if target_id == self._local_id:
-                    self._notify(connection, fetch_expired(connection, stretch), until_ms)
-                total += delete_expired(connection, stretch)
-            from_ms, is_rest = stretch.last_ms, stretch.is_rest
+                    self._notify(connection, fetch_expired(connection, key_range), until_ms)
+                total += delete_expired(connection, key_range)
+            from_ms, is_rest = key_range.last_ms, key_range.is_rest
             if not is_rest:
                 time.sleep(pause_seconds(time.monotonic() - started))
         if total:
@@ -67,9 +67,9 @@ class Zeroizer:
 
     def _notify(self, connection: Connection, expired: Sequence[Expired], at_ms: int) -> None:
         rows = [
-            OutboxRow(self._local_id, e.source_id, EnvelopeType.KEY_EXPIRED.value, e.payload, e.told, at_ms)
+            OutboxRow(self._local_id, e.source_id, EnvelopeType.KEY_EXPIRED.value, e.payload, e.items, at_ms)
             for e in expired
-            if e.told
+            if e.items
         ]
         insert_outbox_rows(connection, rows)
 

@@ -11,14 +11,12 @@ from sqlalchemy import Connection, Engine
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.logs import get_logger
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.expiry import (
-    delete_expired_held,
-    delete_expired_withdrawn,
-    delete_expired_wrapping_keys,
-)
 from skipbus.shared.store.inbox import INBOX_LIFETIME_MS, delete_expired_inbox
 from skipbus.shared.store.outbox import OUTBOX_LIFETIME_MS, delete_expired_outbox
 from skipbus.shared.store.processes import delete_expired_processes
+from skipbus.shared.store.stock import delete_expired_held
+from skipbus.shared.store.withdrawn_keys import delete_expired_withdrawn
+from skipbus.shared.store.wrapping_keys import delete_expired_wrapping_keys
 
 _ROWS = 1000
 _PROCESS_LIFETIME_MS = 3_600_000

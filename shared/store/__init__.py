@@ -1,7 +1,6 @@
-"""Every SQL statement of skipbus: one module for each table, one function for each question, with the index it uses.
+"""The store: its schema and migrations, how to connect, and every SQL statement of skipbus.
 
-Statements are SQLAlchemy Core and built once; the driver binds the values. Verbs: ``insert_``, ``fetch_``, ``claim_``
-(locks rows), ``update_``, ``delete_``. Transactions are the callers'. ``expiry`` is what the janitor deletes from
-several tables, ``listed`` deletes by a list, ``engine`` makes connections, ``migrate`` the schema, ``election`` elects
-one of several processes.
+One module of queries for each table, one function for one question: ``insert_``, ``fetch_``, ``claim_`` (locks what it
+fetches), ``update_``, ``upsert_``, ``delete_``, each with the index that it uses. Statements are SQLAlchemy Core and
+the driver binds the values. Functions block, and run inside a transaction of their caller.
 """

@@ -8,11 +8,11 @@ row and for nothing else. Knows no table.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pymysql
 from pymysql.connections import Connection
-from pymysql.constants import CLIENT, CR, ER
+from pymysql.constants import CR, ER
 from sqlalchemy import URL, ClauseElement, Engine, create_engine
 from sqlalchemy.dialects.mysql import pymysql as pymysql_dialect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -58,8 +58,6 @@ RETRYABLE = frozenset(
         1969,  # MariaDB: the same
         4031,  # MySQL: the server disconnected an idle client
         1317,  # query execution was interrupted
-        1615,  # a prepared statement is to be prepared anew: a table was altered
-        1243,  # it is not known: a proxy went on with another server
         1047,  # a Galera node that is not part of its cluster now
     }
 )
@@ -75,7 +73,7 @@ _HINTS: dict[int | None, str] = {
 }
 
 
-def connect(settings: MySqlSettings, *, several_statements: bool = False) -> Connection:
+def connect(settings: MySqlSettings) -> Connection:
     """A connection of one's own, autocommit off. Raises StoreUnavailable or StoreRefused."""
     with driver_errors():
         connection: Connection = pymysql.connect(
@@ -89,40 +87,11 @@ def connect(settings: MySqlSettings, *, several_statements: bool = False) -> Con
             connect_timeout=CONNECT_TIMEOUT_SECONDS,
             read_timeout=STATEMENT_TIMEOUT_SECONDS,
             write_timeout=STATEMENT_TIMEOUT_SECONDS,
-            client_flag=CLIENT.MULTI_STATEMENTS if several_statements else 0,
             init_command=_SESSION,
         )
         with connection.cursor() as cursor:
             cursor.execute(_ISOLATION)
         return connection
-
-
-class OwnConnection:
-    """A connection that takes several statements in a packet, made when it is first needed and anew after ``close``.
-
-    With ``autocommit`` it never has a transaction open. For one thread at a time.
-    """
-
-    def __init__(self, settings: MySqlSettings, *, autocommit: bool = False) -> None:
-        self._settings = settings
-        self._autocommit = autocommit
-        self._connection: Connection | None = None
-
-    def opened(self) -> Connection:
-        """The connection. Raises StoreUnavailable, StoreRefused, and with ``autocommit`` what the driver raises."""
-        if self._connection is None:
-            connection = connect(self._settings, several_statements=True)
-            if self._autocommit:
-                connection.autocommit(True)
-            self._connection = connection
-        return self._connection
-
-    def close(self) -> None:
-        """Gives it back; what was half done ends with it."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(Exception):  # a broken connection may refuse to be closed politely
-                connection.close()
 
 
 def make_engine(settings: MySqlSettings, pool_size: int = 2, *, lean: bool = False) -> Engine:

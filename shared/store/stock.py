@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, text, update
 
 from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.store.listed import delete_listed
@@ -62,6 +62,10 @@ _LEVEL = select(func.count(), func.count(S.c.placed_ms)).where(
 )
 _OLDEST = (
     select(S.c.peer_id, func.min(S.c.expires_ms)).where(S.c.local_id == bindparam("local_id")).group_by(S.c.peer_id)
+)
+# SQLAlchemy has no ORDER BY for DELETE.
+_DELETE_EXPIRED_HELD = text(
+    "DELETE FROM stock_held WHERE local_id = :local_id AND expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows"
 )
 _HELD = select(H.c.source_id, func.count()).where(H.c.local_id == bindparam("local_id")).group_by(H.c.source_id)
 
@@ -188,3 +192,8 @@ def delete_stock_held(connection: Connection, local_id: str, source_id: str, key
 def fetch_held_counts(connection: Connection, local_id: str) -> dict[str, int]:
     """How much stock of each source waits here. Prefix of the primary key."""
     return dict(connection.execute(_HELD, {"local_id": local_id}).all())
+
+
+def delete_expired_held(connection: Connection, local_id: str, now_ms: int, limit: int) -> int:
+    """Forgets which records were a peer's stock, once they have expired. Index stock_held_expires."""
+    return connection.execute(_DELETE_EXPIRED_HELD, {"local_id": local_id, "now_ms": now_ms, "rows": limit}).rowcount

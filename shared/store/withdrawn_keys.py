@@ -1,10 +1,10 @@
-"""keyIds that their source took back: a record that arrives after its withdrawal must not be stored. By primary key."""
+"""keyIds that their source took back: a record that arrives after its withdrawal must not be stored."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, bindparam, select, text
 from sqlalchemy.dialects.mysql import insert
 
 from skipbus.shared.store.schema import WITHDRAWN_KEYS as W
@@ -18,6 +18,11 @@ _FETCH = (
         W.c.source_id == bindparam("source_id"),
         W.c.key_id.in_(bindparam("key_ids", expanding=True)),
     )
+)
+
+# SQLAlchemy has no ORDER BY for DELETE.
+_DELETE_EXPIRED = text(
+    "DELETE FROM withdrawn_keys WHERE local_id = :local_id AND expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows"
 )
 
 
@@ -39,3 +44,8 @@ def fetch_withdrawn_keys(
     """Which of these keys their source took back. Primary key."""
     values = {"local_id": local_id, "source_id": source_id, "key_ids": list(key_ids)}
     return frozenset(connection.execute(_FETCH, values).scalars())
+
+
+def delete_expired_withdrawn(connection: Connection, local_id: str, now_ms: int, limit: int) -> int:
+    """Forgets withdrawn keyIds whose records nobody would store any more. Index withdrawn_keys_expires."""
+    return connection.execute(_DELETE_EXPIRED, {"local_id": local_id, "now_ms": now_ms, "rows": limit}).rowcount

@@ -1,11 +1,11 @@
-"""Wrapping keys, each sealed to one epoch of its target and signed by its source. All by primary key."""
+"""Wrapping keys, each sealed to one epoch of its target and signed by its source."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, bindparam, select, text
 from sqlalchemy.dialects.mysql import insert
 
 from skipbus.shared.crypto.sealing import SealedWrappingKey
@@ -18,6 +18,9 @@ _FETCH = select(*(W.c[field.name] for field in fields(SealedWrappingKey))).where
     W.c.wrapping_key_id.in_(bindparam("wrapping_key_ids", expanding=True))
 )
 
+# SQLAlchemy has no ORDER BY for DELETE.
+_DELETE_EXPIRED = text("DELETE FROM wrapping_keys WHERE expires_ms <= :now_ms ORDER BY expires_ms LIMIT :rows")
+
 
 def insert_wrapping_keys(connection: Connection, wrapping_keys: Sequence[SealedWrappingKey]) -> None:
     """Inserts sealed wrapping keys; one whose id exists stays as it is. Primary key."""
@@ -29,3 +32,8 @@ def fetch_sealed_wrapping_keys(connection: Connection, wrapping_key_ids: Collect
     """These wrapping keys, still sealed. Primary key."""
     rows = connection.execute(_FETCH, {"wrapping_key_ids": list(wrapping_key_ids)})
     return [SealedWrappingKey(*row) for row in rows]
+
+
+def delete_expired_wrapping_keys(connection: Connection, now_ms: int, limit: int) -> int:
+    """Deletes wrapping keys whose epoch's private half is destroyed. Index wrapping_keys_expires."""
+    return connection.execute(_DELETE_EXPIRED, {"now_ms": now_ms, "rows": limit}).rowcount

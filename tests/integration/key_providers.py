@@ -70,8 +70,8 @@ class Store:
         return KeyProvider(self, system_id, environ)
 
     def connect(self) -> closing[Connection[Any]]:
-        """A connection as the api's lanes have it."""
-        return closing(connect(self.settings.mysql, several_statements=True))
+        """A raw connection of the driver."""
+        return closing(connect(self.settings.mysql))
 
     def rows(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         """What a statement finds or, for one that changes something, nothing; committed."""

@@ -12,7 +12,7 @@ from skipbus.services.janitor.expiry import ABANDONED_AFTER_MS, BATCH, PACE_PER_
 from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.protocol import encoding
 from skipbus.shared.store.engine import connect, driver_errors
-from skipbus.shared.store.expiry import fetch_expired, fetch_stretch
+from skipbus.shared.store.key_records import fetch_expired, fetch_key_range
 from tests.integration.key_providers import Store
 
 NOW_MS = 1_800_000_000_000
@@ -194,8 +194,8 @@ def test_two_janitors_at_once_zeroize_every_key_once(store: Store, zeroizer: Zer
     key_ids = fill(store, [NOW_MS - 1] * 50)
     # The first holds its batch locked; the second must wait, and then find nothing.
     with store.engine.begin() as connection:
-        stretch = fetch_stretch(connection, "KP_Bob", 0, NOW_MS, BATCH)
-        assert [of_source.told for of_source in fetch_expired(connection, stretch)] == [50]
+        key_range = fetch_key_range(connection, "KP_Bob", 0, NOW_MS, BATCH)
+        assert [of_source.items for of_source in fetch_expired(connection, key_range)] == [50]
         with closing(connect(store.settings.mysql)) as other, other.cursor() as cursor:
             cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
             with pytest.raises(StoreUnavailable), driver_errors():

@@ -19,7 +19,6 @@ from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store import (
     announcements,
-    expiry,
     inbox,
     key_records,
     outbox,
@@ -38,13 +37,10 @@ KP = "KP_17"
 PEER = "KP_18"
 KEY_IDS = [n.to_bytes(16, "big") for n in (3, 700, 2500)]
 MODULES = (
-    *(announcements, expiry, inbox, key_records, outbox, peers, pinned_identities),
+    *(announcements, inbox, key_records, outbox, peers, pinned_identities),
     *(processes, stock, withdrawn_keys, wrapping_keys),
 )
 
-# MariaDB (10.11 and 11.8) does not follow FORCE INDEX in a DELETE when most of a table's rows are asked for: it reads
-# them all and waits for those of other callers. A join from a list of the keyIds does not:
-# DELETE k FROM (SELECT 0x.. AS id UNION ALL ...) AS w STRAIGHT_JOIN key_records AS k ON k.key_id = w.id
 # What is asked for is the whole table: one row a KP, its long body left where it is.
 WHOLE_TABLE_IS_THE_QUESTION = {"fetch_announcement_digests"}
 
@@ -53,16 +49,16 @@ WRAPPING_KEY = SealedWrappingKey(b"new wrapping key", KP, PEER, b"e" * 16, NOW_M
 FEW = [RECORD._replace(key_id=bytes([n]) * 16, expires_ms=NOW_MS + n) for n in range(20)]
 MOST = [record.key_id for record in FEW[:-1]]
 OUTBOX_ROW = outbox.OutboxRow(KP, PEER, "key.placed", b"\x90", 0, NOW_MS, b"r" * 16)
-STRETCH = expiry.Stretch(KP, NOW_MS - 1000, NOW_MS, KEY_IDS[0])
+KEY_RANGE = key_records.KeyRange(KP, NOW_MS - 1000, NOW_MS, KEY_IDS[0])
 
 CALLS: dict[str, Callable[[Connection], object]] = {
-    "fetch_stretch": lambda c: expiry.fetch_stretch(c, KP, NOW_MS - 1000, NOW_MS, 100),
-    "fetch_expired": lambda c: expiry.fetch_expired(c, STRETCH),
-    "delete_expired": lambda c: expiry.delete_expired(c, STRETCH),
-    "fetch_targets": expiry.fetch_targets,
-    "delete_expired_wrapping_keys": lambda c: expiry.delete_expired_wrapping_keys(c, NOW_MS, 100),
-    "delete_expired_held": lambda c: expiry.delete_expired_held(c, KP, NOW_MS, 100),
-    "delete_expired_withdrawn": lambda c: expiry.delete_expired_withdrawn(c, KP, NOW_MS, 100),
+    "fetch_key_range": lambda c: key_records.fetch_key_range(c, KP, NOW_MS - 1000, NOW_MS, 100),
+    "fetch_expired": lambda c: key_records.fetch_expired(c, KEY_RANGE),
+    "delete_expired": lambda c: key_records.delete_expired(c, KEY_RANGE),
+    "fetch_targets": key_records.fetch_targets,
+    "delete_expired_wrapping_keys": lambda c: wrapping_keys.delete_expired_wrapping_keys(c, NOW_MS, 100),
+    "delete_expired_held": lambda c: stock.delete_expired_held(c, KP, NOW_MS, 100),
+    "delete_expired_withdrawn": lambda c: withdrawn_keys.delete_expired_withdrawn(c, KP, NOW_MS, 100),
     "claim_unsent_rows": lambda c: outbox.claim_unsent_rows(c, KP, 500),
     "update_numbered": lambda c: outbox.update_numbered(c, [5, 6], 77),
     "fetch_envelopes": lambda c: outbox.fetch_envelopes(c, KP),
