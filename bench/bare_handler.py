@@ -13,11 +13,10 @@ from pathlib import Path
 import uvloop
 from aiohttp import web
 
-from bench.waiting import wait_until
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK, answers, free_port
-from sandbox.processes import Child, minimal_environ
+from sandbox.processes import Child, minimal_environ, wait_until
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 

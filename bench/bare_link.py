@@ -20,7 +20,7 @@ import uvloop
 from aio_pika.abc import AbstractConnection, AbstractExchange, AbstractIncomingMessage
 
 from sandbox.servers import Database
-from sandbox.sites import Sites
+from sandbox.two_sites import TwoSites
 from skipbus.shared.broker.names import ENVELOPES
 
 # An envelope with one key: a sealed and signed wrapping key (6.4 kB), a record, the envelope's own signature (4.6 kB).
@@ -52,7 +52,7 @@ class _Way:
 class BareLink:
     """Does the rounds between the servers of two sites."""
 
-    def __init__(self, sites: Sites) -> None:
+    def __init__(self, sites: TwoSites) -> None:
         self._sites = sites
 
     def round_median_us(self, count: int) -> float:

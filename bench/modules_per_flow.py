@@ -21,11 +21,11 @@ from pathlib import Path
 from bench.traced import SOCKET_VARIABLE
 from bench.waiting import tell, wait_for_keys
 from sandbox.client import get
-from sandbox.cut_story import wait_full
 from sandbox.key_provider import ROLES, KeyProvider
 from sandbox.processes import SandboxError
-from sandbox.site import Site
-from sandbox.sites import Sites
+from sandbox.story import wait_full
+from sandbox.topology import SharedStore, Topology
+from sandbox.two_sites import TwoSites
 from skipbus_testkit.client import Answer
 
 _RUNS = 30
@@ -117,14 +117,14 @@ class Tracer:
 
 def store_link_flows(root: Path) -> list[Flow]:
     """`GET /key` and `GET /key/{keyId}` of two key providers over one store."""
-    with _traced(Site(_made(root / "store"))) as (tracer, alice, bob):
+    with _traced(SharedStore(_made(root / "store"))) as (tracer, alice, bob):
         wait_for_keys(alice, bob.system_id)
         return [_issuing(tracer, "store link, GET /key", alice, bob), _retrieving(tracer, "store link", alice, bob)]
 
 
 def bus_link_flows(root: Path) -> list[Flow]:
     """The same at two sites, on demand and from stock."""
-    with _traced(Sites(_made(root / "sites"), tls=False)) as (tracer, alice, bob):
+    with _traced(TwoSites(_made(root / "sites"), tls=False)) as (tracer, alice, bob):
         wait_full(alice, bob, 120)
         return [
             _issuing(tracer, "bus link, GET /key on demand", alice, bob, _ON_DEMAND_BITS),
@@ -150,7 +150,7 @@ def _retrieving(tracer: Tracer, link: str, alice: KeyProvider, bob: KeyProvider)
 
 
 @contextmanager
-def _traced(site: Site | Sites) -> Iterator[tuple[Tracer, KeyProvider, KeyProvider]]:
+def _traced(site: Topology) -> Iterator[tuple[Tracer, KeyProvider, KeyProvider]]:
     try:
         site.start_servers()
         site.make_key_providers()

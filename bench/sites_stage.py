@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
-from bench.waiting import key_url, wait_for_keys, wait_until
-from sandbox.cut_story import stock_of
+from bench.waiting import key_url, wait_for_keys
 from sandbox.key_provider import BusPeer, KeyProvider
 from sandbox.ports import LOOPBACK, free_port
-from sandbox.sites import Sites, introduce
+from sandbox.processes import wait_until
+from sandbox.story import stock_of
+from sandbox.two_sites import TwoSites, introduce
 
 BUFFER_POOL_MIB = 512
 _READY_SECONDS = 60.0
@@ -29,7 +30,7 @@ class SitesStage:
 
     def __init__(self, root: Path) -> None:
         root.mkdir()
-        self.sites = Sites(root, stock=0, tls=False, buffer_pool_mib=BUFFER_POOL_MIB)
+        self.sites = TwoSites(root, stock=0, tls=False, buffer_pool_mib=BUFFER_POOL_MIB)
 
     def start(self) -> None:
         self.sites.start_servers()

@@ -16,12 +16,11 @@ import pymysql
 from bench.filler import Filler
 from bench.machine import file_system_of
 from bench.sites_stage import SitesStage
-from bench.waiting import tell, wait_for_keys, wait_until
+from bench.waiting import tell, wait_for_keys
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import free_port
-from sandbox.processes import SandboxError
-from sandbox.servers import MariaDbServer, RabbitMqServer
-from sandbox.site import ALICE, BOB
+from sandbox.processes import SandboxError, wait_until
+from sandbox.topology import ALICE, BOB, SharedStore
 
 BUFFER_POOL_MIB = 1024
 _REDO_LOG_MIB = 1024
@@ -39,27 +38,20 @@ class Stage:
         if file_system_of(root) in ("tmpfs", "ramfs"):
             raise SandboxError(f"{root} is in memory, not on a disk; set TMPDIR to a folder that is on one")
         self.root = root
-        self._logs = root / "logs"
-        self._logs.mkdir()
-        self.mysql = MariaDbServer(root / "mysql", buffer_pool_mib=BUFFER_POOL_MIB, log_file_mib=_REDO_LOG_MIB)
-        self._rabbitmq = RabbitMqServer(root / "rabbitmq")
-        self.alice = self._key_provider(ALICE, BOB)
-        self.bob = self._key_provider(BOB, ALICE)
+        self._store = SharedStore(root, tls=False, buffer_pool_mib=BUFFER_POOL_MIB, log_file_mib=_REDO_LOG_MIB)
+        self._store.make_key_providers()
+        self.mysql = self._store.mysql
+        self.alice, self.bob = self._store.key_providers
         self._others: list[KeyProvider] = []
         self._fillers: dict[str, Filler] = {}
         self._sites: SitesStage | None = None
 
     def start(self) -> None:
         """Start everything; returns when keys are issued both ways."""
-        self.mysql.launch()
-        self._rabbitmq.launch()
-        self.mysql.wait_ready()
-        self._rabbitmq.wait_ready()
-        for key_provider in (self.alice, self.bob):
-            key_provider.start_all()
-        for key_provider, remote in ((self.alice, BOB), (self.bob, ALICE)):
-            key_provider.wait_healthy(_READY_SECONDS)
-            wait_for_keys(key_provider, remote)
+        self._store.start_servers()
+        self._store.start_key_providers()
+        wait_for_keys(self.alice, BOB)
+        wait_for_keys(self.bob, ALICE)
 
     def sites(self) -> SitesStage:
         """The two sites, which run beside this from the first time on that they are asked for."""
@@ -74,27 +66,13 @@ class Stage:
             self._sites.stop()
         for filler in self._fillers.values():
             filler.close()
-        key_providers = [self.alice, self.bob, *self._others]
-        for key_provider in key_providers:
-            key_provider.terminate_all()
-        for key_provider in key_providers:
-            key_provider.stop_all()
-        self.mysql.stop()
-        self._rabbitmq.stop()
+        for other in self._others:
+            other.stop_all()
+        self._store.stop()
 
     def second_api(self, workers: int) -> KeyProvider:
         """Another api of KP_Alice on a port of its own, with as many workers."""
-        overrides = {"SKIP_API_WORKERS": str(workers)}
-        other = KeyProvider(
-            ALICE,
-            [BOB],
-            self.mysql.dsn,
-            self._rabbitmq.url,
-            root=self.alice.root,
-            log_dir=self._logs / f"workers-{workers}",
-            env_overrides=overrides,
-        )
-        self._others.append(other)
+        other = self._other_api("workers", workers)
         other.start("api")
         other.wait_healthy(_READY_SECONDS)
         wait_for_keys(other, BOB)
@@ -102,16 +80,7 @@ class Stage:
 
     def tls_api(self, workers: int) -> KeyProvider:
         """Another api of KP_Alice with TLS and as many workers, whose clients need no certificate."""
-        other = KeyProvider(
-            ALICE,
-            [BOB],
-            self.mysql.dsn,
-            self._rabbitmq.url,
-            root=self.alice.root,
-            log_dir=self._logs / f"tls-{workers}",
-            env_overrides={"SKIP_API_WORKERS": str(workers)},
-        )
-        self._others.append(other)
+        other = self._other_api("tls", workers)
         other.serve_tls(free_port())
         del other.environ["SKIP_TLS_CLIENT_CA_FILE"]
         other.make_files()
@@ -156,15 +125,18 @@ class Stage:
         said = Counter((entry["status"], entry["reason"]) for entry in map(json.loads, lines[1:]) if "status" in entry)
         return "".join(f"\n  {count} x {status} {reason}" for (status, reason), count in said.most_common(8))
 
-    def _key_provider(self, system_id: str, remote_id: str) -> KeyProvider:
-        return KeyProvider(
-            system_id,
-            [remote_id],
+    def _other_api(self, what: str, workers: int) -> KeyProvider:
+        other = KeyProvider(
+            ALICE,
+            [BOB],
             self.mysql.dsn,
-            self._rabbitmq.url,
-            root=self.root / system_id,
-            log_dir=self._logs / system_id,
+            self._store.rabbitmq.url,
+            root=self.alice.root,
+            log_dir=self._store.logs / f"{what}-{workers}",
+            env_overrides={"SKIP_API_WORKERS": str(workers)},
         )
+        self._others.append(other)
+        return other
 
 
 def _is_settled(connection: pymysql.connections.Connection[Any], database: str) -> bool:

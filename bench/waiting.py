@@ -1,16 +1,12 @@
-"""What stages and items share: URLs, a word on what goes on, and waiting for something to come to pass."""
+"""What stages and items share: the URL of a key, waiting until keys are issued, and progress on stderr."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
-from sandbox.processes import SandboxError
-
-_WAIT_SECONDS = 120.0
+from sandbox.processes import wait_until
 
 
 def key_url(key_provider: KeyProvider, remote: KeyProvider) -> str:
@@ -27,14 +23,5 @@ def wait_for_keys(key_provider: KeyProvider, remote_id: str) -> None:
 
 
 def tell(text: str) -> None:
-    """A word on stderr about what goes on."""
+    """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float = _WAIT_SECONDS) -> None:
-    """Raises SandboxError when it does not come to pass in good time."""
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SandboxError(f"waited {timeout_seconds:.0f} s in vain for {what}")
-        time.sleep(0.1)

@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sandbox.cut_story import CutStory
-from sandbox.exchange import Exchange
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError, write_private
-from sandbox.site import PORTS, Site
-from sandbox.sites import PORTS as PORTS_OF_SITES
-from sandbox.sites import Sites
+from sandbox.story import CutStory, Exchange
 from sandbox.supervisor import Supervisor
-from skipbus_testkit.client import target
+from sandbox.topology import SharedStore, Topology
+from sandbox.two_sites import TwoSites
+from skipbus_testkit.client import request_target
 
 CHECK_SECONDS = 0.1
 
@@ -81,7 +79,7 @@ def _run(wishes: Wishes) -> int:
 
 
 def _play(root: Path, wishes: Wishes) -> None:
-    site = Sites(root, wishes.port_base) if wishes.sites else Site(root, wishes.port_base)
+    site = TwoSites(root, wishes.port_base) if wishes.sites else SharedStore(root, wishes.port_base)
     try:
         _say(f"starting {'two MariaDB and two federated' if wishes.sites else 'MariaDB and'} RabbitMQ …")
         site.start_servers()
@@ -95,27 +93,27 @@ def _play(root: Path, wishes: Wishes) -> None:
         site.stop()
 
 
-def _tell_story(site: Site | Sites) -> None:
+def _tell_story(site: Topology) -> None:
     alice, bob = site.key_providers
     Exchange(alice, bob, _say).run()
     Exchange(bob, alice, _say).run()
     _say("\nBoth ways as it should be.")
-    if isinstance(site, Sites):
+    if isinstance(site, TwoSites):
         CutStory(site.cable, site.key_providers, _say).run()
 
 
-def _keep_running(site: Site | Sites) -> None:
+def _keep_running(site: Topology) -> None:
     supervisor = Supervisor(site.mysql_servers, site.rabbitmq_servers, site.key_providers, _DEMO_DIR / "state.json")
     supervisor.write_state()
     _say(_how_to_go_on(site))
     while True:
         supervisor.check()
-        if isinstance(site, Sites):
+        if isinstance(site, TwoSites):
             _cut_as_wished(site)
         time.sleep(CHECK_SECONDS)
 
 
-def _cut_as_wished(sites: Sites) -> None:
+def _cut_as_wished(sites: TwoSites) -> None:
     """The line is cut for as long as a file of that name is there."""
     wish = (_DEMO_DIR / "cut").exists()
     if wish and not sites.cable.is_cut:
@@ -126,13 +124,13 @@ def _cut_as_wished(sites: Sites) -> None:
         _say("the line between the sites is healed")
 
 
-def _how_to_go_on(site: Site | Sites) -> str:
+def _how_to_go_on(site: Topology) -> str:
     alice, bob = site.key_providers
     lines = [
         "",
         "Try it:",
         "",
-        f"  curl '{alice.url}{target('key', remoteSystemID=bob.system_id)}'",
+        f"  curl '{alice.url}{request_target('key', remoteSystemID=bob.system_id)}'",
         f"  curl '{bob.url}/key/<keyId>?remoteSystemID={alice.system_id}'",
         f"  curl '{alice.url}/capabilities'",
         f"  curl '{alice.url}/entropy?minentropy=512'",
@@ -143,7 +141,7 @@ def _how_to_go_on(site: Site | Sites) -> str:
         "",
         *_tls_lines(alice),
         "",
-        *(_CUT_LINES if isinstance(site, Sites) else []),
+        *(_CUT_LINES if isinstance(site, TwoSites) else []),
         f"Logs:   {site.logs}",
         f"State:  {_DEMO_DIR / 'state.json'} (addresses, process ids, the database's password, TLS keys)",
         "",
@@ -175,7 +173,7 @@ def _read_wishes(environ: Mapping[str, str]) -> Wishes:
 def _read_port_base(text: str, sites: bool) -> int | None:
     if not text:
         return None
-    last = 65536 - len(PORTS_OF_SITES if sites else PORTS)
+    last = 65536 - len((TwoSites if sites else SharedStore).PORTS)
     if not text.isdecimal() or not 1024 <= int(text) <= last:
         raise UsageError(f"PORT_BASE={text} is not a port number from 1024 to {last}")
     return int(text)

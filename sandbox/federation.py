@@ -6,16 +6,15 @@ what is federated and how.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any
 from urllib.parse import quote
+
+from skipbus.ctl.broker_definitions import fill_template, password_hash
 
 FEDERATION_USER = "federation"
 PLUGINS = "rabbitmq_federation"
@@ -52,26 +51,20 @@ def definitions(user: Account, federation_password: str, upstreams: Mapping[str,
     """The definitions of a broker whose virtual hosts have these upstreams, as JSON."""
     accounts = {
         "USER": user.name,
-        "PASSWORD_HASH": password_hash(user.password),
+        "PASSWORD_HASH": password_hash(user.password, secrets.token_bytes(4)),
         # Any number of key providers, and the tests, use this one account.
         "USER_RIGHTS": ".*",
         "FEDERATION_USER": FEDERATION_USER,
         # One account for all of them.
         "DOWNSTREAM": ".*",
-        "FEDERATION_PASSWORD_HASH": password_hash(federation_password),
+        "FEDERATION_PASSWORD_HASH": password_hash(federation_password, secrets.token_bytes(4)),
     }
     template: dict[str, list[Any]] = json.loads(_TEMPLATE.read_text())
     filled = {
-        part: [_fill(entry, accounts | places) for entry in entries for places in _places(entry, upstreams)]
+        part: [fill_template(entry, **accounts, **places) for entry in entries for places in _places(entry, upstreams)]
         for part, entries in template.items()
     }
     return json.dumps(filled, indent=2)
-
-
-def password_hash(password: str) -> str:
-    """As `rabbitmqctl hash_password` makes it: four random bytes, and the SHA-256 of them and the password."""
-    salt = secrets.token_bytes(4)
-    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
 
 
 def _places(entry: object, upstreams: Mapping[str, Sequence[Upstream]]) -> Iterator[dict[str, str]]:
@@ -84,12 +77,3 @@ def _places(entry: object, upstreams: Mapping[str, Sequence[Upstream]]) -> Itera
     else:
         for vhost, others in upstreams.items():
             yield from ({"VHOST": vhost, "UPSTREAM": other.name, "UPSTREAM_URI": other.uri} for other in others)
-
-
-def _fill(value: Any, places: Mapping[str, str]) -> Any:  # noqa: ANN401 -- any JSON
-    if isinstance(value, dict):
-        return {name: _fill(inner, places) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_fill(inner, places) for inner in value]
-    # Other dollar signs (the ends of patterns) stay as they are.
-    return Template(value).safe_substitute(places) if isinstance(value, str) else value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox.ports import LOOPBACK, answers, free_port
-from sandbox.processes import POLL_SECONDS, Child, SandboxError, find_program, minimal_environ, tail
+from sandbox.processes import Child, find_program, minimal_environ
 
 _CONFIGURATION = Path(__file__).resolve().parent.parent / "compose" / "haproxy.cfg"
 _START_SECONDS = 10.0
@@ -29,12 +28,8 @@ class Front:
         """Returns once it listens. Raises SandboxError."""
         command = [find_program("haproxy"), "-db", "-f", str(_CONFIGURATION)]
         self.child = Child(command, environ=self._environ(), log=self.log, cwd=self._root)
-        deadline = time.monotonic() + _START_SECONDS
         # Not its main port: a connection there goes to an api.
-        while not answers(self.status_port):
-            if not self.child.running or time.monotonic() > deadline:
-                raise SandboxError(f"HAProxy does not listen\n{tail(self.log)}")
-            time.sleep(POLL_SECONDS)
+        self.child.wait_ready(lambda: answers(self.status_port), "HAProxy", _START_SECONDS)
         return self
 
     def stop(self) -> None:

@@ -13,10 +13,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 POLL_SECONDS = 0.02
+_CONDITION_POLL_SECONDS = 0.1
 
 
 class SandboxError(Exception):
@@ -80,6 +81,16 @@ class Child:
             self._reap(0)
         return self._process.returncode
 
+    def wait_ready(self, ready: Callable[[], bool], name: str, timeout_seconds: float) -> None:
+        """Wait until the child serves. Raises SandboxError with its log's end."""
+        deadline = time.monotonic() + timeout_seconds
+        while not ready():
+            if not self.running:
+                raise SandboxError(f"{name} ended while it started\n{tail(self.log)}")
+            if time.monotonic() > deadline:
+                raise SandboxError(f"{name} did not start in {timeout_seconds:g} s\n{tail(self.log)}")
+            time.sleep(POLL_SECONDS)
+
     def kill(self) -> None:
         """SIGKILL to the whole session, at once; clears up what a child that ended by itself left in it."""
         self._reap(0)
@@ -130,6 +141,16 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout_seconds: float = 120) -> None:
+    """Wait until the condition holds. Raises SandboxError, which says what was waited for."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            shown = what if isinstance(what, str) else what()
+            raise SandboxError(f"waited {timeout_seconds:.0f} s in vain for {shown}")
+        time.sleep(_CONDITION_POLL_SECONDS)
 
 
 def minimal_environ(home: Path) -> dict[str, str]:

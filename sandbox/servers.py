@@ -13,8 +13,7 @@ import secrets
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,6 @@ import pymysql
 from sandbox.federation import PLUGINS, Account, Upstream, definitions, upstream_uri
 from sandbox.ports import LOOPBACK, answers, free_port
 from sandbox.processes import (
-    POLL_SECONDS,
     Child,
     SandboxError,
     find_program,
@@ -37,6 +35,7 @@ from sandbox.processes import (
 _COMPOSE = Path(__file__).resolve().parent.parent / "compose"
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
+_EPMD_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -125,13 +124,9 @@ class Server:
 
     def wait_ready(self, timeout_seconds: float = START_SECONDS) -> None:
         """Wait until a client is served. Raises SandboxError with the log's end."""
-        deadline = time.monotonic() + timeout_seconds
-        while not self._serves():
-            if not self.running:
-                raise SandboxError(f"{self.name} ended while it started\n{tail(self.log)}")
-            if time.monotonic() > deadline:
-                raise SandboxError(f"{self.name} did not start in {timeout_seconds} s\n{tail(self.log)}")
-            time.sleep(POLL_SECONDS)
+        if self._child is None:
+            raise SandboxError(f"{self.name} is not started")
+        self._child.wait_ready(self._serves, self.name, timeout_seconds)
 
     def _serves(self) -> bool:
         raise NotImplementedError
@@ -409,7 +404,7 @@ class RabbitMqServer(Server):
         command = [self._epmd_program, "-port", str(self.epmd_port), "-address", self.host]
         self._epmd = Child(command, environ=self.environ, log=self.root / "epmd.log", cwd=self.root)
         # The node would start a stray epmd of its own if it found none.
-        _wait_until(lambda: answers(self.epmd_port), "epmd", self._epmd.log)
+        self._epmd.wait_ready(lambda: answers(self.epmd_port), "epmd", _EPMD_SECONDS)
 
     def _serves(self) -> bool:
         """Whether the broker greets: RabbitMQ listens only when it has booted."""
@@ -442,11 +437,3 @@ def _shipped_message_limit() -> str:
 def _rabbitmq_program() -> str:
     debian = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
     return str(debian) if debian.exists() else find_program("rabbitmq-server")
-
-
-def _wait_until(condition: Callable[[], bool], what: str, log: Path, timeout_seconds: float = 10) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SandboxError(f"{what} did not start in {timeout_seconds} s\n{tail(log)}")
-        time.sleep(POLL_SECONDS)

@@ -5,12 +5,11 @@ Owns what is put in place of that file's paths and ports. The keys are the key p
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK, answers, free_port
-from sandbox.processes import POLL_SECONDS, Child, SandboxError, find_program, minimal_environ, tail
+from sandbox.processes import Child, SandboxError, find_program, minimal_environ
 
 _CONFIGURATION = Path(__file__).resolve().parent.parent / "compose" / "stunnel" / "stunnel.conf"
 _START_SECONDS = 10.0
@@ -52,11 +51,7 @@ class Stunnel:
         """Returns once it listens. Raises SandboxError."""
         command = [find_program("stunnel4", "stunnel"), str(self._file)]
         self.child = Child(command, environ=minimal_environ(self._root), log=self.log, cwd=self._root)
-        deadline = time.monotonic() + _START_SECONDS
-        while not answers(self.port):
-            if not self.child.running or time.monotonic() > deadline:
-                raise SandboxError(f"stunnel does not listen\n{tail(self.log)}")
-            time.sleep(POLL_SECONDS)
+        self.child.wait_ready(lambda: answers(self.port), "stunnel", _START_SECONDS)
         return self
 
     def stop(self) -> None:

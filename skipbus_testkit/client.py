@@ -48,7 +48,7 @@ class Client:
 
     def get(self, *path: str, **query: str) -> Answer:
         """``GET url/path…?query``, escaped. Raises OSError where nobody answers."""
-        return self.request("GET", target(*path, **query))
+        return self.request("GET", request_target(*path, **query))
 
     def request(self, method: str, target: str, body: bytes | None = None) -> Answer:
         """One request, its target as it is. Raises OSError where nobody answers."""
@@ -77,7 +77,7 @@ class Client:
         return http.client.HTTPSConnection(host, address.port, timeout=self.timeout_seconds, context=context)
 
 
-def target(*path: str, **query: str) -> str:
+def request_target(*path: str, **query: str) -> str:
     """The request target, with everything escaped that has to be."""
     text = "/" + "/".join(quote(part, safe="") for part in path)
     return f"{text}?{urlencode(query)}" if query else text

@@ -86,13 +86,13 @@ class SiteDefinitions:
         """Those of a site that knows no other one yet."""
         made = cls(definitions({system_id: (account, password)}))
         for part in ("exchanges", "policies"):
-            made._parts[part] = [_fill(entry, VHOST="/") for entry in made._template[part]]
+            made._parts[part] = [fill_template(entry, VHOST="/") for entry in made._template[part]]
         made._parts["parameters"] = []
         return made
 
     def admit(self, peer_id: str, account: str, password: str) -> None:
         """The account by which the broker of ``peer_id`` fetches here, with a new password where it was there."""
-        names = _fill(
+        names = fill_template(
             self._template["permissions"][1],
             FEDERATION_USER=account,
             VHOST="/",
@@ -105,7 +105,9 @@ class SiteDefinitions:
     def fetch_from(self, peer_id: str, uri: str) -> None:
         """The upstream by which this broker fetches from the one of ``peer_id``."""
         (upstream,) = self._template["parameters"]
-        self._put("parameters", "name", _fill(upstream, VHOST="/", UPSTREAM=encode_id(peer_id), UPSTREAM_URI=uri))
+        self._put(
+            "parameters", "name", fill_template(upstream, VHOST="/", UPSTREAM=encode_id(peer_id), UPSTREAM_URI=uri)
+        )
 
     def text(self) -> str:
         """The file."""
@@ -140,8 +142,9 @@ def upstream_uri(account: str, password: str, host: str, port: int, authority: s
     return f"amqps://{quote(account, safe='')}:{password}@{host}:{port}/%2f?{urlencode(query)}"
 
 
-def _fill(value: Any, **places: str) -> Any:  # noqa: ANN401 -- any JSON
+def fill_template(value: Any, **places: str) -> Any:  # noqa: ANN401 -- any JSON
+    """A part of ``compose/rabbitmq/definitions.json`` with its places filled."""
     if isinstance(value, dict):
-        return {name: _fill(inner, **places) for name, inner in value.items()}
+        return {name: fill_template(inner, **places) for name, inner in value.items()}
     # Other dollar signs (the ends of patterns) stay as they are.
     return Template(value).safe_substitute(places) if isinstance(value, str) else value

@@ -18,11 +18,11 @@ from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
-from bench.waiting import tell, wait_until
+from bench.waiting import tell
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK
-from sandbox.processes import SandboxError
-from skipbus_testkit.client import target
+from sandbox.processes import SandboxError, wait_until
+from skipbus_testkit.client import request_target
 
 _CALLERS = 4
 _PER_SECOND = 160
@@ -148,6 +148,6 @@ class _Connection:
         self._connection = http.client.HTTPConnection(LOOPBACK, kp.port, timeout=20)
 
     def get(self, *path: str, **query: str) -> tuple[int, dict[str, str]]:
-        self._connection.request("GET", target(*path, **query))
+        self._connection.request("GET", request_target(*path, **query))
         response = self._connection.getresponse()
         return response.status, json.loads(response.read())

@@ -10,9 +10,8 @@ from bench.report import Figure, Finding, Line, Target
 from bench.simulated_peers import SimulatedPeers
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
-from bench.waiting import wait_until
 from sandbox.key_provider import ROLES, KeyProvider
-from sandbox.processes import SandboxError
+from sandbox.processes import SandboxError, wait_until
 from sandbox.servers import Database
 
 _STOCK = 64

@@ -17,7 +17,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import entry_points
 from threading import Lock, Thread
@@ -29,20 +28,6 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _KEPT_REQUESTS = 10_000
 
 
-@dataclass(frozen=True)
-class Record:
-    """One request as the api saw it."""
-
-    at_seconds: float
-    method: str
-    path: str
-    query: str
-    status: int
-    duration_ms: float
-    caller: str
-    proof: str
-
-
 class Faults:
     """The tester's orders, and the recorded requests. Used by two threads: the api's loop and the control server."""
 
@@ -50,7 +35,7 @@ class Faults:
         self._lock = Lock()
         self._slow_ms = 0
         self._failures: list[tuple[str, int]] = []
-        self._records: deque[Record] = deque(maxlen=_KEPT_REQUESTS)
+        self._records: deque[dict[str, Any]] = deque(maxlen=_KEPT_REQUESTS)
 
     def slow(self, ms: int) -> None:
         """Every request takes ``ms`` milliseconds longer."""
@@ -71,7 +56,7 @@ class Faults:
     def requests(self) -> list[dict[str, Any]]:
         """The recorded requests, the oldest first."""
         with self._lock:
-            return [asdict(record) for record in self._records]
+            return list(self._records)
 
     def around(self, handler: Handler) -> Handler:
         """The api's handler with these faults."""
@@ -100,7 +85,17 @@ class Faults:
         # The api notes the caller's TLS identity at its connection.
         caller = getattr(request.protocol, "caller", None)
         who, proof = (caller.shown, caller.proof) if caller else ("-", "none")
-        record = Record(time.time(), request.method, path, query, status, round(seconds * 1000, 3), who, proof)
+        # The fields of `skipbus_testkit.provider.RecordedRequest`.
+        record = {
+            "at_seconds": time.time(),
+            "method": request.method,
+            "path": path,
+            "query": query,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 3),
+            "caller": who,
+            "proof": proof,
+        }
         with self._lock:
             self._records.append(record)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from sandbox.cable import Cable
 from sandbox.key_provider import KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from sandbox.sites import Sites
+from sandbox.two_sites import TwoSites
 from tests.system.bus_links import COUNTED_SECONDS, introduce_all, start_all, wait_linked, wait_stock
 from tests.system.harness import ALICE, BOB, Lab, Place
 
@@ -61,7 +61,7 @@ class SitesLab:
 def two_sites(root: Path, *, stock: int, **env: str) -> Iterator[SitesLab]:
     """Small servers, that a test may kill and start again."""
     with ExitStack() as at_end:
-        servers = Sites(root, buffer_pool_mib=_BUFFER_POOL_MIB)
+        servers = TwoSites(root, buffer_pool_mib=_BUFFER_POOL_MIB)
         at_end.callback(servers.stop)
         servers.start_servers()
         places = [Place(half.mysql.dsn, half.rabbitmq.url) for half in servers.halves]

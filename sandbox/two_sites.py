@@ -11,7 +11,7 @@ from pathlib import Path
 from sandbox.cable import Cable
 from sandbox.key_provider import BusPeer, KeyProvider
 from sandbox.servers import MariaDbServer, RabbitMqServer
-from sandbox.site import ALICE, BOB, take_ports
+from sandbox.topology import ALICE, BOB, Topology, take_ports
 
 _OF_A_SITE = ("", "'s TLS", "'s MySQL", "'s RabbitMQ", "'s RabbitMQ's distribution", "'s epmd", "'s end of the cable")
 # Those of a key provider come first, so that PORT_BASE and the port after it answer encryptors, as in one site.
@@ -59,8 +59,10 @@ class _Half:
         return key_provider
 
 
-class Sites:
-    """Two sites and the line between them. Nothing runs before `start_servers`."""
+class TwoSites(Topology):
+    """Two sites and the line between them."""
+
+    PORTS = PORTS
 
     def __init__(
         self,
@@ -72,8 +74,7 @@ class Sites:
         buffer_pool_mib: int = _BUFFER_POOL_MIB,
     ) -> None:
         """Raises SandboxError when a port from `port_base` on is taken."""
-        self.logs = root / "logs"
-        self.logs.mkdir(mode=0o700)
+        super().__init__(root)
         self._stock = stock
         self._tls = tls
         ports = take_ports(port_base, PORTS)
@@ -82,54 +83,23 @@ class Sites:
             _Half(ALICE, BOB, root / "site-1", self.logs / ALICE, ports[0::2], buffer_pool_mib),
             _Half(BOB, ALICE, root / "site-2", self.logs / BOB, ports[1::2], buffer_pool_mib),
         ]
-        self.key_providers: list[KeyProvider] = []
-
-    @property
-    def mysql_servers(self) -> list[MariaDbServer]:
-        return [half.mysql for half in self.halves]
-
-    @property
-    def rabbitmq_servers(self) -> list[RabbitMqServer]:
-        return [half.rabbitmq for half in self.halves]
+        self.mysql_servers = [half.mysql for half in self.halves]
+        self.rabbitmq_servers = [half.rabbitmq for half in self.halves]
 
     def start_servers(self) -> None:
-        """All at the same time; returns when all serve."""
         first, second = self.halves
         for here, there in ((first, second), (second, first)):
             port = self.cable.line(there.rabbitmq.port, here.cable_port)
             here.rabbitmq.federate({"/": [there.rabbitmq.upstream(there.system_id, port)]})
-        servers = [*self.mysql_servers, *self.rabbitmq_servers]
-        for server in servers:
-            server.launch()
-        for server in servers:
-            server.wait_ready()
+        super().start_servers()
 
     def make_key_providers(self) -> None:
-        """Once the servers run: KP_Alice and KP_Bob, each in the other's configuration, not started."""
         self.key_providers = [half.key_provider(tls=self._tls) for half in self.halves]
         introduce(*self.key_providers, stock=self._stock)
 
-    def start_key_providers(self) -> None:
-        """Both at the same time; returns when both are healthy."""
-        if not self.key_providers:
-            self.make_key_providers()
-        for key_provider in self.key_providers:
-            key_provider.start_all()
-        for key_provider in self.key_providers:
-            key_provider.wait_healthy(60)
-
     def stop(self) -> None:
-        """End everything: first what uses the servers, each group at the same time."""
-        for key_provider in self.key_providers:
-            key_provider.terminate_all()
-        for key_provider in self.key_providers:
-            key_provider.stop_all()
+        super().stop()
         self.cable.close()
-        servers = [*self.rabbitmq_servers, *self.mysql_servers]
-        for server in servers:
-            server.terminate()
-        for server in servers:
-            server.stop()
 
 
 def introduce(*key_providers: KeyProvider, stock: int = STOCK) -> None:
