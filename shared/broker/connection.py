@@ -209,7 +209,7 @@ def _described(fault: BaseException) -> str:
 
 
 def _silence_libraries() -> None:
-    """The loss of a broker is told here in one line; the libraries tell it in dozens, with stack traces."""
+    """The loss of a broker is logged here in one line; the libraries log dozens, with stack traces."""
     for name in ("aiormq", "aio_pika"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
