@@ -69,7 +69,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     links = BusLink(settings, keyring, directory, engine, store) if settings.bus_peers else None
     skip = SkipMethods(settings, Links(store, {peer.system_id: links for peer in settings.bus_peers} if links else {}))
     tls = Tls(settings)
-    sync = _make_sync(settings, directory, links) if links is not None else None
+    sync = _make_sync(settings, directory, links)
     application = Application(skip, StatusPages(settings, directory, view, tls.warnings, links), sync)
     server = _make_server(settings, application)
     serve_metrics(settings.metrics_port, REGISTRY)
@@ -118,11 +118,11 @@ async def _forget_ended(store: StoreLink, links: BusLink | None) -> None:
         links.forget_ended(now_ms())
 
 
-def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLink) -> SyncEndpoint:
+def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLink | None) -> SyncEndpoint:
     return SyncEndpoint(
         settings.local_system_id,
         directory,
-        links.publisher,
+        links.publisher if links is not None else None,
         body_timeout_seconds=settings.header_timeout_seconds,
     )
 

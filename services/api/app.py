@@ -27,7 +27,7 @@ Handler = Callable[[Entry, str], Awaitable[web.Response]]
 class Application:
     """Dispatches on the path."""
 
-    def __init__(self, skip: SkipMethods, status: StatusPages, sync: SyncEndpoint | None = None) -> None:
+    def __init__(self, skip: SkipMethods, status: StatusPages, sync: SyncEndpoint) -> None:
         self._sync = sync
         self._get_key_by_id = skip.get_key_by_id
         self._routes: dict[str, Handler] = {
@@ -61,7 +61,7 @@ class Application:
 
     def _dispatch(self, request: web.BaseRequest, entry: Entry) -> Awaitable[web.Response]:
         path, _, query = request.raw_path.partition("?")
-        if path == SYNC_PATH and self._sync is not None:
+        if path == SYNC_PATH:
             entry.route = path
             _check_method(request, "POST")
             return self._sync.handle(request, entry)
@@ -69,9 +69,10 @@ class Application:
         if handler is not None:
             entry.route = path
         else:
-            path = _plain_path(request, path)
+            raw_path = _raw_path(request, path)
+            path = unquote(raw_path, errors="surrogateescape")
             handler = self._routes.get(path)
-            if handler is None and not path.startswith(_KEY_PREFIX):
+            if handler is None and (not path.startswith(_KEY_PREFIX) or _is_below_a_key(raw_path)):
                 raise RouteError(404, "there is no such path (see draft-cisco-skip-02, Table 2)")
             entry.route = "/key" if handler is None else path
         _check_method(request, "GET")
@@ -88,11 +89,14 @@ def _may_hold_another_request(request: web.BaseRequest, entry: Entry) -> bool:
     return request.body_exists and not (entry.route == SYNC_PATH and request.content.at_eof())
 
 
-def _plain_path(request: web.BaseRequest, path: str) -> str:
-    if not path.startswith("/"):
-        # The absolute form, which proxies send (RFC 9112, 3.2.2).
-        path = request.rel_url.raw_path
-    return unquote(path, errors="surrogateescape") if "%" in path else path
+def _raw_path(request: web.BaseRequest, path: str) -> str:
+    # The absolute form, which proxies send (RFC 9112, 3.2.2), has a scheme and a host before the path.
+    return path if path.startswith("/") else request.rel_url.raw_path
+
+
+def _is_below_a_key(raw_path: str) -> bool:
+    """Whether there is a segment behind the keyId. An escaped slash is a part of the keyId, which has none."""
+    return any(raw_path.split("/", 3)[3:])
 
 
 def _check_method(request: web.BaseRequest, allowed: str) -> None:

@@ -1,11 +1,10 @@
 """``POST /sync``: envelopes of peers that cannot reach this KP's broker. Takes them in as the broker would.
 
-Rules: an envelope is answered 202 once the local broker has it in this KP's own queue, where the syncer finds it among
-those that came over the bus and judges it as one of them; nothing is decided here but that it is one envelope, for
-this KP, with a signature of a peer's. Its date and number are the syncer's business, who keeps what they say of the
-peer's clock. A stranger can send what he likes: sizes are bounded while they are read, what all bodies together
-take in memory is bounded too, and so is what one address may take of it; signatures are verified in a few threads, and
-only under names of known peers.
+Rules: an envelope is answered 202 once the local broker has it in this KP's own queue, where the syncer receives it
+like one from the bus. Checked here: that it is one envelope, for this KP, with a peer's signature. The syncer judges
+date and number. A KP without bus peers refuses every envelope. Anybody can send here: the size of a body, the memory
+of all bodies and of those from one address are bounded while they are read, and signatures are verified in a few
+threads, only under names of known peers.
 """
 
 from __future__ import annotations
@@ -61,8 +60,9 @@ class SyncEndpoint:
     """Of one event loop."""
 
     def __init__(
-        self, local_id: str, directory: PeerDirectory, publisher: Publisher, *, body_timeout_seconds: float
+        self, local_id: str, directory: PeerDirectory, publisher: Publisher | None, *, body_timeout_seconds: float
     ) -> None:
+        """``publisher`` is None for a KP without bus peers."""
         self._local_id = local_id
         self._directory = directory
         self._publisher = publisher
@@ -75,24 +75,27 @@ class SyncEndpoint:
         """202, or SyncRefused, RouteError, Overloaded."""
         try:
             with self._room.share(request.remote or "-") as share:
+                if self._publisher is None:
+                    await _discard(request)
+                    raise _unknown_sender()
                 body = await self._read(request, share)
-                await self._take_in(body, entry)
+                await self._take_in(self._publisher, body, entry)
         except SyncRefused as error:
             metrics.count_sync_refused(error.details["reason"], entry.remote_system_id)
             raise
         return json_response({"status": "accepted"}, 202)
 
-    async def _take_in(self, body: bytes, entry: Entry) -> None:
+    async def _take_in(self, publisher: Publisher, body: bytes, entry: Entry) -> None:
         envelope = self._readable(body, entry)
         await self._verify(envelope)
         try:
-            await self._publish(body, live=envelope.header.type in _LIVE)
+            await self._publish(publisher, body, live=envelope.header.type in _LIVE)
         except BusUnavailable as error:
             raise RouteError(503, "the broker of this key provider did not take the envelope; send it again") from error
 
-    async def _publish(self, body: bytes, *, live: bool) -> None:
+    async def _publish(self, publisher: Publisher, body: bytes, *, live: bool) -> None:
         """Puts the envelope into this KP's own queue and returns once the broker has it. Raises BusUnavailable."""
-        taken = await self._publisher.publish(self._local_id, body, lifetime_ms=None if live else MAX_AGE_MS)
+        taken = await publisher.publish(self._local_id, body, lifetime_ms=None if live else MAX_AGE_MS)
         if not taken and not live:
             raise BusUnavailable("the broker has no queue for this key provider: its syncer has never run")
 
@@ -117,7 +120,7 @@ class SyncEndpoint:
     async def _verify(self, envelope: SignedEnvelope) -> None:
         pin = self._pin(envelope.header.sender)
         if pin is None:
-            raise SyncRefused(401, "unknown_sender", "the envelope's sender is not a peer of this key provider")
+            raise _unknown_sender()
         if self._waiting >= MAX_CHECKS_WAITING:
             raise Overloaded("too many envelopes wait to be verified; try again")
         self._waiting += 1
@@ -213,6 +216,8 @@ async def _read_at_most(request: web.BaseRequest, share: _Share, limit: int) -> 
 
 
 async def _discard(request: web.BaseRequest) -> None:
+    if request.headers.get("Expect"):
+        return  # the client waits for an answer before it sends a body
     try:
         async with asyncio.timeout(_DISCARD_SECONDS):
             while await request.content.readany():
@@ -225,6 +230,10 @@ def _mark_complete(request: web.BaseRequest) -> None:
     """The connection takes a body that came in parts for a request that has been coming in since."""
     if isinstance(request.protocol, Connection):
         request.protocol.request_complete()
+
+
+def _unknown_sender() -> SyncRefused:
+    return SyncRefused(401, "unknown_sender", "the envelope's sender is not a peer of this key provider")
 
 
 def _too_large() -> SyncRefused:

@@ -138,16 +138,17 @@ def test_entropy_has_256_bits_unless_asked_otherwise(alice: KeyProvider) -> None
 UNKNOWN_PATHS = [
     "/",
     "/keys",
-    "/key/",
     "/Key",
     "/KEY?remoteSystemID=KP_Bob",
-    "/key//",
     "/capabilities/",
     "/capabilities/x",
     "/entropy/256",
     "/status",
     "/status/sync/",
-    "/sync",
+    "/key/" + "ab" * 16 + "/x",
+    "/key/" + "ab" * 16 + "/x?remoteSystemID=KP_Bob",
+    "/key//x",
+    "/key/../capabilities",
     "/%2e%2e/key",
     "/../key?remoteSystemID=KP_Bob",
     "//key",
@@ -158,11 +159,24 @@ UNKNOWN_PATHS = [
 
 
 @pytest.mark.parametrize("path", UNKNOWN_PATHS)
-def test_a_path_outside_table_2_is_404_or_a_malformed_key_id(alice: KeyProvider, path: str) -> None:
+def test_a_path_outside_table_2_is_404(alice: KeyProvider, path: str) -> None:
     answer = ask(alice, path)
-    # Behind /key/ everything is a keyId, the empty one too.
-    assert_json(answer, 400 if path.startswith("/key/") else 404)
+    assert_json(answer, 404)
     assert set(answer.json) == {"error"}
+
+
+@pytest.mark.parametrize("path", ["/key/", "/key//", "/key/x", "/key/" + "ab" * 16 + "%2Fx", "/key/" + "ab" * 16 + "/"])
+def test_one_segment_behind_key_is_a_key_id_however_malformed(alice: KeyProvider, path: str) -> None:
+    answer = ask(alice, path)
+    assert_json(answer, 400)
+    assert "keyId" in answer.error
+
+
+def test_a_path_below_a_key_does_not_take_the_key(shared_lab: Lab, alice: KeyProvider) -> None:
+    key = shared_lab.issue(alice, BOB)
+    target = f"/key/{key.key_id}/x?remoteSystemID={ALICE}"
+    assert ask(shared_lab.kps[BOB], target).status == 404
+    shared_lab.assert_retrievable(key)
 
 
 @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])

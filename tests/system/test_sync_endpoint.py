@@ -268,8 +268,8 @@ def test_the_log_says_which_peer_sent_what_and_name_no_stranger(link: StubLink, 
     assert [line.get("reason", "").partition(" ")[0] for line in lines] == ["", "an", "the"]
 
 
-def test_a_key_provider_without_bus_peers_has_no_sync(
-    tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
+def test_a_key_provider_without_bus_peers_refuses_whatever_it_is_sent(
+    link: StubLink, tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
 ) -> None:
     with new_lab(tmp_path, mariadb, rabbitmq) as lab:
         alice = lab.add(ALICE, CAROL)
@@ -277,4 +277,16 @@ def test_a_key_provider_without_bus_peers_has_no_sync(
         alice.start("api")
         alice.start("janitor")
         alice.wait_healthy(60)
-        assert ask(alice, "/sync").status == 404
+        for body in (link.carol.key_retrieved(ALICE), b"", b"no envelope", bytes(MAX_ENVELOPE_BYTES + 1)):
+            with RawConnection(alice.port) as connection:
+                connection.send(head(len(body)) + body)
+                answer = connection.read()
+            assert (answer.status, answer.json["reason"]) == (401, "unknown_sender")
+        with RawConnection(alice.port) as connection:
+            started = time.monotonic()
+            connection.send(head(100, more="Expect: 100-continue\r\n"))
+            assert connection.read().status == 401
+            assert time.monotonic() - started < 1
+        answer = ask(alice, "/sync")
+        assert (answer.status, answer.headers["allow"]) == (405, "POST")
+        assert alice.is_healthy()

@@ -62,7 +62,7 @@ def ask(port: int, request: bytes, recorder: Recorder) -> bytes:
 
 
 async def answer_of(request: bytes, recorder: Recorder) -> bytes:
-    application = Application(NoMethods(), NoMethods())  # type: ignore[arg-type]
+    application = Application(NoMethods(), NoMethods(), NoMethods())  # type: ignore[arg-type]
     server = BoundedServer(application.handle, max_connections=10, header_timeout_seconds=5)
     runner = web.ServerRunner(server, handle_signals=False)
     await runner.setup()
