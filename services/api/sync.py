@@ -1,4 +1,4 @@
-"""``POST /sync``: envelopes of peers that cannot reach this KP's broker. Takes them in as the broker would.
+"""``POST /sync``: envelopes of peers that cannot reach this KP's broker.
 
 Rules: an envelope is answered 202 once the local broker has it in this KP's own queue, where the syncer receives it
 like one from the bus. Checked here: that it is one envelope, for this KP, with a peer's signature. The syncer judges
@@ -39,15 +39,15 @@ MAX_HELD_BYTES = 64 * 1024 * 1024
 MAX_HELD_PER_ADDRESS = MAX_HELD_BYTES // 4
 MAX_CHECKS_WAITING = 256
 _CHECKS_AT_ONCE = 2
-# So long what is too large or has no room is read and thrown away: a client that still writes does not see its answer.
+# How long a refused body is still read and thrown away: a client that is still writing does not see its answer.
 _DISCARD_SECONDS = 2.0
-# What only says how things are goes to whoever listens now, as it does over the bus.
+# Not kept for a syncer that is down, as over the bus.
 _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
 _STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401}
 
 
 class SyncRefused(RouteError):
-    """An envelope that is not taken in; the reason is one of the syncer's."""
+    """An envelope that is refused; the reason is one of the syncer's."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(status, message)
@@ -67,18 +67,18 @@ class SyncEndpoint:
         self._directory = directory
         self._publisher = publisher
         self._body_timeout_seconds = body_timeout_seconds
-        self._room = _Room()
+        self._bodies = _Bodies()
         self._checks = asyncio.Semaphore(_CHECKS_AT_ONCE)
         self._waiting = 0
 
     async def handle(self, request: web.BaseRequest, entry: Entry) -> web.Response:
         """202, or SyncRefused, RouteError, Overloaded."""
         try:
-            with self._room.share(request.remote or "-") as share:
+            with self._bodies.of(request.remote or "-") as held:
                 if self._publisher is None:
                     await _discard(request)
                     raise _unknown_sender()
-                body = await self._read(request, share)
+                body = await self._read(request, held)
                 await self._take_in(self._publisher, body, entry)
         except SyncRefused as error:
             metrics.count_sync_refused(error.details["reason"], entry.remote_system_id)
@@ -86,7 +86,7 @@ class SyncEndpoint:
         return json_response({"status": "accepted"}, 202)
 
     async def _take_in(self, publisher: Publisher, body: bytes, entry: Entry) -> None:
-        envelope = self._readable(body, entry)
+        envelope = self._parse(body, entry)
         await self._verify(envelope)
         try:
             await self._publish(publisher, body, live=envelope.header.type in _LIVE)
@@ -99,7 +99,7 @@ class SyncEndpoint:
         if not taken and not live:
             raise BusUnavailable("the broker has no queue for this key provider: its syncer has never run")
 
-    def _readable(self, body: bytes, entry: Entry) -> SignedEnvelope:
+    def _parse(self, body: bytes, entry: Entry) -> SignedEnvelope:
         try:
             envelope = read_envelope(body)
         except EnvelopeRefused as error:
@@ -110,12 +110,14 @@ class SyncEndpoint:
         return envelope
 
     def _note_sender(self, sender: str | None, entry: Entry) -> None:
-        """For log and counters, which strangers must not fill with names."""
+        """For the log and the counters, which strangers must not fill with names."""
         if sender is not None and self._pin(sender) is not None:
             entry.remote_system_id = sender
 
     def _pin(self, sender: str) -> bytes | None:
-        return self._directory.pin(sender) if self._directory.allows(sender) else None
+        if self._publisher is None or not self._directory.allows(sender):
+            return None
+        return self._directory.pin(sender)
 
     async def _verify(self, envelope: SignedEnvelope) -> None:
         pin = self._pin(envelope.header.sender)
@@ -133,10 +135,10 @@ class SyncEndpoint:
             self._waiting -= 1
 
     def _check(self, envelope: SignedEnvelope, pin: bytes) -> None:
-        # By its own date: the syncer judges that, and tells the sender.
+        # With its own date as the time: the syncer checks the date, and notifies the sender.
         check_envelope(envelope, self._local_id, pin, envelope.header.date_ms)
 
-    async def _read(self, request: web.BaseRequest, share: _Share) -> bytes:
+    async def _read(self, request: web.BaseRequest, held: _Held) -> bytes:
         too_large = (request.content_length or 0) > MAX_ENVELOPE_BYTES
         if request.headers.get("Expect", "").lower() == "100-continue":
             if too_large:
@@ -149,68 +151,70 @@ class SyncEndpoint:
             async with asyncio.timeout(self._body_timeout_seconds):
                 if too_large:
                     raise _too_large()
-                body = await _read_at_most(request, share, MAX_ENVELOPE_BYTES)
+                body = await _read_at_most(request, held, MAX_ENVELOPE_BYTES)
         except TimeoutError:
             raise RouteError(408, f"the body was not complete within {self._body_timeout_seconds:g} s") from None
         except (OSError, ClientPayloadError, HttpProcessingError, web.RequestPayloadError) as error:
             raise SyncRefused(400, "malformed", "the body did not come as announced") from error
         except (SyncRefused, Overloaded):
-            share.give_back()
+            held.release()
             await _discard(request)
             raise
         _mark_complete(request)
         return body
 
 
-class _Room:
-    """How much memory the bodies of all requests take; counted as they come, since a promise costs nothing."""
+class _Bodies:
+    """The memory that the bodies of all requests take, counted while they arrive: a Content-Length proves nothing."""
 
     def __init__(self) -> None:
-        self.held = 0
+        self.octets = 0
         self.by_address: Counter[str] = Counter()
 
-    def share(self, address: str) -> _Share:
-        """One request's part."""
-        return _Share(self, address)
+    def of(self, address: str) -> _Held:
+        """One request's body."""
+        return _Held(self, address)
 
 
-class _Share:
-    def __init__(self, room: _Room, address: str) -> None:
-        self._room = room
+class _Held:
+    """The memory of one body, released at the end of a ``with`` block."""
+
+    def __init__(self, bodies: _Bodies, address: str) -> None:
+        self._bodies = bodies
         self._address = address
-        self._held = 0
+        self._octets = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give_back()
+        self.release()
 
     def take(self, count: int) -> None:
-        """Raises Overloaded where there is no room."""
-        room = self._room
-        if room.held + count > MAX_HELD_BYTES or room.by_address[self._address] + count > MAX_HELD_PER_ADDRESS:
+        """Raises Overloaded where a bound is reached."""
+        bodies = self._bodies
+        if bodies.octets + count > MAX_HELD_BYTES or bodies.by_address[self._address] + count > MAX_HELD_PER_ADDRESS:
             raise Overloaded("too many envelopes are on their way in; try again")
-        self._held += count
-        room.held += count
-        room.by_address[self._address] += count
+        self._octets += count
+        bodies.octets += count
+        bodies.by_address[self._address] += count
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """All of it. An address that holds nothing is forgotten."""
-        held, self._held = self._held, 0
-        self._room.held -= held
-        self._room.by_address[self._address] -= held
-        if not self._room.by_address[self._address]:
-            del self._room.by_address[self._address]
+        octets, self._octets = self._octets, 0
+        self._bodies.octets -= octets
+        self._bodies.by_address[self._address] -= octets
+        if not self._bodies.by_address[self._address]:
+            del self._bodies.by_address[self._address]
 
 
-async def _read_at_most(request: web.BaseRequest, share: _Share, limit: int) -> bytes:
+async def _read_at_most(request: web.BaseRequest, held: _Held, limit: int) -> bytes:
     """The body; raises SyncRefused where it is longer, and Overloaded."""
     chunks = bytearray()
     while chunk := await request.content.readany():
         if len(chunks) + len(chunk) > limit:
             raise _too_large()
-        share.take(len(chunk))
+        held.take(len(chunk))
         chunks += chunk
     return bytes(chunks)
 
@@ -227,7 +231,7 @@ async def _discard(request: web.BaseRequest) -> None:
 
 
 def _mark_complete(request: web.BaseRequest) -> None:
-    """The connection takes a body that came in parts for a request that has been coming in since."""
+    """Without this the connection would count a body that came in parts as a request that is still incomplete."""
     if isinstance(request.protocol, Connection):
         request.protocol.request_complete()
 
