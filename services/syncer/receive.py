@@ -12,13 +12,13 @@ changes only the moment at which it is handled, and at most MAX_GATHERED are kep
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.apply import Applied, Applier, Result, keys_changed, portions
@@ -47,7 +47,8 @@ _POLL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.1
 # A heartbeat has 5 kB. What is longer is not read on the event loop.
 _MAX_HEARTBEAT_BYTES = 16 * 1024
-_STORE_WAIT = wait_exponential(multiplier=0.2, max=5.0)
+_FIRST_WAIT_SECONDS = 0.2
+_STORE_WAIT = wait_exponential(multiplier=0.4, max=5.0)
 # Verified envelopes that are rejected for what is in the store.
 _REJECTED = {
     Result.REPLAYED: "a heartbeat with a number that is not new",
@@ -261,19 +262,16 @@ class Receiver:
         """
 
         async def sleep(seconds: float) -> None:
+            _log.debug("store away, deliveries are held", count=len(batch))
             if not await pause(self._stop, seconds) or all(delivery.lost for delivery in batch):
                 raise _GivenUp
 
-        def log(state: RetryCallState) -> None:
-            reason = str(state.outcome.exception()) if state.outcome else ""
-            _log.debug("store away, deliveries are held", count=len(batch), reason=reason)
-
-        async def attempt() -> T:
-            return await asyncio.to_thread(action, next(attempts) > 0)
-
-        attempts = itertools.count()
+        # A retry object keeps what it refers to, here up to 64 MiB of bodies, until a garbage collection.
+        with suppress(StoreUnavailable):
+            return await asyncio.to_thread(action, False)
+        await sleep(_FIRST_WAIT_SECONDS)
         retry = retry_if_exception_type(StoreUnavailable)
-        return await AsyncRetrying(retry=retry, wait=_STORE_WAIT, sleep=sleep, before_sleep=log)(attempt)
+        return await AsyncRetrying(retry=retry, wait=_STORE_WAIT, sleep=sleep)(asyncio.to_thread, action, True)
 
     async def _answer(self, one: _Open, result: Result) -> None:
         header = one.verified.header
