@@ -1,8 +1,9 @@
 """``python -m bench.modules_per_flow``: through which of our modules a request passes, in each process.
 
 A demo over a store link and one of two sites run with a profiler in every process (``bench.traced``). Each flow is
-repeated; a module counts when it was executed between request and answer in most of the runs, so that what a process
-does by the clock does not count. Only modules whose functions run are counted, not those that are only imported.
+repeated; a module counts when it was executed between request and answer in most of the fastest runs, so that what a
+process does once a second does not count, even on a slow machine. Only modules whose functions run are counted, not
+those that are only imported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sandbox.two_sites import TwoSites
 from skipbus_testkit.client import Answer
 
 _RUNS = 30
+_FASTEST = 10
 _ON_DEMAND_BITS = "512"
 # What one run leaves to be done is done before the next one begins.
 _PAUSE_SECONDS = 0.3
@@ -77,21 +79,17 @@ class Tracer:
 
     def flow(self, name: str, run: Callable[[], Answer], prepare: Callable[[], None] = lambda: None) -> Flow:
         """Repeats a request. Raises SandboxError when one is refused."""
-        counts: dict[str, Counter[str]] = {}
+        runs: list[tuple[float, dict[str, list[str]]]] = []
         for _ in range(_RUNS):
             prepare()
             time.sleep(_PAUSE_SECONDS)
             self._executed()
+            started = time.monotonic()
             answer = run()
-            for process, modules in self._executed().items():
-                counts.setdefault(process, Counter()).update(modules)
+            runs.append((time.monotonic() - started, self._executed()))
             if answer.status != 200:
                 raise SandboxError(f"{name} was answered {answer.status} {answer.error}")
-        usual = {
-            process: sorted(module for module, count in counted.items() if 2 * count > _RUNS)
-            for process, counted in counts.items()
-        }
-        return Flow(name, {process: modules for process, modules in usual.items() if modules})
+        return Flow(name, usual_modules(runs, _FASTEST))
 
     def close(self) -> None:
         for connection in self._sockets.values():
@@ -113,6 +111,19 @@ class Tracer:
 
     def _path(self, system_id: str, role: str) -> Path:
         return self._folder / f"{system_id}-{role}"
+
+
+def usual_modules(runs: Sequence[tuple[float, Modules]], fastest: int) -> Modules:
+    """Process -> the modules in most of the fastest runs, of runs that took some seconds each."""
+    counts: dict[str, Counter[str]] = {}
+    for _, executed in sorted(runs, key=lambda run: run[0])[:fastest]:
+        for process, modules in executed.items():
+            counts.setdefault(process, Counter()).update(modules)
+    usual = {
+        process: sorted(module for module, count in counted.items() if 2 * count > fastest)
+        for process, counted in counts.items()
+    }
+    return {process: modules for process, modules in usual.items() if modules}
 
 
 def store_link_flows(root: Path) -> list[Flow]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.modules_per_flow import Flow
+from bench.modules_per_flow import Flow, usual_modules
 from bench.traced import SOCKET_VARIABLE
 from tests.waiting import wait_for
 
@@ -59,3 +59,10 @@ def test_only_modules_whose_functions_ran_since_the_last_question_are_told(tmp_p
 def test_a_module_that_two_processes_run_counts_once_in_a_flow_and_twice_in_all_processes() -> None:
     flow = Flow("x", {"api of A": ["services.api.app", "shared.clock"], "syncer of A": ["shared.clock"]})
     assert flow.shown().splitlines()[0] == "x: 2 modules, 3 in all processes"
+
+
+def test_what_slow_runs_do_by_the_clock_does_not_count() -> None:
+    flow = {"api of A": ["services.api.app"], "janitor of A": []}
+    ticked = {"api of A": ["services.api.app"], "janitor of A": ["services.janitor.epochs"]}
+    runs = [(2.0, ticked), (0.01, flow), (2.1, ticked), (0.02, flow), (0.03, ticked)]
+    assert usual_modules(runs, 3) == {"api of A": ["services.api.app"]}
