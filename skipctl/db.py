@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from skipbus.ctl.command import Commands, add_command, add_group
 from skipbus.ctl.provision import add_provision
 from skipbus.shared.settings import load_settings
-from skipbus.shared.store.migrate import HEAD_REVISION, is_known, store_revision, upgrade_store
+from skipbus.shared.store.migrate import head_revision, is_known, store_revision, upgrade_store
 
 
 def register(commands: Commands) -> None:
@@ -25,13 +25,13 @@ def register(commands: Commands) -> None:
 def _upgrade(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
     changed = upgrade_store(settings.mysql)
-    print(f"the store is at revision {HEAD_REVISION}" + ("" if changed else " already"))
+    print(f"the store is at revision {head_revision()}" + ("" if changed else " already"))
     return 0
 
 
 def _status(_arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = load_settings(environ)
-    found, wanted = store_revision(settings.mysql), HEAD_REVISION
+    found, wanted = store_revision(settings.mysql), head_revision()
     print(f"store    {found or 'empty'}")
     print(f"release  {wanted}")
     if found == wanted:

@@ -22,7 +22,7 @@ from skipbus.shared.errors import OperatorError
 from skipbus.shared.settings import Secret, load_settings
 from skipbus.shared.settings.files import read_regular_file
 from skipbus.shared.store.engine import connect, driver_errors
-from skipbus.shared.store.migrate import HEAD_REVISION, StoreNewer, upgrade_store
+from skipbus.shared.store.migrate import StoreNewer, head_revision, upgrade_store
 
 # Roles with "bus-" have all rights of the others, and those that bus links need in addition.
 ROLES = ("api", "syncer", "janitor", "bus-api", "bus-syncer")
@@ -51,7 +51,7 @@ def _provision(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int
     accounts = [_read_account(text) for text in arguments.accounts]
     try:
         changed = upgrade_store(mysql)
-        print(f"the store is at revision {HEAD_REVISION}" + ("" if changed else " already"))
+        print(f"the store is at revision {head_revision()}" + ("" if changed else " already"))
     except StoreNewer as error:
         print(f"{error}; it is used as it is")
     connection = connect(mysql)

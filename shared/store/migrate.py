@@ -64,6 +64,11 @@ def store_revision(mysql: MySqlSettings) -> str | None:
     return _revision_and_durability(mysql)[0]
 
 
+def head_revision() -> str | None:
+    """The newest of the migrations that are installed here. Reads files."""
+    return _scripts().get_current_head()
+
+
 def is_known(revision: str | None) -> bool:
     """Whether this release has the revision among its migrations."""
     known = {script.revision for script in _scripts().walk_revisions()}
@@ -76,7 +81,7 @@ def upgrade_store(mysql: MySqlSettings) -> bool:
     Raises StoreUnavailable, StoreRefused, or StoreNewer (the store may be used all the same).
     """
     found = store_revision(mysql)
-    if found == HEAD_REVISION:
+    if found == head_revision():
         return False
     if not is_known(found):
         raise StoreNewer(f"the store has the schema of a newer release (revision {found})")
@@ -94,7 +99,7 @@ def _upgrade(connection: Connection) -> bool:
     before = _fetch_revision(connection)
     command.upgrade(_config(connection), "head")
     connection.commit()
-    return before != HEAD_REVISION
+    return before != head_revision()
 
 
 def _revision_and_durability(mysql: MySqlSettings) -> tuple[str | None, int]:
