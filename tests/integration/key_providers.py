@@ -89,7 +89,7 @@ class Store:
 def tend(keeper: EpochKeeper, at_ms: int, *, look: bool = True) -> None:
     """What a janitor does each second: keeps the epochs, and announces what the store has not."""
     keeper.tend(at_ms, look=look)
-    with keeper._engine.connect() as connection:
+    with driver_errors(), keeper._engine.connect() as connection:
         digest = fetch_announcement_digest(connection, keeper._settings.local_system_id)
     keeper.announce(at_ms, digest)
 
