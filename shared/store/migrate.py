@@ -47,7 +47,7 @@ def bring_up_to_date(mysql: MySqlSettings) -> None:
     if revision != HEAD_REVISION:
         try:
             if upgrade_store(mysql):
-                _log.info("store migrated", revision=HEAD_REVISION)
+                _log.info("store migrated", revision=head_revision())
         except StoreNewer as error:
             _log.warning("store is newer", reason=str(error))
     # "Answered means retrievable" and "given out once" rest on commits that survive a crash of the server.
