@@ -40,9 +40,9 @@ BUS = (
     "bus_link_bounds",
     "bus_link_syncer",
     "https_link",
-    "intake",
     "notifications",
     "peer_trust",
+    "receive",
     "syncer_exchange",
     "syncer_refusals",
 )
