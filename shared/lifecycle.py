@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from skipbus.shared.errors import BackendError, OperatorError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.metrics import TaskAge
 
 DRAIN_SECONDS = 10.0

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.logs import log_queue
+from skipbus.shared.logging import log_queue
 
 _TASKS = CollectorRegistry()
 _INTERVAL = Gauge("skipbus_task_interval_seconds", "How often a regular task is done.", ["task"], registry=_TASKS)

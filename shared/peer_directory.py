@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import KeyringError, SealBroken
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.presented_identities import Conflict, ConflictReporter, PresentedIdentities
 from skipbus.shared.protocol.announcements import Announcement, digest, read_announcement
 from skipbus.shared.protocol.system_ids import RemoteSystemIds

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from skipbus.shared.crypto.identity import fingerprint
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.store.pinned_identities import Pin, upsert_presented
 
 CONFLICT_REMINDER_MS = 600_000

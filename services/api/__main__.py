@@ -29,7 +29,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import BackendError
 from skipbus.shared.lifecycle import DRAIN_SECONDS, Stopped, every, run_service, stop_group
-from skipbus.shared.logs import configure_logging, get_logger
+from skipbus.shared.logging import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds

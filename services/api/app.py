@@ -17,7 +17,7 @@ from skipbus.services.api.status import StatusPages
 from skipbus.services.api.sync import PATH as SYNC_PATH
 from skipbus.services.api.sync import SyncEndpoint
 from skipbus.shared.errors import SkipbusError
-from skipbus.shared.logs import get_logger, log_correlation_id, new_correlation_id
+from skipbus.shared.logging import get_logger, log_correlation_id, new_correlation_id
 
 _log = get_logger("app")
 _KEY_PREFIX = "/key/"

@@ -28,7 +28,7 @@ from skipbus.shared.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.store.engine import driver_errors
 
 Request = TypeVar("Request")

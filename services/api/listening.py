@@ -15,7 +15,7 @@ import socket
 from aiohttp import web
 
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 
 _BACKLOG = 4096
 _ASK_SECONDS = 2.0

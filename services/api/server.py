@@ -21,7 +21,7 @@ from skipbus.services.api.responses import RouteError, error_response
 from skipbus.services.api.tls.callers import Caller
 from skipbus.services.api.tls.reading import TooMuchBesideData
 from skipbus.shared.lifecycle import next_tick
-from skipbus.shared.logs import get_logger, new_correlation_id
+from skipbus.shared.logging import get_logger, new_correlation_id
 
 MAX_LINE_BYTES = 2048
 MAX_FIELD_BYTES = 4096

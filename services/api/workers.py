@@ -16,7 +16,7 @@ import threading
 import time
 
 from skipbus.shared.lifecycle import DRAIN_SECONDS, EXIT_FAILED, EXIT_OK
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import EXIT_BAD_CONFIGURATION, Settings
 
 _PR_SET_PDEATHSIG = 1

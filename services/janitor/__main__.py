@@ -21,7 +21,7 @@ from skipbus.services.janitor.pruning import prune
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.lifecycle import Stopped, every, run_service, stop_group
-from skipbus.shared.logs import configure_logging, get_logger
+from skipbus.shared.logging import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.settings import Settings, config_from_argv
 from skipbus.shared.store.announcements import fetch_announcement_digest

@@ -14,7 +14,7 @@ from skipbus.shared.crypto.epochs import PublicEpoch, longest_life_ms, missing_s
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch, check_pinned_identity
 from skipbus.shared.errors import KeyringError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.settings import Settings
 from skipbus.shared.store.announcements import fetch_announcement_issued_ms, upsert_announcement

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection, Engine
 
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.key_records import Expired, delete_expired, fetch_expired, fetch_key_range, fetch_targets

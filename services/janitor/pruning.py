@@ -9,7 +9,7 @@ from collections.abc import Callable
 from sqlalchemy import Connection, Engine
 
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.inbox import INBOX_LIFETIME_MS, delete_expired_inbox
 from skipbus.shared.store.outbox import OUTBOX_LIFETIME_MS, delete_expired_outbox

@@ -35,7 +35,7 @@ from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.lifecycle import every, run_service
-from skipbus.shared.logs import configure_logging, get_logger
+from skipbus.shared.logging import configure_logging, get_logger
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds

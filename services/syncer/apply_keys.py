@@ -17,7 +17,7 @@ from skipbus.services.syncer.verify_keys import MAX_LIFETIME_MS
 from skipbus.shared.broker.notifications import NotificationKind, Notifier
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.sealing import SealedWrappingKey
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.envelopes import Header
 from skipbus.shared.protocol.payloads import Events, Rejection
 from skipbus.shared.protocol.placed_keys import MAX_KEYS, PlacedKeys

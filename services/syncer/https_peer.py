@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from skipbus.services.syncer.outgoing import Outcome
 from skipbus.services.syncer.transport import PeerAnswer
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES
 from skipbus.shared.protocol.payloads import printable
 from skipbus.shared.settings.peers import PeerSettings

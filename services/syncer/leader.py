@@ -13,7 +13,7 @@ import contextlib
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.sequence_numbers import Reservation
 from skipbus.shared.errors import BackendError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.election import Election
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from skipbus.shared.crypto.sealing import SealedWrappingKey
 from skipbus.shared.errors import EnvelopeRefused
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.payloads import MAX_EVENTS, Events, Payload, pack_events, read_payload

@@ -19,7 +19,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.liveness import PeerStatus, peer_status
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings
 from skipbus.shared.store.engine import driver_errors

@@ -31,7 +31,7 @@ from skipbus.shared.broker.notifications import Notifier
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import EnvelopeRefused, StoreUnavailable
 from skipbus.shared.lifecycle import pause
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 from skipbus.shared.protocol.payloads import Acknowledgement, Capabilities, Events, Heartbeat, Rejection

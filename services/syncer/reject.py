@@ -22,7 +22,7 @@ from skipbus.shared.broker.consuming import Delivery
 from skipbus.shared.broker.notifications import Notifier
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.payloads import Rejection

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from skipbus.services.syncer.outgoing import OutgoingEnvelope
 from skipbus.services.syncer.transport import Transport
 from skipbus.shared.errors import BackendError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.payloads import (
     MAX_ACKNOWLEDGED,

@@ -24,7 +24,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
 from skipbus.shared.lifecycle import next_tick
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 
 TICK_SECONDS = 1.0
 # Envelopes that are signed and sent together over the bus.

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.outgoing import STOCK_DROPPED
 from skipbus.shared.clock import now_ms
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.keys import counted_before_ms
 from skipbus.shared.settings import Settings

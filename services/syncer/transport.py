@@ -18,7 +18,7 @@ from skipbus.shared.broker.publishing import Publisher, Unconfirmed
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import BusUnavailable
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS, EnvelopeType, Header, sign_envelope
 from skipbus.shared.protocol.payloads import Rejection
 

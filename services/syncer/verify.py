@@ -13,7 +13,7 @@ from skipbus.services.syncer.verify_keys import OwnEpochs, verify_keys
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.errors import EnvelopeRefused, SealBroken, SkipbusError, StoreRefused
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.envelopes import (

@@ -21,7 +21,7 @@ from aio_pika.connection import make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from tenacity import retry, retry_if_exception_type, wait_exponential_jitter
 
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import Secret
 
 CONNECT_SECONDS = 5.0

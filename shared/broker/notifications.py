@@ -25,7 +25,7 @@ from skipbus.shared.broker.names import (
     notification_queue_name,
     notification_routing_key,
 )
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol import encoding
 
 MAX_ITEMS = 1_000

@@ -18,7 +18,7 @@ from aio_pika.exceptions import PublishError
 from skipbus.shared.broker.connection import FAILURES, Session, lost_if_cancelled
 from skipbus.shared.broker.names import ENVELOPES, live_routing_key, routing_key
 from skipbus.shared.errors import BusUnavailable
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 
 CONFIRM_SECONDS = 10.0
 LEFT_OUT_SECONDS = 30.0

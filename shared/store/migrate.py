@@ -18,7 +18,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
 
 from skipbus.shared.errors import OperatorError, StoreUnavailable
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.engine import driver_errors, make_engine
 

@@ -17,7 +17,7 @@ from skipbus.services.api import metrics
 from skipbus.services.api.group_commit import GroupCommit
 from skipbus.services.api.links.placing import ConfirmRequest, Outcome, Placement
 from skipbus.shared.errors import NotPlaced, Overloaded, SkipbusError, StoreUnavailable
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 
 _POLL_SECONDS = 1.0
 # Withdrawals that wait for the store; beyond this the syncer's own withdrawal has to do.

@@ -25,7 +25,7 @@ from skipbus.services.api.links.stock import usable_until_ms
 from skipbus.services.api.links.store import new_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, counted_before_ms
 from skipbus.shared.settings import Settings
 from skipbus.shared.store.election import Election

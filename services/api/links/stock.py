@@ -20,7 +20,7 @@ from skipbus.services.api.links.sealing import Opener
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.errors import SealBroken, StoreConflict
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.outbox import OutboxRow, fetch_tokens, insert_outbox_rows

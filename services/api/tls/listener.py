@@ -25,7 +25,7 @@ from skipbus.services.api.tls import reasons
 from skipbus.services.api.tls.handshake import ACCEPTED, Accepted
 from skipbus.services.api.tls.material import Material
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 
 _BACKLOG = 4096
 _ACCEPTS_AT_A_TIME = 64

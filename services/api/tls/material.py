@@ -20,7 +20,7 @@ from skipbus.services.api.tls.context import Recipe, make_context
 from skipbus.services.api.tls.handshake import TlsContext
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.lifecycle import pause_to_tick
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.psk_file import PskKeys, read_psk_file
 from skipbus.shared.settings import TlsSettings
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import Settings
 
 _log = get_logger("api")

@@ -10,7 +10,7 @@ import ssl
 
 from skipbus.services.api.tls import openssl
 from skipbus.services.api.tls.handshake import TlsObject
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.psk_file import shown_identity
 
 _log = get_logger("tls")

@@ -11,7 +11,7 @@ from skipbus.services.api.tls.context import Recipe
 from skipbus.services.api.tls.listener import TlsListener
 from skipbus.services.api.tls.material import Material
 from skipbus.services.api.tls.self_check import find_psk_modes
-from skipbus.shared.logs import get_logger
+from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import Settings
 
 _log = get_logger("tls")

@@ -17,8 +17,7 @@ from typing import Any
 import orjson
 import pytest
 
-from skipbus.shared.log_queue import LogQueue
-from skipbus.shared.logs import cause_chain, new_correlation_id, render_json
+from skipbus.shared.logging import LogQueue, cause_chain, new_correlation_id, render_json
 from skipbus.shared.settings import Secret
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +26,7 @@ BUS_PASSWORD = "bus password"
 PREPARE = f"""
 import asyncio, logging, os, sys, threading, time, warnings
 from skipbus.shared.settings import load_settings
-from skipbus.shared.logs import configure_logging, get_logger, log_correlation_id, log_queue
+from skipbus.shared.logging import configure_logging, get_logger, log_correlation_id, log_queue
 settings = load_settings({{
     "SKIP_LOCAL_SYSTEM_ID": "KP_Alice", "SKIP_REMOTE_SYSTEM_ID_1": "KP_Bob", "MYSQL_USER": "u",
     "MYSQL_DATABASE": "d", "MYSQL_PASSWORD": {PASSWORD!r},

@@ -2,8 +2,8 @@
 
 Rules: JSON lines in production, readable ones in development. Every line has `timestamp`, `level`, `event`, `service`,
 `system_id` and `pid`; within a request also its `correlation_id`. A log call never raises and never waits for standard
-output. A `Secret` shows as `***` and bytes show as their number, because they may be a key. Levels at which a library
-logs messages or credentials stay off.
+output: a thread writes a bounded queue, and what does not fit is dropped and counted. A `Secret` shows as `***` and
+bytes show as their number, because they may be a key. Levels at which a library logs credentials stay off.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import atexit
 import itertools
 import logging
 import os
+import queue
 import re
 import secrets
+import select
 import sys
 import threading
+import time
 import traceback
 from types import TracebackType
 from typing import cast
@@ -23,42 +26,91 @@ from typing import cast
 import orjson
 import structlog
 from structlog.contextvars import bind_contextvars, merge_contextvars
-from structlog.processors import TimeStamper
+from structlog.processors import TimeStamper, add_log_level
 from structlog.stdlib import ProcessorFormatter, add_logger_name
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-from skipbus.shared.log_queue import LogQueue
 from skipbus.shared.settings import Settings
 
 # At debug, aiormq logs the frames that it sends, the password among them; at info, sqlalchemy logs statements with
 # their values, and alembic logs what it assumes, at every start.
-_LIBRARY_LEVELS = {
-    "aiormq": logging.INFO,
-    "aio_pika": logging.INFO,
-    "sqlalchemy": logging.WARNING,
-    "alembic": logging.WARNING,
-}
+_INFO, _WARNING = ("aiormq", "aio_pika"), ("sqlalchemy", "alembic")
+_LIBRARY_LEVELS = dict.fromkeys(_INFO, logging.INFO) | dict.fromkeys(_WARNING, logging.WARNING)
 _MAX_CAUSES = 8
 _MAX_MESSAGE_LENGTH = 300
 _MAX_TRACEBACK_LENGTH = 20_000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-log_queue = LogQueue()
+MAX_LINES = 10_000
+_MAX_LINES_PER_WRITE = 256
+_GATHER_SECONDS = 0.002
+_END = b""
+_console = structlog.dev.ConsoleRenderer(colors=os.isatty(1), sort_keys=False)
 _id_prefix = secrets.token_hex(4)
 _id_counter = itertools.count()
+
+
+class LogQueue:
+    """Takes lines for a file descriptor. ``dropped_lines`` counts those that were given up."""
+
+    def __init__(self, descriptor: int = 1, max_lines: int = MAX_LINES) -> None:
+        self.dropped_lines = 0
+        self._descriptor = descriptor
+        self._max_lines = max_lines
+        # Without a bound of its own, because the lock of queue.Queue is not safe in a signal handler.
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        # A daemon: a reader that has stopped must not keep the process from ending.
+        self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread, once. Lines that were taken before wait in the queue."""
+        if not self._writer.is_alive():
+            self._writer.start()
+
+    def put(self, line: bytes) -> None:
+        """Takes one line, without its line end."""
+        if self._lines.qsize() < self._max_lines:
+            self._lines.put(line + b"\n")
+        else:
+            self.dropped_lines += 1
+
+    def close(self, wait_seconds: float = 0.5) -> None:
+        """Waits until everything is written, at most ``wait_seconds``. Later lines are dropped and counted."""
+        self._max_lines = 0
+        self._lines.put(_END)
+        if self._writer.is_alive():
+            self._writer.join(wait_seconds)
+
+    def _write_lines(self) -> None:
+        lines: list[bytes] = []
+        while _END not in lines:
+            lines = [self._lines.get()]
+            # Lines that follow soon go out with it: waking this thread for each would cost more than the line itself.
+            time.sleep(_GATHER_SECONDS)
+            while len(lines) < _MAX_LINES_PER_WRITE and not self._lines.empty():
+                lines.append(self._lines.get())
+            self._write(b"".join(lines))
+
+    def _write(self, octets: bytes) -> None:
+        while octets:
+            try:
+                octets = octets[os.write(self._descriptor, octets) :]
+            except BlockingIOError:
+                # Another process has made the pipe non-blocking for all that share it.
+                select.select([], [self._descriptor], [])
+            except OSError:
+                # The reader is gone, or the disk is full.
+                self.dropped_lines += octets.count(b"\n")
+                return
+
+
+log_queue = LogQueue()
 
 
 def configure_logging(settings: Settings, service: str) -> None:
     """Sets up the logs of this process, before anything else is done."""
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    processors: list[Processor] = [
-        merge_contextvars,
-        add_logger_name,
-        structlog.processors.add_log_level,
-        TimeStamper(fmt="iso", utc=True),
-        explain_exception,
-        _common_fields_first(service, settings.local_system_id),
-    ]
+    fields: list[Processor] = [merge_contextvars, add_logger_name, add_log_level, TimeStamper(fmt="iso", utc=True)]
+    processors = [*fields, explain_exception, _common_fields_first(service, settings.local_system_id)]
     render = render_for_people if settings.environment == "development" else render_json
     structlog.configure(
         processors=[*processors, render],
@@ -107,13 +159,9 @@ class _LibraryHandler(logging.Handler):
 
 
 def _configure_libraries(processors: list[Processor], render: Processor, level: int) -> None:
+    formatters = [ProcessorFormatter.remove_processors_meta, render, lambda _logger, _method, line: line.decode()]
     handler = _LibraryHandler()
-    handler.setFormatter(
-        ProcessorFormatter(
-            foreign_pre_chain=processors,
-            processors=[ProcessorFormatter.remove_processors_meta, render, _as_text],
-        )
-    )
+    handler.setFormatter(ProcessorFormatter(foreign_pre_chain=processors, processors=formatters))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -122,27 +170,17 @@ def _configure_libraries(processors: list[Processor], render: Processor, level: 
     logging.captureWarnings(True)
 
 
-def _as_text(_logger: object, _method: str, line: object) -> str:
-    return cast(bytes, line).decode()
-
-
 def _common_fields_first(service: str, system_id: str) -> Processor:
     common = {"service": service, "system_id": system_id, "pid": os.getpid()}
-
-    def order(_logger: object, _method: str, event: EventDict) -> EventDict:
-        first = {"timestamp": event["timestamp"], "level": event["level"], "event": event["event"], **common}
-        # Once more at the end: no field of an event replaces one of these.
-        return {**first, **event, **common}
-
-    return order
+    first = dict.fromkeys(("timestamp", "level", "event")) | common
+    # Once more at the end: no field of an event replaces one of these.
+    return lambda _logger, _method, event: {**first, **event, **common}
 
 
 def explain_exception(_logger: object, _method: str, event: EventDict) -> EventDict:
     """Turns `exc_info` into `error`, the chain of causes in one line, and `traceback`, without local variables."""
     given = event.pop("exc_info", None)
-    if given is True:
-        given = sys.exc_info()
-    error = given[1] if isinstance(given, tuple) else given
+    error = sys.exception() if given is True else given[1] if isinstance(given, tuple) else given
     if isinstance(error, BaseException):
         event["error"] = cause_chain(error)
         # Of a long one the end is kept: it names the exception.
@@ -161,17 +199,13 @@ def cause_chain(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(_message(error).split())[:_MAX_MESSAGE_LENGTH]
+    try:
+        text = " ".join(str(error).split())[:_MAX_MESSAGE_LENGTH]
+    except Exception:  # noqa: BLE001 -- the text of an exception must not cost the line about it
+        text = "its message cannot be shown"
     if isinstance(error, BaseExceptionGroup):
         text += f" [{', '.join(map(_one_line, error.exceptions))}]"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001 -- the text of an exception must not cost the line about it
-        return "its message cannot be shown"
 
 
 def render_json(_logger: object, _method: str, event: EventDict) -> bytes:
@@ -205,14 +239,11 @@ def _plain(value: object) -> object:
 def render_for_people(logger: object, method: str, event: EventDict) -> bytes:
     """The last processor in development. Control characters are escaped: a client must not steer the terminal."""
     fields: EventDict = orjson.loads(render_json(logger, method, event))
-    below = fields.pop("traceback", None)
+    below = fields.pop("traceback", "").splitlines()
     fields = {name: _visible(value) if isinstance(value, str) else value for name, value in fields.items()}
-    if below is not None:
-        fields["exception"] = "\n".join(map(_visible, below.splitlines()))
+    if below:
+        fields["exception"] = "\n".join(map(_visible, below))
     return _console(logger, method, fields).encode()
-
-
-_console = structlog.dev.ConsoleRenderer(colors=os.isatty(1), sort_keys=False)
 
 
 def _visible(text: str) -> str:
