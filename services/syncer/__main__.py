@@ -16,20 +16,19 @@ from sqlalchemy import Engine
 
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.apply import Applier
+from skipbus.services.syncer.consume import Consumer, Incoming
 from skipbus.services.syncer.heartbeat import Heartbeats, SignsOfLife
-from skipbus.services.syncer.leader import Leader
+from skipbus.services.syncer.leader import Leader, Reservation, SequenceNumbers
 from skipbus.services.syncer.outbox import Outbox
 from skipbus.services.syncer.peers import PeerWatch
-from skipbus.services.syncer.receive import FollowUp, Incoming, Receiver
+from skipbus.services.syncer.receive import FollowUp, Receiver
 from skipbus.services.syncer.reject import PeerRejections, Rejecter, RejectionLog
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.send import Sender
-from skipbus.services.syncer.sequence_numbers import Reservation, SequenceNumbers
 from skipbus.services.syncer.stock import StockWatch
 from skipbus.services.syncer.transport import RejectionQueue, Transport
 from skipbus.services.syncer.verify import Verifier
 from skipbus.shared.broker.connection import BrokerConnection
-from skipbus.shared.broker.consuming import Consumer
 from skipbus.shared.broker.notifications import FOR_SYNCER, NotificationKind, Notifier
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.crypto.keyring import Keyring

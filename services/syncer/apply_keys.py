@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import Connection
 
 from skipbus.services.syncer.stock import drop_rejected_stock
-from skipbus.services.syncer.verify_keys import MAX_LIFETIME_MS
+from skipbus.services.syncer.verify import MAX_LIFETIME_MS
 from skipbus.shared.broker.notifications import NotificationKind, Notifier
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.sealing import SealedWrappingKey

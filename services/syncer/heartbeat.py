@@ -15,12 +15,11 @@ import socket
 from sqlalchemy import Engine
 
 from skipbus.services.syncer import metrics
+from skipbus.services.syncer.consume import QueueWithoutLeader
 from skipbus.services.syncer.leader import Leader
-from skipbus.services.syncer.outgoing import OutgoingEnvelope
 from skipbus.services.syncer.replies import Replies
-from skipbus.services.syncer.transport import Transport
+from skipbus.services.syncer.transport import OutgoingEnvelope, Transport
 from skipbus.shared.broker.connection import BrokerConnection, NeedsOperator
-from skipbus.shared.broker.consuming import QueueWithoutLeader
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
 from skipbus.shared.lifecycle import pause

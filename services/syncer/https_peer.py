@@ -18,8 +18,7 @@ from collections.abc import Callable
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from skipbus.services.syncer.outgoing import Outcome
-from skipbus.services.syncer.transport import PeerAnswer
+from skipbus.services.syncer.transport import Outcome, PeerAnswer
 from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES
 from skipbus.shared.protocol.payloads import printable

@@ -35,31 +35,3 @@ QUEUE_WITHOUT_LEADER = Gauge(
     registry=REGISTRY,
 )
 PEERS = Gauge("skipbus_peers", "Peers by what their heartbeats say.", ["status"], registry=REGISTRY)
-
-# What this release refuses envelopes for. A peer may say anything, and must not make labels of it.
-REASONS = frozenset(
-    {
-        "too_large",
-        "malformed",
-        "unknown_version",
-        "unknown_type",
-        "unknown_sender",
-        "wrong_target",
-        "bad_signature",
-        "identity_changed",
-        "too_old",
-        "from_future",
-        "malformed_payload",
-        "replayed",
-        "not_a_bus_peer",
-        "unknown_epoch",
-        "bad_seal",
-        "bad_lifetime",
-        "key_exists",
-    }
-)
-
-
-def bounded_reason(reason: str) -> str:
-    """The reason as a label."""
-    return reason if reason in REASONS else "other"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from skipbus.services.syncer.outgoing import Outcome, OutgoingEnvelope
+from skipbus.services.syncer.transport import Outcome, OutgoingEnvelope
 from skipbus.shared.liveness import PeerStatus
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS
 from skipbus.shared.store.outbox import KEY_PLACED, OutboxEnvelope

@@ -3,50 +3,36 @@
 No envelope is answered before its effect is committed. While the store is away the deliveries are held and tried again:
 giving them back would use up their delivery limit, which is there for envelopes that cannot be handled. A batch in
 which something unexpected fails is applied again one by one, so that one envelope never fails its neighbours.
-
-Heartbeats are gathered for a moment, because with hundreds of peers one arrives every few milliseconds and a
-transaction for each costs more than it is worth. What an envelope says of its type is not verified there: a false one
-changes only the moment at which it is handled, and at most MAX_GATHERED are kept.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.apply import Applied, Applier, Result, keys_changed, portions
+from skipbus.services.syncer.consume import PREFETCH, Delivery, Incoming
 from skipbus.services.syncer.reject import PeerRejections, Rejecter
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.send import Sender
 from skipbus.services.syncer.verify import Rejected, Verified, Verifier
-from skipbus.shared.broker.consuming import PREFETCH, Consumer, Delivery
 from skipbus.shared.broker.notifications import Notifier
 from skipbus.shared.clock import now_ms
-from skipbus.shared.errors import EnvelopeRefused, StoreUnavailable
+from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.lifecycle import pause
 from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 from skipbus.shared.protocol.payloads import Acknowledgement, Capabilities, Events, Heartbeat, Rejection
 from skipbus.shared.protocol.placed_keys import PlacedKeys
 
 BATCH = 2 * PREFETCH
-# Half of what the broker delivers unacknowledged, so that other live envelopes are still delivered.
-MAX_GATHERED = PREFETCH // 2
-# Of the local heartbeat interval: small next to the time after which a peer counts as late.
-GATHER_SHARE = 0.05
-MAX_GATHER_SECONDS = 0.25
 _POLL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.1
-# A heartbeat has 5 kB. What is longer is not read on the event loop.
-_MAX_HEARTBEAT_BYTES = 16 * 1024
 _FIRST_WAIT_SECONDS = 0.2
 _STORE_WAIT = wait_exponential(multiplier=0.4, max=5.0)
 # Verified envelopes that are rejected for what is in the store.
@@ -59,50 +45,6 @@ _PASSING_REASONS = frozenset({"too_old", "from_future"})
 
 _log = get_logger("receive")
 T = TypeVar("T")
-
-
-class Incoming:
-    """What the consumer delivers; heartbeats come together and later than the rest."""
-
-    def __init__(self, consumer: Consumer, heartbeat_seconds: float) -> None:
-        self._consumer = consumer
-        self._gather_seconds = min(MAX_GATHER_SECONDS, GATHER_SHARE * heartbeat_seconds)
-        self._gathered: list[Delivery] = []
-        self._due_at = 0.0
-
-    async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
-        """As ``Consumer.next_deliveries``; an empty list also where only heartbeats came, for a later call."""
-        if self._gathered:
-            wait_seconds = min(wait_seconds, max(0.0, self._due_at - time.monotonic()))
-        urgent = [one for one in await self._consumer.next_deliveries(limit, wait_seconds) if not self._gather(one)]
-        # Checked at each call: heartbeats must not wait for a pause in what is urgent.
-        if len(self._gathered) < MAX_GATHERED and time.monotonic() < self._due_at:
-            return urgent
-        gathered, self._gathered = self._gathered, []
-        return urgent + [one for one in gathered if not one.lost]
-
-    async def stop(self) -> None:
-        """Takes in no more; what was delivered already is still returned, at once."""
-        self._gather_seconds = self._due_at = 0.0
-        await self._consumer.stop()
-
-    def _gather(self, delivery: Delivery) -> bool:
-        """Whether it is kept for a later call."""
-        if self._gather_seconds <= 0 or not _is_heartbeat(delivery.body):
-            return False
-        if not self._gathered:
-            self._due_at = time.monotonic() + self._gather_seconds
-        self._gathered.append(delivery)
-        return True
-
-
-def _is_heartbeat(body: bytes) -> bool:
-    if len(body) > _MAX_HEARTBEAT_BYTES:
-        return False
-    try:
-        return read_envelope(body).header.type is EnvelopeType.HEARTBEAT
-    except EnvelopeRefused:
-        return False
 
 
 class FollowUp:
@@ -156,14 +98,6 @@ class FollowUp:
                 pass
 
 
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A delivery whose envelope is verified and whose effect is still to be committed."""
-
-    delivery: Delivery
-    verified: Verified
-
-
 class _GivenUp(Exception):
     """The broker will deliver the batch again: its connection is lost, or this process ends."""
 
@@ -203,29 +137,29 @@ class Receiver:
         if not batch:
             return
         try:
-            opened = await self._verify(batch)
-            for portion in portions(opened, lambda one: keys_changed(one.verified)):
+            verified = await self._verify(batch)
+            for portion in portions(verified, lambda pair: keys_changed(pair[1])):
                 await self._apply(portion)
         except _GivenUp:
             _log.debug("deliveries left to the broker", count=len(batch))
 
-    async def _verify(self, batch: Sequence[Delivery]) -> list[_Open]:
+    async def _verify(self, batch: Sequence[Delivery]) -> list[tuple[Delivery, Verified]]:
+        """Those that are verified; the others are rejected."""
+
         def verify(_again: bool) -> list[Verified | Rejected]:
             return [self._verifier.verify(one.body, one.redelivered, one.waited_ms) for one in batch]
 
-        opened: list[_Open] = []
-        for delivery, result in zip(batch, await self._while_store_away(verify, batch), strict=True):
-            if isinstance(result, Verified):
-                opened.append(_Open(delivery, result))
-            else:
+        results = list(zip(batch, await self._while_store_away(verify, batch), strict=True))
+        for delivery, result in results:
+            if isinstance(result, Rejected):
                 await self._rejecter.reject(delivery, result)
-        return opened
+        return [(delivery, result) for delivery, result in results if isinstance(result, Verified)]
 
-    async def _apply(self, batch: Sequence[_Open]) -> None:
-        verified = [one.verified for one in batch]
+    async def _apply(self, batch: Sequence[tuple[Delivery, Verified]]) -> None:
+        deliveries, verified = [delivery for delivery, _ in batch], [one for _, one in batch]
         try:
             applied = await self._while_store_away(
-                lambda again: self._applier.apply(verified, now_ms(), again=again), [one.delivery for one in batch]
+                lambda again: self._applier.apply(verified, now_ms(), again=again), deliveries
             )
         except _GivenUp:
             raise
@@ -235,15 +169,15 @@ class Receiver:
         self._follow_up.follow_up(verified, applied)
         # The envelopes that encryptors wait for are on their way before the broker is answered.
         await asyncio.sleep(0)
-        for one, result in zip(batch, applied.results, strict=True):
-            await self._answer(one, result)
+        for delivery, one, result in zip(deliveries, verified, applied.results, strict=True):
+            await self._answer(delivery, one, result)
 
-    async def _apply_one_by_one(self, batch: Sequence[_Open], error: Exception) -> None:
+    async def _apply_one_by_one(self, batch: Sequence[tuple[Delivery, Verified]], error: Exception) -> None:
         if len(batch) > 1:
-            for one in batch:
-                await self._apply([one])
+            for pair in batch:
+                await self._apply([pair])
             return
-        header = batch[0].verified.header
+        delivery, header = batch[0][0], batch[0][1].header
         _log.error(
             "envelope not handled",
             type=header.type,
@@ -253,7 +187,7 @@ class Receiver:
             exc_info=error,
         )
         await pause(self._stop, 1.0)
-        await batch[0].delivery.requeue()
+        await delivery.requeue()
 
     async def _while_store_away(self, action: Callable[[bool], T], batch: Sequence[Delivery]) -> T:
         """Does ``action`` in a thread until the store is there; its argument says whether it was tried before.
@@ -273,16 +207,16 @@ class Receiver:
         retry = retry_if_exception_type(StoreUnavailable)
         return await AsyncRetrying(retry=retry, wait=_STORE_WAIT, sleep=sleep)(asyncio.to_thread, action, True)
 
-    async def _answer(self, one: _Open, result: Result) -> None:
-        header = one.verified.header
+    async def _answer(self, delivery: Delivery, one: Verified, result: Result) -> None:
+        header = one.header
         if result in _REJECTED:
             explanation = f"{header.sender} sent {_REJECTED[result]}"
             rejected = Rejected(result.value, header.sender, explanation, header, verified=True)
-            await self._rejecter.reject(one.delivery, rejected)
+            await self._rejecter.reject(delivery, rejected)
             return
-        await one.delivery.ack()
+        await delivery.ack()
         metrics.RECEIVED.labels(header.type.value, result.value).inc()
-        _log_received(one.verified, result)
+        _log_received(one, result)
 
 
 def _log_received(one: Verified, result: Result) -> None:

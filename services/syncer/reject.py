@@ -14,11 +14,11 @@ import time
 
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.apply import Applier
+from skipbus.services.syncer.consume import Delivery
 from skipbus.services.syncer.peers import PeerClocks
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.transport import RejectionQueue
-from skipbus.services.syncer.verify import Rejected
-from skipbus.shared.broker.consuming import Delivery
+from skipbus.services.syncer.verify import REASONS, Rejected
 from skipbus.shared.broker.notifications import Notifier
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError
@@ -141,7 +141,9 @@ class PeerRejections:
 
     def note(self, peer_id: str, rejection: Rejection) -> None:
         """Counts and logs one that is recorded in the store already."""
-        metrics.REFUSED_BY_PEER.labels(metrics.bounded_reason(rejection.reason), peer_id).inc()
+        # A peer may say anything, and must not make labels of it.
+        reason = rejection.reason if rejection.reason in REASONS else "other"
+        metrics.REFUSED_BY_PEER.labels(reason, peer_id).inc()
         self._log.log_peer_rejection(peer_id, rejection)
 
     def finish(self) -> None:

@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from skipbus.services.syncer.outgoing import OutgoingEnvelope
-from skipbus.services.syncer.transport import Transport
+from skipbus.services.syncer.transport import OutgoingEnvelope, Transport
 from skipbus.shared.errors import BackendError
 from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.envelopes import EnvelopeType

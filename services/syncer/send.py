@@ -16,10 +16,9 @@ from collections.abc import Collection
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.outbox import Outbox
-from skipbus.services.syncer.outgoing import Outcome, OutgoingEnvelope
 from skipbus.services.syncer.peer_queue import NOT_SENT, PeerQueue, Unacknowledged
 from skipbus.services.syncer.peers import PeerWatch
-from skipbus.services.syncer.transport import Transport
+from skipbus.services.syncer.transport import Outcome, OutgoingEnvelope, Transport
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from sqlalchemy import Connection, Engine
 
 from skipbus.services.syncer.leader import Leader
-from skipbus.services.syncer.outgoing import STOCK_DROPPED
+from skipbus.services.syncer.outbox import STOCK_DROPPED
 from skipbus.shared.clock import now_ms
 from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol import encoding

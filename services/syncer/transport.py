@@ -9,11 +9,11 @@ import asyncio
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from skipbus.services.syncer import metrics
-from skipbus.services.syncer.outgoing import Outcome, OutgoingEnvelope
-from skipbus.services.syncer.sequence_numbers import SequenceNumbers
+from skipbus.services.syncer.leader import SequenceNumbers
 from skipbus.shared.broker.publishing import Publisher, Unconfirmed
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
@@ -29,6 +29,36 @@ if TYPE_CHECKING:
 _LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED})
 
 _log = get_logger("transport")
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingEnvelope:
+    """An envelope before it is signed; ``number`` is None where a new one will do.
+
+    ``keys_expire_ms`` (UTC) is when the last key expires that it is about, where it is pointless after that;
+    ``items`` and ``correlation_ids`` are for the log.
+    """
+
+    type: EnvelopeType
+    target: str
+    payload: bytes
+    number: int | None = None
+    keys_expire_ms: int | None = None
+    items: int = 0
+    correlation_ids: tuple[str, ...] = ()
+
+
+class Outcome(Enum):
+    """What became of an envelope; ``HELD_UP`` and ``LOST`` may have arrived all the same.
+
+    Only HTTPS reports a rejection at once. ``HELD_UP``: the broker answers, but not for the queue of this peer.
+    """
+
+    TAKEN = "taken"
+    NO_QUEUE = "no_queue"
+    HELD_UP = "held_up"
+    REJECTED = "refused"
+    LOST = "lost"
 
 
 @dataclass(frozen=True, slots=True)

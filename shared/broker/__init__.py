@@ -1,1 +1,1 @@
-"""The message broker: connections, names of exchanges and queues, publishing, consuming and notifications."""
+"""The message broker: connections, names of exchanges and queues, publishing and notifications."""

@@ -1,6 +1,6 @@
 """Sealed keys on their way to a bus peer: in the payload of an outbox row, and with their wrapping keys in an envelope.
 
-Pure. The target cannot open what it is sent; ``services.syncer.verify_keys`` checks what can be checked without
+Pure. The target cannot open what it is sent; ``services.syncer.verify`` checks what can be checked without
 opening.
 """
 

@@ -16,7 +16,7 @@ from sqlalchemy import func, select
 
 from sandbox.key_provider import BusPeer
 from sandbox.servers import Database
-from skipbus.services.syncer.outgoing import SEALED_TYPES
+from skipbus.services.syncer.outbox import SEALED_TYPES
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey

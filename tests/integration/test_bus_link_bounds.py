@@ -18,7 +18,7 @@ from sqlalchemy import Engine, bindparam, event, func, select, update
 
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from skipbus.services.syncer.apply import Applier
-from skipbus.services.syncer.sequence_numbers import RESERVED_US, Reservation, SequenceNumbers
+from skipbus.services.syncer.leader import RESERVED_US, Reservation, SequenceNumbers
 from skipbus.services.syncer.verify import Verified
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import new_epoch_id

@@ -20,7 +20,7 @@ import pytest
 
 from sandbox.ports import LOOPBACK, free_port
 from sandbox.servers import Database, RabbitMqServer
-from skipbus.shared.broker.consuming import (
+from skipbus.services.syncer.consume import (
     CONSUME_SECONDS,
     declare_queues,
 )

@@ -10,8 +10,8 @@ import aio_pika
 import pytest
 
 from sandbox.servers import RabbitMqServer
+from skipbus.services.syncer.consume import Consumer, Delivery
 from skipbus.shared.broker.connection import BrokerConnection
-from skipbus.shared.broker.consuming import Consumer, Delivery
 from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key
 from skipbus.shared.broker.notifications import FOR_API, FOR_SYNCER, NotificationKind
 from skipbus.shared.broker.publishing import Publisher

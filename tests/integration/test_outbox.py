@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from skipbus.services.syncer.leader import SequenceNumbers
 from skipbus.services.syncer.outbox import MAX_ROWS, Outbox
-from skipbus.services.syncer.sequence_numbers import SequenceNumbers
 from skipbus.shared.protocol import encoding
 from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from tests.integration.key_providers import Store, settings_for

@@ -14,11 +14,11 @@ from typing import cast
 
 from sandbox.servers import Database, RabbitMqServer
 from skipbus.services.syncer.apply import Applied, Applier, Result
-from skipbus.services.syncer.receive import MAX_GATHER_SECONDS, MAX_GATHERED, FollowUp, Incoming, Receiver
+from skipbus.services.syncer.consume import MAX_GATHER_SECONDS, MAX_GATHERED, Consumer, Delivery, Incoming
+from skipbus.services.syncer.receive import FollowUp, Receiver
 from skipbus.services.syncer.reject import Rejecter
 from skipbus.services.syncer.verify import Verified, Verifier
 from skipbus.shared.broker.connection import BrokerConnection
-from skipbus.shared.broker.consuming import Consumer, Delivery
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from skipbus.services.janitor.__main__ import Janitor
-from skipbus.services.syncer.leader import Leader
-from skipbus.services.syncer.sequence_numbers import Reservation, SequenceNumbers
+from skipbus.services.syncer.leader import Leader, Reservation, SequenceNumbers
 from skipbus.services.syncer.stock import StockWatch
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, new_epoch_id

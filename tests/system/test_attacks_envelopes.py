@@ -22,7 +22,7 @@ from sandbox.client import get
 from sandbox.ports import LOOPBACK
 from sandbox.servers import MariaDbServer, RabbitMqServer
 from sandbox.simulated_peer import SealedKeys
-from skipbus.shared.broker.consuming import PREFETCH
+from skipbus.services.syncer.consume import PREFETCH
 from skipbus.shared.broker.names import (
     ENVELOPES,
     NOTIFICATIONS,

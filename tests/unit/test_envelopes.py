@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipbus.services.syncer.verify_keys import OwnEpochs, verify_keys
+from skipbus.services.syncer.verify import OwnEpochs, verify_keys
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.protocol import encoding

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from skipbus.services.syncer.outgoing import Outcome, OutgoingEnvelope
 from skipbus.services.syncer.peer_queue import MAX_DUE, MAX_HELD_CONTENTS, PeerQueue, Unacknowledged
+from skipbus.services.syncer.transport import Outcome, OutgoingEnvelope
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.outbox import OutboxEnvelope
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipbus.services.syncer.apply import portions
-from skipbus.services.syncer.outgoing import (
+from skipbus.services.syncer.leader import SequenceNumbers
+from skipbus.services.syncer.outbox import (
     MAX_PAYLOAD_BYTES,
     MAX_SEALED_ROWS,
     counter_when_numbered,
@@ -19,8 +20,7 @@ from skipbus.services.syncer.outgoing import (
     keys_expire_ms,
 )
 from skipbus.services.syncer.peer_queue import LAST_RESEND_MS, is_due, resend_after_ms
-from skipbus.services.syncer.sequence_numbers import SequenceNumbers
-from skipbus.services.syncer.verify_keys import OwnEpochs
+from skipbus.services.syncer.verify import OwnEpochs
 from skipbus.shared.broker.names import encode_id, live_routing_key, queue_name, routing_key
 from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.protocol import encoding

@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from skipbus.services.syncer.metrics import REASONS
-from skipbus.services.syncer.verify import Rejected, Verified, Verifier
+from skipbus.services.syncer.verify import REASONS, Rejected, Verified, Verifier
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan
 from skipbus.shared.crypto.hpke import HybridPrivateKey

@@ -1,9 +1,9 @@
 """A key provider's queues: declared on every new connection, and consumed by one syncer at a time.
 
 Deliveries of a lost connection are worthless: the broker delivers them again. Memory is bounded by the prefetch count
-and the broker's ``max_message_size``. A quorum queue whose leader is missing answers nobody. That is an alarm for the
-operator, and the consumer tries again; it never deletes a queue, because only the operator knows whether the other
-servers of a cluster still hold the queue's messages.
+and the broker's ``max_message_size``. A quorum queue without a leader is an alarm for the operator; the consumer tries
+again and never deletes it, because only the operator knows whether other servers of a cluster still hold its messages.
+Heartbeats are gathered for a moment, because with hundreds of peers one arrives every few milliseconds.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from skipbus.shared.broker.names import (
     routing_key,
 )
 from skipbus.shared.broker.publishing import declare_envelopes
+from skipbus.shared.errors import EnvelopeRefused
+from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 
 # Of each of the two queues. With the shipped max_message_size that is 65 MiB at most for each.
 PREFETCH = 16
@@ -44,6 +46,13 @@ DEAD_LETTERS_KEPT_MS = 7 * 86_400_000
 DEAD_LETTERS_KEPT_BYTES = 256 * 1024 * 1024
 LIVE_KEPT = 1_000
 LIVE_KEPT_BYTES = 32 * 1024 * 1024
+# Half of what the broker delivers unacknowledged, so that other live envelopes are still delivered.
+MAX_GATHERED = PREFETCH // 2
+# Of the local heartbeat interval: small next to the time after which a peer counts as late.
+GATHER_SHARE = 0.05
+MAX_GATHER_SECONDS = 0.25
+# A heartbeat has 5 kB. What is longer is not read on the event loop.
+_MAX_HEARTBEAT_BYTES = 16 * 1024
 # A quorum queue has a leader again half a second after its broker is back; this is ample for a loaded one.
 CONSUME_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0
@@ -153,6 +162,53 @@ class Consumer:
 
     async def _take_in(self, session: Session, message: AbstractIncomingMessage) -> None:
         self._deliveries.put_nowait(Delivery(message.body, bool(message.redelivered), message, session))
+
+
+class Incoming:
+    """What the consumer delivers; heartbeats come together and later than the rest.
+
+    The type that an envelope claims is not verified here: a false one changes only when the envelope is handled.
+    """
+
+    def __init__(self, consumer: Consumer, heartbeat_seconds: float) -> None:
+        self._consumer = consumer
+        self._gather_seconds = min(MAX_GATHER_SECONDS, GATHER_SHARE * heartbeat_seconds)
+        self._gathered: list[Delivery] = []
+        self._due_at = 0.0
+
+    async def next_deliveries(self, limit: int, wait_seconds: float) -> list[Delivery]:
+        """As ``Consumer.next_deliveries``; an empty list also where only heartbeats came, for a later call."""
+        if self._gathered:
+            wait_seconds = min(wait_seconds, max(0.0, self._due_at - time.monotonic()))
+        urgent = [one for one in await self._consumer.next_deliveries(limit, wait_seconds) if not self._gather(one)]
+        # Checked at each call: heartbeats must not wait for a pause in what is urgent.
+        if len(self._gathered) < MAX_GATHERED and time.monotonic() < self._due_at:
+            return urgent
+        gathered, self._gathered = self._gathered, []
+        return urgent + [one for one in gathered if not one.lost]
+
+    async def stop(self) -> None:
+        """Takes in no more; what was delivered already is still returned, at once."""
+        self._gather_seconds = self._due_at = 0.0
+        await self._consumer.stop()
+
+    def _gather(self, delivery: Delivery) -> bool:
+        """Whether it is kept for a later call."""
+        if self._gather_seconds <= 0 or not _is_heartbeat(delivery.body):
+            return False
+        if not self._gathered:
+            self._due_at = time.monotonic() + self._gather_seconds
+        self._gathered.append(delivery)
+        return True
+
+
+def _is_heartbeat(body: bytes) -> bool:
+    if len(body) > _MAX_HEARTBEAT_BYTES:
+        return False
+    try:
+        return read_envelope(body).header.type is EnvelopeType.HEARTBEAT
+    except EnvelopeRefused:
+        return False
 
 
 async def declare_queues(channel: AbstractChannel, local_id: str) -> tuple[AbstractQueue, AbstractQueue]:
