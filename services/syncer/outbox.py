@@ -254,7 +254,7 @@ class EnvelopeBuilder:
     def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:
             return pack_events(payloads)
-        records = [record for payload in payloads for record in encoding.unpack(payload, max_items=MAX_KEYS)]
+        records = [record for payload in payloads for record in encoding.unpack(payload)]
         needed = self._wrapping_keys(fetch, records)
         return pack_placed_keys(records, needed, stock=row_type == KEY_STOCKED)
 
@@ -269,7 +269,7 @@ class EnvelopeBuilder:
         return [self._known[wrapping_key_id] for wrapping_key_id in wanted if wrapping_key_id in self._known]
 
 
-def _entries_of(payload: Payload) -> Sequence[list[Any]]:
+def _entries_of(payload: Payload) -> Sequence[Sequence[Any]]:
     """What an envelope says of each of its keys."""
     match payload:
         case Events():

@@ -14,9 +14,11 @@ import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import StrEnum
+from typing import Annotated
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage
+from msgspec import Meta
 
 from skipbus.shared.broker.connection import FAILURES, Session, lost_if_cancelled
 from skipbus.shared.broker.names import (
@@ -34,6 +36,7 @@ MAX_ITEM_BYTES = 64
 MAX_PENDING = 20_000
 MAX_NOTIFICATION_BYTES = 128 * 1024
 QUEUE_KEPT = 1_000
+_ITEMS = Annotated[list[Annotated[bytes, Meta(min_length=1, max_length=MAX_ITEM_BYTES)]], Meta(max_length=MAX_ITEMS)]
 QUEUE_KEPT_MS = 10_000
 
 _log = get_logger("notifications")
@@ -135,9 +138,7 @@ def read_notification(local_id: str, key: str, body: bytes) -> tuple[Notificatio
     if len(body) > MAX_NOTIFICATION_BYTES or not key.startswith(prefix):
         raise ValueError("notification")
     kind = NotificationKind(key.removeprefix(prefix))
-    items = encoding.unpack(body, max_items=MAX_ITEMS)
-    if not isinstance(items, list) or not all(isinstance(i, bytes) and 0 < len(i) <= MAX_ITEM_BYTES for i in items):
-        raise ValueError("notification")
+    items: list[bytes] = encoding.unpack(body, _ITEMS)
     return kind, items
 
 

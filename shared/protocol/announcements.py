@@ -8,18 +8,40 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
 from skipbus.shared.crypto.hpke import PUBLIC_KEY_BYTES
 from skipbus.shared.crypto.identity import CONTEXT_ANNOUNCEMENT, Identity, verify
 from skipbus.shared.errors import SealBroken
 from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.encoding import Natural, Positive
 from skipbus.shared.protocol.system_ids import validate_system_id
 
-T = TypeVar("T")
 VERSION = 1
 MAX_ANNOUNCEMENT_BYTES = 1024 * 1024
+
+
+class _AnyVersion(Struct):
+    version: int
+
+
+class _Body(Struct):
+    system_id: str
+    public_key: bytes
+    issued_ms: Natural
+    algorithm: Annotated[str, Meta(max_length=4096)]
+    epochs: list[
+        tuple[
+            Annotated[bytes, Meta(min_length=EPOCH_ID_BYTES, max_length=EPOCH_ID_BYTES)],
+            Positive,
+            Positive,
+            Positive,
+            Annotated[bytes, Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)],
+        ]
+    ]
 
 
 @dataclass(frozen=True)
@@ -64,49 +86,20 @@ def read_announcement(data: bytes) -> Announcement:
     if len(data) > MAX_ANNOUNCEMENT_BYTES:
         raise SealBroken(f"an announcement has {len(data)} bytes, more than {MAX_ANNOUNCEMENT_BYTES}")
     try:
-        body, signature = (_typed(part, bytes) for part in encoding.unpack(data, max_items=2))
-        fields = encoding.unpack(body)
-        version = _typed(fields["version"], int)
+        body, signature = encoding.unpack(data, tuple[bytes, bytes])
+        version = encoding.unpack(body, _AnyVersion).version
         if version != VERSION:
-            raise SealBroken(f"an announcement has version {version:d}; this release reads {VERSION}")
-        announcement = _from_fields(fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SealBroken(f"an announcement has version {version}; this release reads {VERSION}")
+        announcement = _read_body(encoding.unpack(body, _Body))
+    except ValueError as error:
         raise SealBroken("an announcement is malformed") from error
     verify(announcement.public_key, signature, body, CONTEXT_ANNOUNCEMENT)
     return announcement
 
 
-def _from_fields(fields: dict[str, object]) -> Announcement:
-    epochs = fields["epochs"]
-    if not isinstance(epochs, list):
-        raise TypeError("epochs")
-    return Announcement(
-        validate_system_id(_typed(fields["system_id"], str)),
-        _typed(fields["public_key"], bytes),
-        _time_ms(fields["issued_ms"]),
-        _typed(fields["algorithm"], str),
-        tuple(_epoch(entry) for entry in epochs),
-    )
-
-
-def _epoch(entry: list[object]) -> PublicEpoch:
-    epoch_id, starts_ms, ends_ms, destroy_ms, public_key = entry
-    span = EpochSpan(_time_ms(starts_ms), _time_ms(ends_ms), _time_ms(destroy_ms))
-    epoch = PublicEpoch(_typed(epoch_id, bytes), span, _typed(public_key, bytes))
-    if len(epoch.epoch_id) != EPOCH_ID_BYTES or len(epoch.public_key) != PUBLIC_KEY_BYTES:
-        raise ValueError("epoch")
-    if not 0 < span.starts_ms < span.ends_ms <= span.destroy_ms:
-        raise ValueError("span")
-    return epoch
-
-
-def _time_ms(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError("time")
-    return value
-
-
-def _typed(value: object, kind: type[T]) -> T:
-    if not isinstance(value, kind):
-        raise TypeError(kind.__name__)
-    return value
+def _read_body(body: _Body) -> Announcement:
+    epochs = tuple(PublicEpoch(epoch_id, EpochSpan(*times), key) for epoch_id, *times, key in body.epochs)
+    for span in (epoch.span for epoch in epochs):
+        if not span.starts_ms < span.ends_ms <= span.destroy_ms:
+            raise ValueError("span")
+    return Announcement(validate_system_id(body.system_id), body.public_key, body.issued_ms, body.algorithm, epochs)

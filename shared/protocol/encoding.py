@@ -1,38 +1,39 @@
-"""The bytes of structured messages: MessagePack with hard limits and plain types only.
+"""The bytes of structured messages: MessagePack in the form that the reader expects, and nothing else.
 
-Everything that is signed, sealed or stored is encoded here, so that one place bounds the cost of a hostile message: no
-extension types, no timestamps, string keys only, and no size above that of the input.
+Everything that is signed, sealed or stored is encoded here, so that one place bounds the cost of a hostile message.
+msgspec checks types and bounds while it decodes, and makes no object that the expected form does not have.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Annotated, Any
 
-import msgpack  # type: ignore[import-untyped]  # the package has no type information
+from msgspec import Meta, msgpack
+
+MAX_NUMBER = 2**63 - 1
+# An integer that every column of the store holds.
+Natural = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
 
 
 class MalformedError(ValueError):
-    """The bytes are not one well-formed message within the limits."""
+    """The bytes are not one well-formed message of the expected form."""
 
 
 def pack(value: object) -> bytes:
     """MessagePack bytes of a plain value; the same value always gives the same bytes."""
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
-    return packed
+    return msgpack.encode(value)
 
 
-def unpack(data: bytes, max_items: int = 100_000) -> Any:  # noqa: ANN401 -- the caller checks what it holds
-    """The plain value in ``data``. Raises MalformedError."""
+def unpack(data: bytes, form: Any = Any) -> Any:  # noqa: ANN401 -- the value has the form
+    """The value in ``data``; ``form`` is a type, its bounds annotated by ``msgspec.Meta``. Raises MalformedError."""
     try:
-        return msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=4096,
-            max_bin_len=len(data),
-            max_array_len=max_items,
-            max_map_len=256,
-            max_ext_len=0,
-        )
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        return _decoder(form).decode(data)
+    except (ValueError, RecursionError) as error:
         raise MalformedError(f"not a well-formed message: {type(error).__name__}") from error
+
+
+@lru_cache(maxsize=64)
+def _decoder(form: Any) -> msgpack.Decoder[Any]:  # noqa: ANN401
+    return msgpack.Decoder(form)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
+
+from msgspec import Struct
 
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity, verify
 from skipbus.shared.errors import EnvelopeRefused, SealBroken
 from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.encoding import Natural
 from skipbus.shared.protocol.system_ids import validate_system_id
 
 VERSION = 1
 MAX_ENVELOPE_BYTES = 4 * 1024 * 1024
 MAX_AGE_MS = 3_600_000
-_MAX_NUMBER = 2**63
 
 
 class EnvelopeType(StrEnum):
@@ -57,6 +60,22 @@ class SignedEnvelope:
     signature: bytes
 
 
+# What stands first in the envelopes of any version; decoding ignores what follows.
+class _AnyEnvelope(Struct, array_like=True):
+    protected: bytes
+
+
+class _AnyVersion(Struct, array_like=True):
+    version: int
+
+
+class _AnyHeader(_AnyVersion, array_like=True):
+    type: Any
+    sender: str
+    target: str
+    number: Natural
+
+
 def sign_envelope(header: Header, payload: bytes, identity: Identity) -> bytes:
     """The envelope's bytes, ready to be sent."""
     protected = encoding.pack([VERSION, header.type.value, header.sender, header.target, header.number, header.date_ms])
@@ -71,32 +90,17 @@ def read_envelope(data: bytes) -> SignedEnvelope:
     if len(data) > MAX_ENVELOPE_BYTES:
         raise EnvelopeRefused("too_large", f"an envelope has {len(data)} bytes, more than {MAX_ENVELOPE_BYTES}")
     try:
-        protected, payload, signature = encoding.unpack(data, max_items=3)
-        header = _read_header(protected)
-    except (ValueError, TypeError) as error:
+        protected, payload, signature = encoding.unpack(data, tuple[bytes, bytes, bytes])
+        return SignedEnvelope(_read_header(protected), protected, payload, signature)
+    except ValueError as error:
         raise EnvelopeRefused("malformed", "an envelope is malformed") from error
-    if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
-        raise EnvelopeRefused("malformed", "an envelope is malformed")
-    return SignedEnvelope(header, protected, payload, signature)
 
 
-def _read_header(protected: object) -> Header:
-    if not isinstance(protected, bytes):
-        raise TypeError("protected")
-    fields = encoding.unpack(protected, max_items=16)
-    if not isinstance(fields, list) or not fields:
-        raise TypeError("protected")
-    version = fields[0]
-    # The version is repeated in a sentence only if it is a number: other values may be nested, or very large.
-    if type(version) is not int:
-        raise TypeError("version")
+def _read_header(protected: bytes) -> Header:
+    version = encoding.unpack(protected, _AnyVersion).version
     if version != VERSION:
         raise EnvelopeRefused("unknown_version", f"an envelope has version {version}; this release reads {VERSION}")
-    _, kind, sender, target, number, date_ms = fields
-    if type(number) is not int or type(date_ms) is not int or not 0 <= number < _MAX_NUMBER:
-        raise TypeError("number or date")
-    if not isinstance(sender, str) or not isinstance(target, str) or not isinstance(kind, str):
-        raise TypeError("names")
+    _, kind, sender, target, number, date_ms = encoding.unpack(protected, tuple[int, str, str, str, Natural, int])
     try:
         known_type = EnvelopeType(kind)
     except ValueError as error:
@@ -120,12 +124,11 @@ def read_claim(data: bytes) -> Claim | None:
     The first six fields of the protected part keep their places in all versions, so that the sender can be notified.
     """
     try:
-        parts = encoding.unpack(data[:MAX_ENVELOPE_BYTES], max_items=16)
-        version, _, sender, target, number, *_ = encoding.unpack(parts[0], max_items=64)
-        if type(version) is not int or type(number) is not int or not 0 <= number < _MAX_NUMBER:
-            return None
-        return Claim(version, validate_system_id(sender), validate_system_id(target), number)
-    except (ValueError, TypeError, IndexError, KeyError):
+        protected = encoding.unpack(data[:MAX_ENVELOPE_BYTES], _AnyEnvelope).protected
+        fields = encoding.unpack(protected, _AnyHeader)
+        sender, target = validate_system_id(fields.sender), validate_system_id(fields.target)
+        return Claim(fields.version, sender, target, fields.number)
+    except ValueError:
         return None
 
 

@@ -7,35 +7,54 @@ opening.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES
 from skipbus.shared.crypto.sealing import WRAPPING_KEY_ID_BYTES, KeyRecord, SealedWrappingKey
 from skipbus.shared.protocol import encoding
+from skipbus.shared.protocol.encoding import Positive
 from skipbus.shared.protocol.envelopes import Header
 from skipbus.shared.protocol.keys import KEY_ID_BYTES, MAX_KEY_BITS, MIN_KEY_BITS
 
 # Keys that one envelope may store, delete or release at its receiver, which does so in one transaction.
 MAX_KEYS = 2_000
 MAX_WRAPPING_KEYS = 64
-MAX_SEALED_WRAPPING_KEY_BYTES = 2_048
-SIGNATURE_BYTES = 4_627
-MAX_KEY_ID_BYTES = 64
-MAX_CORRELATION_ID = 64
-MAX_NUMBER = 2**63
 MAX_LOGGED_CORRELATION_IDS = 20
-_NONCE_BYTES = 12
 _TAG_BYTES = 16
 
+WrappingKeyId = Annotated[bytes, Meta(min_length=WRAPPING_KEY_ID_BYTES, max_length=WRAPPING_KEY_ID_BYTES)]
+# keyId, size in bits, expiry (UTC ms), correlation id, id of the wrapping key, nonce, ciphertext and tag. The column of
+# correlation ids is ASCII: a text that MySQL refuses would delay the whole queue.
+Record = tuple[
+    Annotated[bytes, Meta(min_length=KEY_ID_BYTES, max_length=64)],
+    Annotated[int, Meta(ge=MIN_KEY_BITS, le=MAX_KEY_BITS, multiple_of=8)],
+    Positive,
+    Annotated[str, Meta(pattern=r"\A[ -~]{0,64}\Z")],
+    WrappingKeyId,
+    Annotated[bytes, Meta(min_length=12, max_length=12)],
+    bytes,
+]
+# id, epoch id, expiry (UTC ms), sealed by HPKE, ML-DSA-87 signature.
+WrappingKeyEntry = tuple[
+    WrappingKeyId,
+    Annotated[bytes, Meta(min_length=EPOCH_ID_BYTES, max_length=EPOCH_ID_BYTES)],
+    Positive,
+    Annotated[bytes, Meta(min_length=1, max_length=2_048)],
+    Annotated[bytes, Meta(min_length=4_627, max_length=4_627)],
+]
 
-@dataclass(frozen=True, slots=True)
-class PlacedKeys:
+
+class PlacedKeys(Struct, frozen=True):
     """``key.issued`` over a bus link: sealed keys and the wrapping keys that they need; ``stock``: ahead of need."""
 
-    records: Sequence[list[Any]] = field(repr=False)
-    wrapping_keys: Sequence[list[Any]] = field(repr=False)
+    records: Annotated[Sequence[Record], Meta(min_length=1, max_length=MAX_KEYS)]
+    wrapping_keys: Annotated[Sequence[WrappingKeyEntry], Meta(min_length=1, max_length=MAX_WRAPPING_KEYS)]
     stock: bool
+
+    def __repr__(self) -> str:
+        return f"<PlacedKeys {self.count}>"
 
     @property
     def count(self) -> int:
@@ -69,7 +88,9 @@ def pack_records(records: Iterable[KeyRecord]) -> bytes:
     )
 
 
-def pack_placed_keys(records: Sequence[list[Any]], wrapping_keys: Iterable[SealedWrappingKey], *, stock: bool) -> bytes:
+def pack_placed_keys(
+    records: Sequence[Sequence[Any]], wrapping_keys: Iterable[SealedWrappingKey], *, stock: bool
+) -> bytes:
     """The payload of an envelope. Raises MalformedError where the keys are more than one envelope takes."""
     entries = [[w.wrapping_key_id, w.epoch_id, w.expires_ms, w.sealed, w.signature] for w in wrapping_keys]
     if not 0 < len(records) <= MAX_KEYS or len(entries) > MAX_WRAPPING_KEYS:
@@ -77,61 +98,18 @@ def pack_placed_keys(records: Sequence[list[Any]], wrapping_keys: Iterable[Seale
     return encoding.pack({"records": records, "wrapping_keys": entries, "stock": stock})
 
 
-def read_placed_keys(value: dict[str, Any]) -> PlacedKeys:
-    """The keys in an unpacked payload. Raises ValueError, TypeError, KeyError where it is malformed."""
-    records, wrapping_keys, stock = value["records"], value["wrapping_keys"], value["stock"]
-    require(isinstance(records, list) and 0 < len(records) <= MAX_KEYS)
-    require(isinstance(wrapping_keys, list) and 0 < len(wrapping_keys) <= MAX_WRAPPING_KEYS)
-    require(isinstance(stock, bool))
-    for wrapping_key in wrapping_keys:
-        _check_wrapping_key(wrapping_key)
-    for record in records:
-        _check_record(record)
-    known = {wrapping_key[0] for wrapping_key in wrapping_keys}
-    require(len(known) == len(wrapping_keys))
-    require(len({record[0] for record in records}) == len(records))
-    require(all(record[4] in known for record in records))
-    return PlacedKeys(records, wrapping_keys, stock)
+def check_placed_keys(placed: PlacedKeys) -> None:
+    """Checks what the types of the fields do not say. Raises ValueError."""
+    key_ids = {record[0] for record in placed.records}
+    wrapping_key_ids = {wrapping_key[0] for wrapping_key in placed.wrapping_keys}
+    if len(key_ids) < placed.count or len(wrapping_key_ids) < len(placed.wrapping_keys):
+        raise ValueError("the same id twice")
+    for _, size_bits, _, _, wrapping_key_id, _, sealed in placed.records:
+        if wrapping_key_id not in wrapping_key_ids or len(sealed) != size_bits // 8 + _TAG_BYTES:
+            raise ValueError("record")
 
 
-def _check_record(record: object) -> None:
-    if not isinstance(record, list):
-        raise TypeError("record")
-    key_id, size_bits, expires_ms, correlation_id, wrapping_key_id, nonce, sealed = record
-    require(isinstance(key_id, bytes) and KEY_ID_BYTES <= len(key_id) <= MAX_KEY_ID_BYTES)
-    require(type(size_bits) is int and MIN_KEY_BITS <= size_bits <= MAX_KEY_BITS and size_bits % 8 == 0)
-    require(is_natural(expires_ms) and expires_ms > 0)
-    require(isinstance(correlation_id, str) and len(correlation_id) <= MAX_CORRELATION_ID)
-    # The column is ASCII; a text that MySQL refuses would delay the whole queue.
-    require(correlation_id.isascii() and (correlation_id.isprintable() or not correlation_id))
-    require(isinstance(wrapping_key_id, bytes) and len(wrapping_key_id) == WRAPPING_KEY_ID_BYTES)
-    require(isinstance(nonce, bytes) and len(nonce) == _NONCE_BYTES)
-    require(isinstance(sealed, bytes) and len(sealed) == size_bits // 8 + _TAG_BYTES)
-
-
-def _check_wrapping_key(wrapping_key: object) -> None:
-    if not isinstance(wrapping_key, list):
-        raise TypeError("wrapping key")
-    wrapping_key_id, epoch_id, expires_ms, sealed, signature = wrapping_key
-    require(isinstance(wrapping_key_id, bytes) and len(wrapping_key_id) == WRAPPING_KEY_ID_BYTES)
-    require(isinstance(epoch_id, bytes) and len(epoch_id) == EPOCH_ID_BYTES)
-    require(is_natural(expires_ms) and expires_ms > 0)
-    require(isinstance(sealed, bytes) and 0 < len(sealed) <= MAX_SEALED_WRAPPING_KEY_BYTES)
-    require(isinstance(signature, bytes) and len(signature) == SIGNATURE_BYTES)
-
-
-def first_requests(entries: Sequence[list[Any]], place: int) -> tuple[str, ...]:
+def first_requests(entries: Sequence[Sequence[Any]], place: int) -> tuple[str, ...]:
     """The correlation ids at this place of the first entries, for the log."""
     found = (entry[place] for entry in entries[:MAX_LOGGED_CORRELATION_IDS])
     return tuple(dict.fromkeys(request for request in found if request))
-
-
-def is_natural(value: Any) -> bool:  # noqa: ANN401 -- anything may come from a peer
-    """Whether it is an integer that every column of the store holds."""
-    return type(value) is int and 0 <= value < MAX_NUMBER
-
-
-def require(condition: bool) -> None:
-    """Raises ValueError."""
-    if not condition:
-        raise ValueError("payload")

@@ -16,12 +16,12 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import StoreConflict
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
 from skipbus.shared.protocol.payloads import Acknowledgement, Payload
-from skipbus.shared.protocol.placed_keys import PlacedKeys
+from skipbus.shared.protocol.placed_keys import PlacedKeys, Record
 from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
 from tests.integration.key_providers import Store
 
 KP, PEER, STRANGER = "KP_Bob", "KP_Carol", "KP_Dora"
-WRAPPING_KEY = [b"w" * 16, b"e" * 16, now_ms() + 3_600_000, b"sealed", b"signature"]
+WRAPPING_KEY = (b"w" * 16, b"e" * 16, now_ms() + 3_600_000, b"sealed", b"signature")
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def accepted(payload: Payload, kind: EnvelopeType, number: int, sender: str = PE
     return Verified(Header(kind, sender, KP, number, now_ms()), payload, redelivered=False)
 
 
-def record(key_id: bytes = b"") -> list[object]:
-    return [key_id or secrets.token_bytes(16), 256, now_ms() + 60_000, "c", WRAPPING_KEY[0], b"n" * 12, b"s" * 48]
+def record(key_id: bytes = b"") -> Record:
+    return (key_id or secrets.token_bytes(16), 256, now_ms() + 60_000, "c", WRAPPING_KEY[0], b"n" * 12, b"s" * 48)
 
 
-def placed(number: int, records: list[list[object]], *, stock: bool = False) -> Verified:
+def placed(number: int, records: list[Record], *, stock: bool = False) -> Verified:
     return accepted(PlacedKeys(tuple(records), (WRAPPING_KEY,), stock), EnvelopeType.KEY_ISSUED, number)
 
 
