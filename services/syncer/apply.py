@@ -10,12 +10,11 @@ A transaction changes about MAX_KEYS keys or MAX_ENVELOPES acknowledged envelope
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random
 
 from skipbus.services.syncer.apply_keys import AfterCommit, KeyChanges, KnownWrappingKeys
@@ -26,7 +25,7 @@ from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.payloads import Acknowledgement, Capabilities, Events, Heartbeat, Rejection
-from skipbus.shared.protocol.placed_keys import MAX_KEYS, PlacedKeys
+from skipbus.shared.protocol.placed_keys import PlacedKeys
 from skipbus.shared.store import announcements, inbox, outbox, peers
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.peers import ReceivedHeartbeat
@@ -41,7 +40,6 @@ _COUNTERS = {
 }
 _CHANGE_KEYS = frozenset({EnvelopeType.KEY_WITHDRAWN, EnvelopeType.KEY_ISSUED})
 
-T = TypeVar("T")
 _retried = retry(
     retry=retry_if_exception_type(StoreConflict), stop=stop_after_attempt(5), wait=wait_random(0, 0.1), reraise=True
 )
@@ -74,19 +72,6 @@ def keys_changed(one: Verified) -> int:
             return events.count
         case _:
             return 1
-
-
-def portions(batch: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """The batch in its order, in parts of at most MAX_KEYS together, one element at least."""
-    portion, keys = list[T](), 0
-    for one in batch:
-        if portion and keys + size(one) > MAX_KEYS:
-            yield portion
-            portion, keys = [], 0
-        portion.append(one)
-        keys += size(one)
-    if portion:
-        yield portion
 
 
 class Applier:
@@ -126,7 +111,7 @@ class Applier:
             return Applied([Result.HANDLED] * len(batch), AfterCommit())
         with driver_errors(), self._engine.begin() as connection:
             keys = KeyChanges(connection, self._local_id, now_ms, self._known)
-            results = _Transaction(connection, self._local_id, self._bus_ids, keys, now_ms, again).apply(batch)
+            results = _Transaction(keys, self._bus_ids, again).apply(batch)
         self._known.note(keys.stored_wrapping_keys)
         return Applied(results, keys.after_commit)
 
@@ -154,20 +139,10 @@ class Applier:
 class _Transaction:
     """One batch, but for its acknowledgements."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        local_id: str,
-        bus_ids: frozenset[str],
-        keys: KeyChanges,
-        now_ms: int,
-        again: bool,
-    ) -> None:
-        self._connection = connection
+    def __init__(self, keys: KeyChanges, bus_ids: frozenset[str], again: bool) -> None:
+        self._connection, self._local_id, self._now_ms = keys.connection, keys.local_id, keys.now_ms
         self._keys = keys
-        self._local_id = local_id
         self._bus_ids = bus_ids
-        self._now_ms = now_ms
         self._again = again
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._heartbeats: dict[str, ReceivedHeartbeat] = {}

@@ -7,8 +7,9 @@ counts as issued when its source reports that it was given out, not when it is p
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sqlalchemy import Connection
 
@@ -22,12 +23,26 @@ from skipbus.shared.protocol.envelopes import Header
 from skipbus.shared.protocol.payloads import Events, Rejection
 from skipbus.shared.protocol.placed_keys import MAX_KEYS, PlacedKeys
 from skipbus.shared.store import key_records, outbox, peers, stock, withdrawn_keys, wrapping_keys
-from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED, EnvelopeRow
+from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 
 _KNOWN_SECONDS = 30.0
 _MAX_KNOWN = 4_096
 
 _log = get_logger("stock")
+T = TypeVar("T")
+
+
+def portions(batch: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The batch in its order, in parts of at most MAX_KEYS together, one element at least."""
+    portion, keys = list[T](), 0
+    for one in batch:
+        if portion and keys + size(one) > MAX_KEYS:
+            yield portion
+            portion, keys = [], 0
+        portion.append(one)
+        keys += size(one)
+    if portion:
+        yield portion
 
 
 @dataclass(slots=True)
@@ -84,9 +99,9 @@ class KeyChanges:
     """The part of one transaction that changes keys."""
 
     def __init__(self, connection: Connection, local_id: str, now_ms: int, known: KnownWrappingKeys) -> None:
-        self._connection = connection
-        self._local_id = local_id
-        self._now_ms = now_ms
+        self.connection = connection
+        self.local_id = local_id
+        self.now_ms = now_ms
         self._known = known
         self.after_commit = AfterCommit()
         self.stored_wrapping_keys: list[SealedWrappingKey] = []
@@ -95,42 +110,42 @@ class KeyChanges:
         """Stores what a peer has placed here; how many keys count as issued, None where a keyId exists already."""
         records = placed.key_records(header)
         key_ids = [record.key_id for record in records]
-        if key_records.fetch_known_key_ids(self._connection, key_ids):
+        if key_records.fetch_known_key_ids(self.connection, key_ids):
             return None
         missing = self._known.missing(placed.sealed_wrapping_keys(header))
         if missing and not self._store_wrapping_keys(missing):
             return None
         self.stored_wrapping_keys += missing
-        withdrawn = withdrawn_keys.fetch_withdrawn_keys(self._connection, self._local_id, header.sender, key_ids)
+        withdrawn = withdrawn_keys.fetch_withdrawn_keys(self.connection, self.local_id, header.sender, key_ids)
         wanted = [record for record in records if record.key_id not in withdrawn]
         if not wanted:
             return 0
-        key_records.insert_key_records(self._connection, wanted)
+        key_records.insert_key_records(self.connection, wanted)
         if placed.stock:
-            stock.insert_stock_held(self._connection, self._local_id, header.sender, wanted)
+            stock.insert_stock_held(self.connection, self.local_id, header.sender, wanted)
             return 0
         self.after_commit.arrived += [record.key_id for record in wanted]
         return len(wanted)
 
     def _store_wrapping_keys(self, missing: Sequence[SealedWrappingKey]) -> bool:
         """False where another wrapping key has one of the ids: keys that are sealed under this one would be lost."""
-        wrapping_keys.insert_wrapping_keys(self._connection, missing)
-        stored = wrapping_keys.fetch_sealed_wrapping_keys(self._connection, [w.wrapping_key_id for w in missing])
+        wrapping_keys.insert_wrapping_keys(self.connection, missing)
+        stored = wrapping_keys.fetch_sealed_wrapping_keys(self.connection, [w.wrapping_key_id for w in missing])
         return set(stored) == set(missing)
 
     def release_stock(self, header: Header, events: Events) -> None:
         """The source has given these out of its stock."""
         key_ids = [entry[0] for entry in events.entries]
-        stock.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
+        stock.delete_stock_held(self.connection, self.local_id, header.sender, key_ids)
 
     def withdraw(self, header: Header, events: Events) -> int:
         """The source takes these back; how many of them were issued on demand and still here."""
-        latest_ms = self._now_ms + MAX_LIFETIME_MS + MAX_CLOCK_SKEW_MS
+        latest_ms = self.now_ms + MAX_LIFETIME_MS + MAX_CLOCK_SKEW_MS
         keys = [(entry[0], min(entry[1], latest_ms)) for entry in events.entries]
         key_ids = [key_id for key_id, _ in keys]
-        withdrawn_keys.insert_withdrawn_keys(self._connection, self._local_id, header.sender, keys)
-        held = stock.delete_stock_held(self._connection, self._local_id, header.sender, key_ids)
-        deleted = key_records.delete_key_records_of_source(self._connection, self._local_id, header.sender, key_ids)
+        withdrawn_keys.insert_withdrawn_keys(self.connection, self.local_id, header.sender, keys)
+        held = stock.delete_stock_held(self.connection, self.local_id, header.sender, key_ids)
+        deleted = key_records.delete_key_records_of_source(self.connection, self.local_id, header.sender, key_ids)
         return max(0, deleted - held)
 
     def drop_stock(self, peer_id: str, reason: str) -> None:
@@ -138,8 +153,8 @@ class KeyChanges:
 
         In one transaction, however many keys: an operator's mistake causes it, and a peer gains nothing by it.
         """
-        outbox.delete_stocked_rows(self._connection, self._local_id, peer_id)
-        count = stock.delete_stock_of_peer(self._connection, self._local_id, peer_id)
+        outbox.delete_stocked_rows(self.connection, self.local_id, peer_id)
+        count = stock.delete_stock_of_peer(self.connection, self.local_id, peer_id)
         if count:
             self.after_commit.stock_changed = True
             _log.warning("stock dropped, the peer cannot open it", peer=peer_id, count=count, reason=reason)
@@ -149,12 +164,12 @@ class KeyChanges:
 
         Rows are left where all of them have more than MAX_KEYS keys.
         """
-        found = outbox.fetch_envelope_rows(self._connection, self._local_id, peer_id, numbers)
-        rows = _first_rows(found)
-        outbox.delete_rows(self._connection, [row.id for row in rows])
+        found = outbox.fetch_envelope_rows(self.connection, self.local_id, peer_id, numbers)
+        rows = next(portions(found, lambda row: row.items), [])
+        outbox.delete_rows(self.connection, [row.id for row in rows])
         stocked = [row.token for row in rows if row.type == KEY_STOCKED and row.token]
         if stocked:
-            stock.update_stock_placed(self._connection, stocked, self._now_ms)
+            stock.update_stock_placed(self.connection, stocked, self.now_ms)
             self.after_commit.stock_changed = True
         placed = [row for row in rows if row.type == KEY_PLACED]
         self.after_commit.stored += [row.token for row in placed if row.token]
@@ -163,22 +178,11 @@ class KeyChanges:
     def note_rejection(self, peer_id: str, rejection: Rejection) -> None:
         """A peer has rejected an envelope: recorded for the operator; whoever waits for its keys is notified."""
         words = f"{rejection.reason}: {rejection.explanation}"
-        peers.upsert_rejection(self._connection, self._local_id, peer_id, words, self._now_ms)
-        rows = outbox.fetch_envelope_rows(self._connection, self._local_id, peer_id, [rejection.number])
+        peers.upsert_rejection(self.connection, self.local_id, peer_id, words, self.now_ms)
+        rows = outbox.fetch_envelope_rows(self.connection, self.local_id, peer_id, [rejection.number])
         self.after_commit.rejected += [row.token for row in rows if row.type == KEY_PLACED and row.token]
         stocked = {row.id: row.token for row in rows if row.type == KEY_STOCKED and row.token}
         # The peer will never take these keys; without them the stock is filled with others.
         if rejection.reason == "key_exists" and stocked:
-            drop_rejected_stock(self._connection, self._local_id, peer_id, stocked, self._now_ms)
+            drop_rejected_stock(self.connection, self.local_id, peer_id, stocked, self.now_ms)
             self.after_commit.stock_changed = True
-
-
-def _first_rows(rows: Sequence[EnvelopeRow]) -> list[EnvelopeRow]:
-    """As many as have MAX_KEYS keys together, one at least."""
-    taken, keys = list[EnvelopeRow](), 0
-    for row in rows:
-        keys += row.items
-        if taken and keys > MAX_KEYS:
-            break
-        taken.append(row)
-    return taken

@@ -15,7 +15,8 @@ from typing import TypeVar
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
 from skipbus.services.syncer import metrics
-from skipbus.services.syncer.apply import Applied, Applier, Result, keys_changed, portions
+from skipbus.services.syncer.apply import Applied, Applier, Result, keys_changed
+from skipbus.services.syncer.apply_keys import portions
 from skipbus.services.syncer.consume import PREFETCH, Delivery, Incoming
 from skipbus.services.syncer.reject import PeerRejections, Rejecter
 from skipbus.services.syncer.replies import Replies

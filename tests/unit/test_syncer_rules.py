@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipbus.services.syncer.apply import portions
+from skipbus.services.syncer.apply_keys import portions
 from skipbus.services.syncer.leader import SequenceNumbers
 from skipbus.services.syncer.outbox import (
     MAX_PAYLOAD_BYTES,
