@@ -20,8 +20,8 @@ from skipbus.shared.broker.names import encode_id
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.protocol.system_ids import validate_system_id
-from skipbus.shared.settings.files import read_regular_file
 from skipbus.shared.settings.peers import identity_line, parse_identity_line
+from skipbus.shared.settings.values import read_regular_file
 
 FORM = 1
 DEFAULT_BROKER_PORT = 5671

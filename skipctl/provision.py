@@ -20,7 +20,7 @@ from skipbus.ctl.command import Commands, add_command
 from skipbus.ctl.shipped import read_shipped
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.settings import Secret, load_settings
-from skipbus.shared.settings.files import read_regular_file
+from skipbus.shared.settings.values import read_regular_file
 from skipbus.shared.store.engine import connect, driver_errors
 from skipbus.shared.store.migrate import StoreNewer, head_revision, upgrade_store
 

@@ -12,10 +12,9 @@ from skipbus.services.api.links.bus import BusLink
 from skipbus.services.api.responses import json_response
 from skipbus.services.api.store_view import Reading, StoreView
 from skipbus.shared.clock import now_ms
-from skipbus.shared.liveness import peer_status
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings, project_version
-from skipbus.shared.store.peers import PeerRow
+from skipbus.shared.store.peers import PeerRow, peer_status
 
 # Signs of life come once per heartbeat interval.
 _PROCESS_LATE_INTERVALS = 3

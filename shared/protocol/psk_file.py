@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.settings.files import read_regular_file
-from skipbus.shared.settings.values import shown
+from skipbus.shared.settings.values import read_regular_file, shown
 
 MAX_IDENTITY_BYTES = 127
 MIN_KEY_BITS = 256

@@ -21,8 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA87PublicKey
 
 from skipbus.shared.crypto.identity import fingerprint
 from skipbus.shared.protocol.system_ids import validate_system_id
-from skipbus.shared.settings.files import read_regular_file
-from skipbus.shared.settings.values import shown, suggestion
+from skipbus.shared.settings.values import read_regular_file, shown, suggestion
 
 Link = Literal["store", "bus"]
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from skipbus.shared.settings.files import read_regular_file
 from skipbus.shared.settings.model import (
     CONFIG_FILE,
     EARLIER_NAMES,
@@ -24,7 +23,7 @@ from skipbus.shared.settings.model import (
     known_names,
     remote_number,
 )
-from skipbus.shared.settings.values import shown, suggestion, toml_types
+from skipbus.shared.settings.values import read_regular_file, shown, suggestion, toml_types
 
 ENVIRONMENT = "environment"
 

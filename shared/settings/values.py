@@ -1,14 +1,17 @@
-"""What a setting may hold: the types of the model's fields, how a text becomes a value, and a type in words. Pure.
+"""What a setting may hold: the types of the model's fields, how a text becomes a value, and a type in words.
 
 Rules: msgspec converts and bounds numbers, words and booleans; a `Text` in an annotation reads everything else. A
 parser raises `ValueError`, without a sentence if "is not <wants>" says it all. No sentence has the text of a secret.
+Files that an operator names are read here too.
 """
 
 from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from skipbus.shared.protocol.system_ids import validate_system_id
 from skipbus.shared.settings.secret import Secret
 
 NO_FILE = "none"
+_MAX_FILE_OCTETS = 1 << 20
 _MAX_SHOWN = 80
 _SIMILAR = 0.6
 _WORDS_FOR_BOOL = {"yes": "true", "no": "false"}
@@ -90,6 +94,23 @@ def _similarity(name: str, other: str) -> float:
     words, others = (re.split(r"[_.]", text.removeprefix("SKIP_").lower()) for text in (name, other))
     best = (max(difflib.SequenceMatcher(None, word, o).ratio() for o in others) for word in words)
     return 2 * sum(best) / (len(words) + len(others))
+
+
+def read_regular_file(path: str) -> tuple[bytes, int]:
+    """The whole file, and the mode of the file that was opened. Raises OSError, and ValueError with a sentence."""
+    # O_NONBLOCK: opening a FIFO that has no writer would wait forever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError("is not a regular file. Name a regular file.")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            octets = file.read(_MAX_FILE_OCTETS + 1)
+    finally:
+        os.close(descriptor)
+    if len(octets) > _MAX_FILE_OCTETS:
+        raise ValueError("is larger than 1 MiB. Name the right file.")
+    return octets, mode
 
 
 def _host(text: str) -> str:
