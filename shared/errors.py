@@ -50,12 +50,6 @@ class EnvelopeRefused(PeerError):
         self.reason = reason
 
 
-class IdentityChanged(PeerError):
-    """A KP presents another identity than the pinned one; an operator must accept it first."""
-
-    reason = "identity_changed"
-
-
 class SealBroken(PeerError):
     """A sealed record, wrapping key or announcement does not open or verify."""
 

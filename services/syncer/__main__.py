@@ -26,7 +26,7 @@ from skipbus.services.syncer.reject import PeerRejections, Rejecter, RejectionLo
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.send import Sender
 from skipbus.services.syncer.stock import StockWatch
-from skipbus.services.syncer.transport import RejectionQueue, Transport
+from skipbus.services.syncer.transport import Transport
 from skipbus.services.syncer.verify import Verifier
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.notifications import FOR_SYNCER, NotificationKind, Notifier
@@ -74,16 +74,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     notifier = Notifier(local_id, lambda _kind, _items: wake_up.set(), FOR_SYNCER)
     broker = BrokerConnection(settings.rabbitmq_url, f"skip-syncer {local_id}", [consumer, notifier, publisher])
 
-    numbers = SequenceNumbers()
+    applier, log = Applier(engine, local_id, {p.system_id for p in settings.bus_peers}), RejectionLog()
+    peer_rejections = PeerRejections(applier, notifier, log)
+    numbers, https_peers = SequenceNumbers(), _https_peers(settings, stop)
     leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers))
-    https_peers, rejections = _https_peers(settings, stop), RejectionQueue()
-    transport = Transport(publisher, keyring.identity, local_id, numbers, https_peers, rejections)
+    transport = Transport(publisher, keyring.identity, local_id, numbers, https_peers, peer_rejections.record)
     sender = Sender(Outbox(settings, engine, numbers), leader, peers, transport, wake_up, stop)
     replies = Replies(transport, functools.partial(_fetch_announcement, engine, local_id))
     heartbeats = Heartbeats(settings, directory, leader, transport, replies)
-
-    applier, log = Applier(engine, local_id, {p.system_id for p in settings.bus_peers}), RejectionLog()
-    peer_rejections = PeerRejections(rejections, applier, notifier, log)
     receiver = Receiver(
         Incoming(consumer, settings.heartbeat_seconds),
         Verifier(local_id, directory, keyring.epoch_ids),
@@ -114,7 +112,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 tasks.create_task(heartbeats.run(stop), name="heartbeats")
                 tasks.create_task(receiver.run(), name="receive")
                 tasks.create_task(replies.run(), name="replies")
-                tasks.create_task(peer_rejections.run(), name="peer rejections")
                 tasks.create_task(
                     _quietly(stop, settings.heartbeat_seconds, "signs of life", signs.give), name="signs of life"
                 )

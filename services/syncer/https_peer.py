@@ -13,7 +13,7 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -37,6 +37,8 @@ MAX_ANSWER_BYTES = 4_096
 # Heartbeats and announcements that wait for their turn; a later one would arrive too late to be of use.
 MAX_LIVE = 4
 _REJECTIONS = {400: "malformed", 401: "unknown_sender", 413: "too_large"}
+
+OnAnswer = Callable[[PeerAnswer], Awaitable[None]]
 
 _log = get_logger("https")
 
@@ -84,7 +86,7 @@ class HttpsPeer:
                 self._rest_until = time.monotonic() + self._rest_seconds
         return PeerAnswer(Outcome.LOST)
 
-    def post_soon(self, envelope: bytes, on_answer: Callable[[PeerAnswer], None]) -> bool:
+    def post_soon(self, envelope: bytes, on_answer: OnAnswer) -> bool:
         """Sends what is of no use later: tried once, when its turn comes. False where too much waits."""
         if len(self._live) >= MAX_LIVE:
             return False
@@ -102,12 +104,14 @@ class HttpsPeer:
         if session is not None:
             await session.close()
 
-    async def _post_live(self, envelope: bytes, on_answer: Callable[[PeerAnswer], None]) -> None:
+    async def _post_live(self, envelope: bytes, on_answer: OnAnswer) -> None:
         async with self._turn:
             try:
-                on_answer(await self._post_once(envelope))
+                answer = await self._post_once(envelope)
             except _NotNow as error:
                 self._note_failure(str(error))
+                return
+        await on_answer(answer)
 
     def _tries(self) -> AsyncRetrying:
         return AsyncRetrying(

@@ -76,7 +76,6 @@ class FollowUp:
     def finish(self) -> None:
         """No more will come."""
         self._replies.finish()
-        self._peer_rejections.finish()
 
     def _follow_up(self, one: Verified, result: Result) -> None:
         peer_id, number = one.header.sender, one.header.number

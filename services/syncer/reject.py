@@ -17,7 +17,6 @@ from skipbus.services.syncer.apply import Applier
 from skipbus.services.syncer.consume import Delivery
 from skipbus.services.syncer.peers import PeerClocks
 from skipbus.services.syncer.replies import Replies
-from skipbus.services.syncer.transport import RejectionQueue
 from skipbus.services.syncer.verify import REASONS, Rejected
 from skipbus.shared.broker.notifications import Notifier
 from skipbus.shared.clock import now_ms
@@ -131,10 +130,9 @@ class Rejecter:
 
 
 class PeerRejections:
-    """What peers report. ``run`` records what came as an answer by HTTPS, until None is in the queue."""
+    """What peers report, as an envelope or as an answer by HTTPS."""
 
-    def __init__(self, by_https: RejectionQueue, applier: Applier, notifier: Notifier, log: RejectionLog) -> None:
-        self._by_https = by_https
+    def __init__(self, applier: Applier, notifier: Notifier, log: RejectionLog) -> None:
         self._applier = applier
         self._notifier = notifier
         self._log = log
@@ -146,19 +144,12 @@ class PeerRejections:
         metrics.REFUSED_BY_PEER.labels(reason, peer_id).inc()
         self._log.log_peer_rejection(peer_id, rejection)
 
-    def finish(self) -> None:
-        """``run`` ends."""
-        self._by_https.offer(None)
-
-    async def run(self) -> None:
-        """Until ``finish``."""
-        while (one := await self._by_https.get()) is not None:
-            self.note(one.peer_id, one.rejection)
-            try:
-                after_commit = await asyncio.to_thread(
-                    self._applier.apply_rejection, one.peer_id, one.rejection, now_ms()
-                )
-            except BackendError as error:
-                _log.debug("rejection not recorded", peer=one.peer_id, reason=str(error))
-            else:
-                after_commit.notify(self._notifier)
+    async def record(self, peer_id: str, rejection: Rejection) -> None:
+        """Records one that came as an answer by HTTPS. Raises nothing while the store is away."""
+        self.note(peer_id, rejection)
+        try:
+            after_commit = await asyncio.to_thread(self._applier.apply_rejection, peer_id, rejection, now_ms())
+        except BackendError as error:
+            _log.debug("rejection not recorded", peer=peer_id, reason=str(error))
+        else:
+            after_commit.notify(self._notifier)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -70,30 +70,11 @@ class PeerAnswer:
     explanation: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PeerRejection:
-    """A peer has rejected an envelope of this KP's."""
-
-    peer_id: str
-    rejection: Rejection
-
-
-class RejectionQueue(asyncio.Queue[PeerRejection | None]):
-    """Rejections that came as an answer by HTTPS, for ``reject``. None ends it; what does not fit is dropped."""
-
-    def __init__(self) -> None:
-        super().__init__(1_000)
-
-    def offer(self, rejection: PeerRejection | None) -> None:
-        """Never blocks."""
-        if rejection is None and self.full():
-            self.get_nowait()
-        if not self.full():
-            self.put_nowait(rejection)
-
-
 class Transport:
-    """The one place where this KP's envelopes are signed. ``https_peers`` are those that are not reached by the bus."""
+    """The one place where this KP's envelopes are signed. ``https_peers`` are those that are not reached by the bus.
+
+    ``record_rejection`` is given the peer and what it answered by HTTPS instead of taking an envelope.
+    """
 
     def __init__(
         self,
@@ -102,14 +83,14 @@ class Transport:
         local_id: str,
         numbers: SequenceNumbers,
         https_peers: Mapping[str, HttpsPeer],
-        rejections: RejectionQueue,
+        record_rejection: Callable[[str, Rejection], Awaitable[None]],
     ) -> None:
         self._publisher = publisher
         self._identity = identity
         self._local_id = local_id
         self._numbers = numbers
         self._https_peers = https_peers
-        self._rejections = rejections
+        self._record_rejection = record_rejection
 
     def is_https_peer(self, peer_id: str) -> bool:
         """Whether the peer is sent to by HTTPS, one envelope after another."""
@@ -161,15 +142,15 @@ class Transport:
         return Outcome.TAKEN if taken else Outcome.NO_QUEUE
 
     async def _post(self, https_peer: HttpsPeer, envelope: OutgoingEnvelope, body: bytes) -> Outcome:
-        note = functools.partial(self._note_answer, envelope)
+        note = functools.partial(self._record_answer, envelope)
         if envelope.type in _LIVE:
             # Nobody waits for the answer: a peer that does not answer must not delay the heartbeats of others.
             return Outcome.TAKEN if https_peer.post_soon(body, note) else Outcome.LOST
         answer = await https_peer.post(body)
-        note(answer)
+        await note(answer)
         return answer.outcome
 
-    def _note_answer(self, envelope: OutgoingEnvelope, answer: PeerAnswer) -> None:
+    async def _record_answer(self, envelope: OutgoingEnvelope, answer: PeerAnswer) -> None:
         if answer.outcome is Outcome.REJECTED:
             rejection = Rejection(envelope.number or 0, answer.reason, answer.explanation, ())
-            self._rejections.offer(PeerRejection(envelope.target, rejection))
+            await self._record_rejection(envelope.target, rejection)

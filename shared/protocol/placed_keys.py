@@ -81,13 +81,6 @@ class PlacedKeys(Struct, frozen=True):
         ]
 
 
-def pack_records(records: Iterable[KeyRecord]) -> bytes:
-    """The payload of an outbox row with sealed keys."""
-    return encoding.pack(
-        [[r.key_id, r.size_bits, r.expires_ms, r.correlation_id, r.wrapping_key_id, r.nonce, r.sealed] for r in records]
-    )
-
-
 def pack_placed_keys(
     records: Sequence[Sequence[Any]], wrapping_keys: Iterable[SealedWrappingKey], *, stock: bool
 ) -> bytes:

@@ -64,11 +64,6 @@ def fetch_announcement_issued_ms(connection: Connection, system_id: str) -> int:
     return connection.execute(select(A.c.issued_ms).where(A.c.system_id == system_id)).scalar() or 0
 
 
-def delete_announcement(connection: Connection, system_id: str) -> None:
-    """Deletes the announcement of a KP that is gone for good. Primary key."""
-    connection.execute(delete(A).where(A.c.system_id == system_id))
-
-
 # --- bus peers, each as it announced itself to ``local_id``
 
 

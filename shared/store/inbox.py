@@ -6,7 +6,7 @@ outbox row lives, plus the age at which an envelope is refused.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, bindparam, delete, select
+from sqlalchemy import Connection, bindparam, delete
 from sqlalchemy.dialects.mysql import insert
 
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
@@ -17,25 +17,17 @@ from skipbus.shared.store.schema import INBOX as I
 INBOX_LIFETIME_MS = OUTBOX_LIFETIME_MS + MAX_AGE_MS + 2 * MAX_CLOCK_SKEW_MS
 
 _INSERT = insert(I).prefix_with("IGNORE")
-_IS_ENVELOPE = (
+_DELETE = delete(I).where(
     I.c.local_id == bindparam("local_id"),
     I.c.sender_id == bindparam("sender_id"),
     I.c.envelope_no == bindparam("number"),
 )
-_FETCH = select(I.c.envelope_no).where(*_IS_ENVELOPE)
-_DELETE = delete(I).where(*_IS_ENVELOPE)
 
 
 def insert_inbox(connection: Connection, local_id: str, sender_id: str, number: int, now_ms: int) -> bool:
     """Remembers an envelope in the transaction of its effect; False where it was known. Primary key."""
     values = {"local_id": local_id, "sender_id": sender_id, "envelope_no": number, "received_ms": now_ms}
     return connection.execute(_INSERT, values).rowcount == 1
-
-
-def fetch_is_in_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> bool:
-    """Whether an envelope was handled before. Primary key."""
-    values = {"local_id": local_id, "sender_id": sender_id, "number": number}
-    return connection.execute(_FETCH, values).first() is not None
 
 
 def delete_inbox(connection: Connection, local_id: str, sender_id: str, number: int) -> None:

@@ -68,7 +68,6 @@ CALLS: dict[str, Callable[[Connection], object]] = {
     "delete_acknowledged": lambda c: outbox.delete_acknowledged(c, KP, PEER, [7, 8]),
     "delete_expired_outbox": lambda c: outbox.delete_expired_outbox(c, KP, NOW_MS, 100),
     "insert_inbox": lambda c: inbox.insert_inbox(c, KP, PEER, 10**9, NOW_MS),
-    "fetch_is_in_inbox": lambda c: inbox.fetch_is_in_inbox(c, KP, PEER, 7),
     "delete_expired_inbox": lambda c: inbox.delete_expired_inbox(c, KP, NOW_MS, 100),
     "add_to_counters": lambda c: peers.add_to_counters(c, KP, PEER, {"issued": 1}),
     "fetch_heartbeat_numbers": lambda c: peers.fetch_heartbeat_numbers(c, KP, [PEER]),
@@ -85,7 +84,6 @@ CALLS: dict[str, Callable[[Connection], object]] = {
     "fetch_announcement": lambda c: announcements.fetch_announcement(c, KP),
     "fetch_announcement_digest": lambda c: announcements.fetch_announcement_digest(c, KP),
     "fetch_announcement_issued_ms": lambda c: announcements.fetch_announcement_issued_ms(c, KP),
-    "delete_announcement": lambda c: announcements.delete_announcement(c, KP),
     "upsert_bus_announcement": lambda c: announcements.upsert_bus_announcement(
         c, KP, Announcement(PEER, b"k", 1, "a", ()), b"b"
     ),
