@@ -65,7 +65,7 @@ class StoreUnavailable(BackendError):
 
 
 class StoreConflict(StoreUnavailable):
-    """Another transaction was in the way: this one must be rolled back, and is worth another try at once."""
+    """Another transaction was in the way: this one must be rolled back, and is worth an immediate retry."""
 
 
 class StoreRefused(BackendError):

@@ -1,8 +1,7 @@
-"""Serves a process's Prometheus metrics on loopback, where nobody but the host's own scraper and probes ask.
+"""Serves a process's Prometheus metrics on loopback, for the scraper and the probes of this host.
 
-Adds what every process has: how many log lines it had to give up, which its log cannot tell while nobody reads it,
-and the ages of its regular tasks, by which a probe tells a process that works from one that only exists: the event
-loop sets them, and a thread of its own serves them.
+Adds what every process has: how many log lines it has dropped, and the ages of its regular tasks, by which a probe
+tells a process that works from one that only exists. The event loop sets the ages, and a thread serves them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _DONE = Gauge("skipbus_task_done_age_seconds", "Time since it last succeeded.", 
 
 
 class TaskAge:
-    """When one regular task was last begun and last done, by a clock that nobody sets."""
+    """When one regular task was last begun and last done, by the monotonic clock."""
 
     def __init__(self, name: str, interval_seconds: float) -> None:
         self._tried = self._done = -math.inf

@@ -103,7 +103,7 @@ class Janitor:
             self._report()
         if not self._is_elected():
             return
-        self._epochs.tend(now_ms(), look=self._ticks % _LIST_EPOCHS_EVERY_TICKS == 0 or not self._listed)
+        self._epochs.tend(now_ms(), list_files=self._ticks % _LIST_EPOCHS_EVERY_TICKS == 0 or not self._listed)
         self._listed = True
         local_id = self._settings.local_system_id
         with driver_errors(), self._engine.connect() as connection:

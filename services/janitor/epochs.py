@@ -38,13 +38,13 @@ class EpochKeeper:
         self._announced: frozenset[bytes] | None = None
         self._digest = b""
 
-    def tend(self, now_ms: int, *, look: bool = True) -> None:
+    def tend(self, now_ms: int, *, list_files: bool = True) -> None:
         """Destroys ended epochs and makes missing ones. Needs no store. Raises KeyringError, OperatorError.
 
-        Without ``look`` the folder is not listed unless an epoch is to be destroyed: listing is the largest cost, and
-        only the elected janitor writes there.
+        Without ``list_files`` the folder is not listed unless an epoch is to be destroyed: listing is the largest cost,
+        and only the elected janitor writes there.
         """
-        if look or any(epoch.span.destroy_ms <= now_ms for epoch in self._epochs.values()):
+        if list_files or any(epoch.span.destroy_ms <= now_ms for epoch in self._epochs.values()):
             self._read_new_files()
         self._destroy_ended(now_ms)
         self._make_missing(now_ms)

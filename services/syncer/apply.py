@@ -205,7 +205,7 @@ class _Transaction:
         header = one.header
         if header.number <= self._last_numbers.get(header.sender, 0):
             return Result.DUPLICATE if one.redelivered or self._again else Result.REPLAYED
-        # What waited in the queue while nobody could read it says nothing of the present.
+        # What waited in the queue while no syncer could read it says nothing about now.
         kept_ms = OFFLINE_AFTER_INTERVALS * heartbeat.interval_ms + MAX_CLOCK_SKEW_MS
         if header.date_ms < self._now_ms - kept_ms:
             # The peer does not count as living, but its clock may be what is wrong.

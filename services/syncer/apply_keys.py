@@ -176,7 +176,7 @@ class KeyChanges:
         return sum(row.items for row in placed), len(rows) < len(found)
 
     def note_rejection(self, peer_id: str, rejection: Rejection) -> None:
-        """A peer has rejected an envelope: recorded for the operator; whoever waits for its keys is notified."""
+        """A peer has rejected an envelope: recorded for the operator; the api that waits for its keys is notified."""
         words = f"{rejection.reason}: {rejection.explanation}"
         peers.upsert_rejection(self.connection, self.local_id, peer_id, words, self.now_ms)
         rows = outbox.fetch_envelope_rows(self.connection, self.local_id, peer_id, [rejection.number])

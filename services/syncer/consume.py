@@ -188,7 +188,7 @@ class Incoming:
         return urgent + [one for one in gathered if not one.lost]
 
     async def stop(self) -> None:
-        """Takes in no more; what was delivered already is still returned, at once."""
+        """Takes in no more; what was delivered already is still returned, immediately."""
         self._gather_seconds = self._due_at = 0.0
         await self._consumer.stop()
 

@@ -2,7 +2,7 @@
 process in the store, for /health.
 
 A KP that has not announced itself is unknown to everybody, so it sends nothing until its janitor has. A new
-announcement is sent to all peers at once.
+announcement is sent to all peers immediately.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Heartbeats:
 
 
 class SignsOfLife:
-    """Tells the store, and so /health, that this process works and whether it has the broker."""
+    """Writes to the store, for /health, that this process works and whether it has the broker."""
 
     def __init__(self, engine: Engine, local_id: str, broker: BrokerConnection, publisher: Publisher) -> None:
         self._engine = engine

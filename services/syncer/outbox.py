@@ -143,8 +143,8 @@ class Outbox:
     def withdraw_abandoned(self, peer_id: str, numbers: Collection[int]) -> int:
         """Takes back keys on demand whose api has died before it could answer or withdraw them; how many there were.
 
-        As long as their row is in the outbox nobody can have been answered with them. Whoever deletes the row decides:
-        the peer's acknowledgement that they are placed, an api or this that they are withdrawn.
+        As long as their row is in the outbox no caller can have been answered with them. Deleting the row decides: the
+        peer's acknowledgement that they are placed, an api or this method that they are withdrawn.
         """
         with driver_errors(), self._engine.begin() as connection:
             rows = outbox.fetch_envelope_rows(connection, self._local_id, peer_id, numbers)

@@ -82,7 +82,7 @@ class FollowUp:
         match one.payload:
             case (Events() | PlacedKeys()) as payload if result in (Result.HANDLED, Result.DUPLICATE):
                 # A duplicate came again because its acknowledgement did not arrive.
-                self._replies.acknowledge(peer_id, number, at_once=isinstance(payload, PlacedKeys))
+                self._replies.acknowledge(peer_id, number, urgent=isinstance(payload, PlacedKeys))
             case Acknowledgement(numbers):
                 self._sender.forget(peer_id, numbers)
             case Rejection(rejected_number, reason) as rejection:

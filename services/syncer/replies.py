@@ -2,8 +2,8 @@
 
 All of them may be lost: an envelope that is not acknowledged comes again, and a heartbeat shows again which
 announcement its receiver lacks. They are gathered for a moment, because one signature can acknowledge a thousand
-envelopes; an acknowledgement that an encryptor waits for is sent at once. Each peer has its own task: one that does not
-take its replies delays no other.
+envelopes; an acknowledgement that an encryptor waits for is sent immediately. Each peer has its own task, so one that
+does not take its replies delays no other.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Replies:
         self._announcement_lock = asyncio.Lock()
         self._announcement: tuple[float, bytes | None] = (-KEEP_ANNOUNCEMENT_SECONDS, None)
 
-    def acknowledge(self, peer_id: str, number: int, *, at_once: bool = False) -> None:
-        """The effect of the peer's envelope is committed; ``at_once`` where an encryptor waits for that."""
+    def acknowledge(self, peer_id: str, number: int, *, urgent: bool = False) -> None:
+        """The effect of the peer's envelope is committed; ``urgent`` where an encryptor waits for that."""
         peer = self._peer(peer_id)
         if len(peer.acknowledged) < MAX_WAITING:
             peer.acknowledged.add(number)
-        self._start(peer_id, peer, at_once=at_once)
+        self._start(peer_id, peer, urgent=urgent)
 
     def reject(self, peer_id: str, number: int, reason: str, explanation: str) -> None:
         """The peer's envelope is rejected."""
@@ -84,7 +84,7 @@ class Replies:
         if peer.rejected < REJECTIONS_PER_SECOND and len(peer.rejections) < REJECTIONS_PER_SECOND:
             peer.rejected += 1
             peer.rejections.append(pack_rejection(number, reason, explanation))
-            self._start(peer_id, peer, at_once=True)
+            self._start(peer_id, peer, urgent=True)
 
     def reject_unproven(self, peer_id: str, number: int, reason: str, explanation: str) -> None:
         """An envelope that claims to be the peer's is rejected."""
@@ -128,8 +128,8 @@ class Replies:
         self._limits[what, peer_id] = now
         return True
 
-    def _start(self, peer_id: str, peer: _Pending, *, at_once: bool = False) -> None:
-        if at_once or self._finished.is_set():
+    def _start(self, peer_id: str, peer: _Pending, *, urgent: bool = False) -> None:
+        if urgent or self._finished.is_set():
             peer.hurry.set()
         if peer and not peer.busy and self._tasks is not None:
             peer.busy = True

@@ -1,4 +1,4 @@
-"""Sends the outbox to the peers: new rows at once, and every envelope again until it is acknowledged.
+"""Sends the outbox to the peers: new rows immediately, and every envelope again until it is acknowledged.
 
 Which envelopes wait for an acknowledgement is kept in memory, because reading all of them each second would cost more
 the longer a peer is away. Memory may be behind the store, never ahead of it: an envelope whose rows are gone is dropped

@@ -1,9 +1,9 @@
-"""Keeps the stock: drops what is too old to be useful, and tells the peer, which holds the other half of it.
+"""Keeps the stock: drops what is too old to be useful, and notifies the peer, which holds the other half of it.
 
 Keys are made and given out by the api, because the syncer never sees one in clear. Here is only what follows from
 time and from the peer's word. A key in stock is useful while at least half of its lifetime would be left at the target.
 It is not given out after that, dropped or not, and no longer counted for a while before that, so that its successor is
-there: to look twice in such a while for what has grown too old is early enough.
+there. Two checks in that time are early enough.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class StockWatch:
         self._bus_ids = frozenset(peer.system_id for peer in settings.bus_peers)
         self._engine = engine
         self._leader = leader
-        self._look_seconds = counted_before_ms(settings.key_ttl_seconds) / 2000
-        self._look_at = 0.0
+        self._check_seconds = counted_before_ms(settings.key_ttl_seconds) / 2000
+        self._check_at = 0.0
         self._on_change = on_change
 
     async def tick(self) -> None:
-        """Drops what has grown too old, where it is time to look. Raises StoreUnavailable, StoreRefused."""
+        """Drops what has grown too old, where it is time to check. Raises StoreUnavailable, StoreRefused."""
         now = time.monotonic()
-        if not self._leader.elected or now < self._look_at:
+        if not self._leader.elected or now < self._check_at:
             return
         changed = await asyncio.to_thread(self._drop_old)
-        self._look_at = now + self._look_seconds
+        self._check_at = now + self._check_seconds
         if changed:
             self._on_change()
 
@@ -86,7 +86,7 @@ class StockWatch:
         unsent = {token for _, token, number in waiting if number is None}
         sent = [row for row in rows if row.placed or row.token not in unsent]
         if sent and peer_id in self._bus_ids:
-            _tell_dropped(connection, self._local_id, peer_id, sent, at_ms)
+            _insert_dropped(connection, self._local_id, peer_id, sent, at_ms)
 
 
 def drop_rejected_stock(
@@ -97,11 +97,11 @@ def drop_rejected_stock(
     outbox.delete_rows(connection, list(tokens))
     if rows:
         stock.delete_stock(connection, [row.key_id for row in rows])
-        # The refusal may be an old one, played back: perhaps the peer has them all the same.
-        _tell_dropped(connection, local_id, peer_id, rows, now_ms)
+        # The rejection may be an old one, played back: perhaps the peer has them all the same.
+        _insert_dropped(connection, local_id, peer_id, rows, now_ms)
 
 
-def _tell_dropped(connection: Connection, local_id: str, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
+def _insert_dropped(connection: Connection, local_id: str, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
     payload = encoding.pack([[row.key_id, row.expires_ms, ""] for row in rows])
     row = OutboxRow(local_id, peer_id, STOCK_DROPPED, payload, len(rows), at_ms)
     outbox.insert_outbox_rows(connection, [row])

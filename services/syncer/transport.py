@@ -51,7 +51,7 @@ class OutgoingEnvelope:
 class Outcome(Enum):
     """What became of an envelope; ``HELD_UP`` and ``LOST`` may have arrived all the same.
 
-    Only HTTPS reports a rejection at once. ``HELD_UP``: the broker answers, but not for the queue of this peer.
+    Only HTTPS reports a rejection immediately. ``HELD_UP``: the broker answers, but not for the queue of this peer.
     """
 
     TAKEN = "taken"
@@ -144,7 +144,7 @@ class Transport:
     async def _post(self, https_peer: HttpsPeer, envelope: OutgoingEnvelope, body: bytes) -> Outcome:
         note = functools.partial(self._record_answer, envelope)
         if envelope.type in _LIVE:
-            # Nobody waits for the answer: a peer that does not answer must not delay the heartbeats of others.
+            # The answer is not waited for: a peer that does not answer must not delay the heartbeats of others.
             return Outcome.TAKEN if https_peer.post_soon(body, note) else Outcome.LOST
         answer = await https_peer.post(body)
         await note(answer)

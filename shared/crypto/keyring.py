@@ -20,7 +20,7 @@ from typing import Any
 from skipbus.shared.crypto.epochs import EPOCH_ID_BYTES, EpochSpan, PublicEpoch
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity, fingerprint
-from skipbus.shared.crypto.pins import PinBook
+from skipbus.shared.crypto.pins import PinBook, sync_folder, write_flushed
 from skipbus.shared.errors import KeyringError
 
 VERSION = 1
@@ -175,7 +175,7 @@ def _destroy_copy(source: Path, kept: Keyring) -> None:
     for name in secret:
         _destroy_file(source / name)
     (source / public).unlink()
-    _sync_folder(source)
+    sync_folder(source)
 
 
 def check_pinned_identity(keyring: Keyring, pinned_key: bytes | None) -> None:
@@ -232,13 +232,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write_file(path: Path, data: bytes) -> None:
     """Writes the whole file or nothing, mode 0600, flushed to disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_flushed(temporary, data)
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _destroy_file(path: Path) -> None:
@@ -251,17 +247,9 @@ def _destroy_file(path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     path.unlink()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

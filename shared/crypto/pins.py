@@ -44,7 +44,7 @@ class PinBook:
         try:
             # A link fails if the name exists, and a reader never sees half a file.
             os.link(temporary, path)
-            _sync(self._folder)
+            sync_folder(self._folder)
         except FileExistsError:
             pass
         except OSError as error:
@@ -60,7 +60,7 @@ class PinBook:
         """Pins this key because an operator accepted it. Raises KeyringError."""
         path = self._file(system_id)
         self._written(path, system_id, public_key).replace(path)
-        _sync(self._folder)
+        sync_folder(self._folder)
 
     def _written(self, path: Path, system_id: str, public_key: bytes) -> Path:
         if self._keyring_file is not None and not self._keyring_file.exists():
@@ -69,11 +69,7 @@ class PinBook:
         text = json.dumps({"system_id": system_id, "public_key": public_key.hex()})
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            write_flushed(temporary, text.encode())
         except OSError as error:
             raise KeyringError(f"the pin of {system_id} cannot be written to {path}: {error.strerror}") from error
         return temporary
@@ -91,7 +87,16 @@ def _read(text: bytes, system_id: str) -> bytes:
     return public_key
 
 
-def _sync(folder: Path) -> None:
+def write_flushed(path: Path, data: bytes) -> None:
+    """Writes a file of mode 0600; its content is on disk when this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
     """Flushes a folder: a file's name is durable only when its folder is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -87,7 +87,7 @@ class TlsSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a process is told from outside. `origins` says where each value came from."""
+    """Everything that a process is configured with. `origins` says where each value came from."""
 
     environment: Annotated[Environment, Setting("SKIP_ENV", "environment", "production",
         "production writes JSON log lines, development readable ones; without it FLASK_ENV is read")]

@@ -1,6 +1,6 @@
 """Announcements of key providers: those of this store's KPs, and those that bus peers sent to one KP of it.
 
-Two tables, because whoever can write into one must not speak for a KP of the other. All by primary key.
+Two tables, because an account that can write into one must not speak for a KP of the other. All by primary key.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One of several: a named MySQL lock, held by a connection of its own for as long as that lives.
 
 The lock goes with its connection, so a process that dies or is cut off gives it up without anybody's help.
-Whoever holds it must ask ``held`` before each piece of work that two must not do at once. What is done
+The holder must ask ``held`` before each piece of work that two must not do at once. What is done
 under it is safe to do twice all the same: the lock saves work, it does not carry a guarantee.
 """
 

@@ -60,7 +60,7 @@ def insert_key_records(connection: Connection, records: Sequence[KeyRecord]) -> 
 
 
 def claim_key_records(connection: Connection, key_ids: Collection[bytes]) -> dict[bytes, KeyRecord]:
-    """The records with these keyIds, whoever they are for, locked. Index key_records_key_id."""
+    """The records with these keyIds, for any target, locked. Index key_records_key_id."""
     records = map(KeyRecord._make, connection.exec_driver_sql(_CLAIM, {"key_ids": tuple(key_ids)}))
     return {record.key_id: record for record in records}
 
@@ -78,7 +78,7 @@ def delete_key_records_of_source(
 
 
 def fetch_known_key_ids(connection: Connection, key_ids: Collection[bytes]) -> frozenset[bytes]:
-    """Those of the keyIds that are in the store already, whoever they are for. Index key_records_key_id."""
+    """Those of the keyIds that are in the store already, for any target. Index key_records_key_id."""
     return frozenset(connection.execute(_KNOWN, {"key_ids": list(key_ids)}).scalars())
 
 
@@ -113,7 +113,7 @@ class KeyRange(NamedTuple):
 
 
 class Expired(NamedTuple):
-    """What a source must be told of its ``items`` expired records.
+    """What a source is sent about its ``items`` expired records.
 
     ``payload`` is MessagePack, a list of [keyId, expiry in UTC ms, correlation id]; empty where ``items`` is 0.
     """
@@ -155,7 +155,7 @@ _SOME_STOCK = (
     .where(H.c.local_id == bindparam("target_id"))
     .limit(1)
 )
-# Stock that its source has not given out was issued to nobody, so its source is not notified. A subquery locks nothing.
+# Stock that its source has not given out was never issued, so its source is not notified. A subquery locks nothing.
 _HELD = exists(
     select(literal(1))
     .select_from(H)

@@ -1,7 +1,7 @@
-"""Deletes rows by a list of values, without a look at any other row.
+"""Deletes rows by a list of values, without reading any other row.
 
-``DELETE ... WHERE column IN (...)`` is not enough: MariaDB scans a small table for it, whatever index it is told to
-use, and then waits for the locks of other callers. From a derived table of the values to the rows there is one way
+``DELETE ... WHERE column IN (...)`` is not enough: MariaDB scans a small table for it, whatever index is forced,
+and then waits for the locks of other callers. From a derived table of the values to the rows there is one way
 only. SQLAlchemy Core has no DELETE with a join, so the statement is text; the driver binds the values.
 """
 

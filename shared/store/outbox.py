@@ -152,7 +152,7 @@ def fetch_tokens(connection: Connection, tokens: Collection[bytes]) -> set[bytes
 def claim_unsent_rows(connection: Connection, local_id: str, limit: int) -> list[UnsentRow]:
     """The oldest rows that are in no envelope, locked. Index outbox_unsent.
 
-    Rows that another transaction has locked are skipped: a writer that has not committed yet delays nobody.
+    Rows that another transaction has locked are skipped: a writer that has not committed yet delays no other.
     """
     return [UnsentRow(*row) for row in connection.execute(_CLAIM_UNSENT, {"local_id": local_id, "most": limit})]
 

@@ -1,4 +1,4 @@
-"""Signs of life of a KP's own processes, for /health and for whoever is on call. All by primary key."""
+"""Signs of life of a KP's own processes, for /health and for the operator. All by primary key."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ PINNED_IDENTITIES = Table(
 )
 
 # Announcements of bus peers, each as local_id got it: another KP of the same store must not take one for that of a
-# KP which reads this store, and seal keys to somebody who would never see them.
+# KP which reads this store, and seal keys to a KP that would never see them.
 BUS_ANNOUNCEMENTS = Table(
     "bus_announcements",
     METADATA,
@@ -127,7 +127,7 @@ PEERS = Table(
 
 # Events wait here until the peer has acknowledged them. ``envelope_no`` is null until the syncer has
 # put the row into an envelope; rows of one envelope share the number, which never changes after that.
-# ``token`` lets the writer find out whether a commit happened when its connection broke meanwhile.
+# ``token`` lets the writer find out whether a commit happened when its connection broke during the commit.
 OUTBOX = Table(
     "outbox",
     METADATA,
@@ -205,7 +205,7 @@ WITHDRAWN_KEYS = Table(
     **_TABLE,
 )
 
-# Signs of life of a KP's own processes, for /health and for whoever is on call.
+# Signs of life of a KP's own processes, for /health and for the operator.
 PROCESSES = Table(
     "processes",
     METADATA,

@@ -47,5 +47,5 @@ def fetch_withdrawn_keys(
 
 
 def delete_expired_withdrawn(connection: Connection, local_id: str, now_ms: int, limit: int) -> int:
-    """Forgets withdrawn keyIds whose records nobody would store any more. Index withdrawn_keys_expires."""
+    """Forgets withdrawn keyIds whose records no process would store any more. Index withdrawn_keys_expires."""
     return connection.execute(_DELETE_EXPIRED, {"local_id": local_id, "now_ms": now_ms, "rows": limit}).rowcount

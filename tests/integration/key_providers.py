@@ -86,9 +86,9 @@ class Store:
         return int(self.rows(f"SELECT COUNT(*) FROM {table}")[0][0])
 
 
-def tend(keeper: EpochKeeper, at_ms: int, *, look: bool = True) -> None:
+def tend(keeper: EpochKeeper, at_ms: int, *, list_files: bool = True) -> None:
     """What a janitor does each second: keeps the epochs, and announces what the store has not."""
-    keeper.tend(at_ms, look=look)
+    keeper.tend(at_ms, list_files=list_files)
     with driver_errors(), keeper._engine.connect() as connection:
         digest = fetch_announcement_digest(connection, keeper._settings.local_system_id)
     keeper.announce(at_ms, digest)

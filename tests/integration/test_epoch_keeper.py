@@ -323,7 +323,7 @@ def test_an_epoch_whose_file_went_away_between_two_lists_of_the_folder_ends_noth
     keeper.tend(START_MS)
     first = min((keyring.read_epoch(i) for i in keyring.epoch_ids()), key=lambda epoch: epoch.span.starts_ms)
     (keyring.path / "epochs" / f"{first.epoch_id.hex()}.json").unlink()
-    keeper.tend(first.span.destroy_ms, look=False)
+    keeper.tend(first.span.destroy_ms, list_files=False)
 
 
 def test_without_a_look_at_the_folder_epochs_are_made_and_destroyed_in_time(
@@ -332,7 +332,7 @@ def test_without_a_look_at_the_folder_epochs_are_made_and_destroyed_in_time(
     keeper.tend(START_MS)
     first = min((keyring.read_epoch(i) for i in keyring.epoch_ids()), key=lambda epoch: epoch.span.starts_ms)
     known = epoch_files(keyring)
-    keeper.tend(START_MS + EPOCH_MS, look=False)
+    keeper.tend(START_MS + EPOCH_MS, list_files=False)
     assert epoch_files(keyring) > known
-    keeper.tend(first.span.destroy_ms, look=False)
+    keeper.tend(first.span.destroy_ms, list_files=False)
     assert f"{first.epoch_id.hex()}.json" not in epoch_files(keyring)
