@@ -36,7 +36,7 @@ _BOUND_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class _Way:
-    """Where a hop begins, and where it comes out."""
+    """Where a message is sent, and where it arrives."""
 
     exchange: AbstractExchange
     key: str

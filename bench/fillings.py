@@ -27,7 +27,7 @@ class Filling:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Meanwhile this is the table that the key providers know. The one that was there stands aside, empty."""
+        """Within the block this is the table that the key providers use. The one that was there is set aside, empty."""
         self._execute(f"RENAME TABLE key_records TO key_records_aside, {self.table} TO key_records")
         try:
             yield

@@ -88,8 +88,8 @@ class SitesStage:
         port = self.alice.environ_of["api"]["SKIP_METRICS_PORT"]
         with urlopen(f"http://{LOOPBACK}:{port}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        told = [line for line in lines if line.startswith("skipbus_bus_keys_issued_total{") and f'way="{way}"' in line]
-        return sum(float(line.rpartition(" ")[2]) for line in told)
+        found = [line for line in lines if line.startswith("skipbus_bus_keys_issued_total{") and f'way="{way}"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
 
     def wait_full(self) -> float:
         """Wait until both stocks are what is configured; how long that took, in seconds. Raises SandboxError."""
@@ -101,7 +101,7 @@ class SitesStage:
 
     def settle(self) -> None:
         """Wait until neither side owes the other any news."""
-        wait_until(lambda: self._owed() == 0, "the sites to have told each other everything")
+        wait_until(lambda: self._owed() == 0, "the sites to have sent each other everything")
 
     def processes(self) -> dict[str, int]:
         """Name -> pid of everything but the client."""
@@ -137,6 +137,6 @@ class SitesStage:
         return int(row[0]) if row else 0
 
     def _owed(self) -> int:
-        """Events that the two have yet to be told."""
+        """Events that the two have not been sent yet."""
         statement = "SELECT COUNT(*) FROM outbox WHERE local_id = %s"
         return self._ask(0, statement, self.alice) + self._ask(1, statement, self.bob)

@@ -1,7 +1,7 @@
 """Where everything is measured: private servers and two whole key providers, on a disk, over loopback.
 
 The database server commits durably (the sandbox sees to it) and has a buffer pool of 1 GiB. All three processes
-of both key providers run. Each item leaves the stage as it found it: no keys, nothing to be told to peers.
+of both key providers run. Each item leaves the stage as it found it: no keys, nothing to be sent to peers.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Stage:
         return filler.fill(count, expires_at)
 
     def settle(self) -> None:
-        """Wait until peers have been told everything and the server has cleared up after itself.
+        """Wait until peers have been sent everything and the server has cleared up after itself.
 
         Raises SandboxError when that does not come to an end.
         """

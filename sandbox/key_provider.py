@@ -79,7 +79,7 @@ class KeyProvider:
         self.log_dir = log_dir or root / "logs"
         self.processes: dict[str, Child] = {}
         self.tls: TlsFiles | None = None
-        # What only one of the processes is told, such as its metrics port.
+        # What only one of the processes is given, such as its metrics port.
         self.environ_of: dict[str, dict[str, str]] = {}
         # What the interpreter runs a process's module by. The bench puts a profiler there.
         self.run_module: Sequence[str] = ("-m",)

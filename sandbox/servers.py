@@ -1,6 +1,6 @@
 """Private MariaDB (or MySQL) and RabbitMQ servers: own data folder, own ports, loopback only, own processes.
 
-Durability is what production is told to use (`innodb_flush_log_at_trx_commit=1`). Nothing of the machine's
+Durability is as production must have it (`innodb_flush_log_at_trx_commit=1`). Nothing of the machine's
 own servers is read or touched, and a stopped server leaves no process behind. How long a start may take, and
 what is said when it fails, is here; who restarts a server that died is the supervisor's affair.
 """
@@ -423,7 +423,7 @@ def _flavour(program: str) -> Literal["mariadb", "mysql"]:
 
 
 def _as_root_user() -> list[str]:
-    """The server runs as root only when told so in words; started by anyone else it stays who it is."""
+    """The server runs as root only when that is requested explicitly; started by another user it stays that user."""
     return ["--user=root"] if os.geteuid() == 0 else []
 
 

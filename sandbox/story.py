@@ -94,7 +94,7 @@ class CutStory:
     tell: Tell
 
     def run(self) -> None:
-        """Raises SandboxError at the first thing that is not as it should be. The cable is whole afterwards."""
+        """Raises SandboxError at the first thing that is not as it should be. At the end the cable is whole again."""
         one, other = self.key_providers
         self._wait_full()
         self.tell("\nThe line between the sites is cut.")

@@ -69,7 +69,7 @@ class ServerUnit:
         return self._server.adopted_pid or self._server.pid
 
     def is_up(self) -> bool:
-        # Whoever listens on the port, with our data folder, does the server's work.
+        # The process that listens on the port, with our data folder, does the server's work.
         return self._server.running or answers(self._server.port)
 
     def revive(self) -> None:

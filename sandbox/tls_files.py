@@ -28,7 +28,7 @@ class TlsFiles:
         self.client_key_file = folder / f"{self.client}.key"
 
     def environ(self) -> dict[str, str]:
-        """What the api is told."""
+        """What the api is configured with."""
         return {
             "SKIP_TLS_PORT": str(self.port),
             "SKIP_TLS_CERT_FILE": f"{self.folder}/rsa.pem,{self.folder}/ecdsa.pem",

@@ -81,8 +81,8 @@ def _many_peers(sites: SitesStage, plan: Plan) -> tuple[float, str]:
     finally:
         hub.stop_all()
         server.drop_database(database)
-    told = f"in {plan.idle_seconds} s {came} heartbeats came to the syncer and {went} envelopes from it"
-    return 100 * meter.cores("syncer"), told
+    summary = f"in {plan.idle_seconds} s {came} heartbeats came to the syncer and {went} envelopes from it"
+    return 100 * meter.cores("syncer"), summary
 
 
 def _told(database: Database) -> tuple[int, int]:

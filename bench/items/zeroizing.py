@@ -17,7 +17,7 @@ from sandbox.processes import SandboxError
 # The bound for 1,000,000 keys; a shorter run has its share of it.
 _SECONDS_PER_MILLION = 60.0
 _SLICE_SECONDS = 2
-# Keys must not expire before the last of them is there: room for a machine that grows slower meanwhile.
+# Keys must not expire before the last of them is there: room for a machine that becomes slower.
 _FILL_SPARE = 2.0
 _TRIAL_KEYS = 10_000
 _GIVE_UP_SECONDS = 300.0
@@ -62,7 +62,7 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     stage.clear()
     bound_seconds = _SECONDS_PER_MILLION * plan.expired_keys / 1e6
     took = Figure(f"{plan.expired_keys:,} expired keys zeroized", [took_seconds], "s")
-    kept = Figure("GET /key meanwhile", disturbed, "/s")
+    kept = Figure("GET /key while zeroizing", disturbed, "/s")
     return Finding(
         [
             Line(5, took, target=Target("at most", bound_seconds, "s", took_seconds)),

@@ -52,7 +52,7 @@ class Batch(Protocol[Answer_co]):
     """One transaction for several requests. Both methods are called in the queue's thread."""
 
     def run(self, connection: Connection) -> Sequence[Answer_co | SkipbusError]:
-        """Executes the statements; an answer or an error for each request, in order. The queue commits afterwards.
+        """Executes the statements; an answer or an error for each request, in order. The queue commits after that.
 
         A batch that changed nothing calls ``connection.rollback()`` itself.
         """

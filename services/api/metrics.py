@@ -77,7 +77,7 @@ def observe_request(route: str | None, status: int, seconds: float) -> None:
 
 
 def batch_observer(lane: str) -> Callable[[int, float], None]:
-    """What a lane tells of each batch: its size and its duration in seconds."""
+    """Records each batch of a group commit queue: its size and its duration in seconds."""
     size, seconds = _BATCH.labels(lane), _BATCH_SECONDS.labels(lane)
 
     def observe(batch_size: int, batch_seconds: float) -> None:

@@ -117,7 +117,7 @@ def _seconds(ms: int | None) -> float | None:
 
 
 def _counts(issued: int, retrieved: int, expired: int, withdrawn: int) -> dict[str, int]:
-    # They are told by different KPs at different times: a retrieval may be heard of before its issue.
+    # Different KPs report them at different times: a retrieval may arrive before its issue.
     waiting = max(0, issued - retrieved - expired - withdrawn)
     return {
         "issued": issued,

@@ -48,56 +48,6 @@ _log = get_logger("receive")
 T = TypeVar("T")
 
 
-class FollowUp:
-    """What is sent, noted and forgotten when the effect of an envelope is committed. Of one event loop."""
-
-    def __init__(
-        self,
-        directory: PeerDirectory,
-        replies: Replies,
-        sender: Sender,
-        peer_rejections: PeerRejections,
-        notifier: Notifier,
-    ) -> None:
-        self._directory = directory
-        self._replies = replies
-        self._sender = sender
-        self._peer_rejections = peer_rejections
-        self._notifier = notifier
-
-    def follow_up(self, batch: Sequence[Verified], applied: Applied) -> None:
-        """Acknowledgements first, because encryptors wait for them."""
-        for one, result in zip(batch, applied.results, strict=True):
-            self._follow_up(one, result)
-        applied.after_commit.notify(self._notifier)
-        if applied.after_commit.stock_changed:
-            self._sender.wake()
-
-    def finish(self) -> None:
-        """No more will come."""
-        self._replies.finish()
-
-    def _follow_up(self, one: Verified, result: Result) -> None:
-        peer_id, number = one.header.sender, one.header.number
-        match one.payload:
-            case (Events() | PlacedKeys()) as payload if result in (Result.HANDLED, Result.DUPLICATE):
-                # A duplicate came again because its acknowledgement did not arrive.
-                self._replies.acknowledge(peer_id, number, urgent=isinstance(payload, PlacedKeys))
-            case Acknowledgement(numbers):
-                self._sender.forget(peer_id, numbers)
-            case Rejection(rejected_number, reason) as rejection:
-                self._peer_rejections.note(peer_id, rejection)
-                if reason not in _PASSING_REASONS:
-                    self._sender.note_rejected(peer_id, rejected_number)
-            case Heartbeat(_, bytes() as digest) if result is Result.HANDLED:
-                if digest != self._directory.digest(peer_id):
-                    self._replies.request_announcement(peer_id)
-            case Capabilities(_, True):
-                self._replies.send_announcement(peer_id)
-            case _:
-                pass
-
-
 class _GivenUp(Exception):
     """The broker will deliver the batch again: its connection is lost, or this process ends."""
 
@@ -217,6 +167,56 @@ class Receiver:
         await delivery.ack()
         metrics.RECEIVED.labels(header.type.value, result.value).inc()
         _log_received(one, result)
+
+
+class FollowUp:
+    """What is sent, noted and forgotten when the effect of an envelope is committed. Of one event loop."""
+
+    def __init__(
+        self,
+        directory: PeerDirectory,
+        replies: Replies,
+        sender: Sender,
+        peer_rejections: PeerRejections,
+        notifier: Notifier,
+    ) -> None:
+        self._directory = directory
+        self._replies = replies
+        self._sender = sender
+        self._peer_rejections = peer_rejections
+        self._notifier = notifier
+
+    def follow_up(self, batch: Sequence[Verified], applied: Applied) -> None:
+        """Acknowledgements first, because encryptors wait for them."""
+        for one, result in zip(batch, applied.results, strict=True):
+            self._follow_up(one, result)
+        applied.after_commit.notify(self._notifier)
+        if applied.after_commit.stock_changed:
+            self._sender.wake()
+
+    def finish(self) -> None:
+        """No more will come."""
+        self._replies.finish()
+
+    def _follow_up(self, one: Verified, result: Result) -> None:
+        peer_id, number = one.header.sender, one.header.number
+        match one.payload:
+            case (Events() | PlacedKeys()) as payload if result in (Result.HANDLED, Result.DUPLICATE):
+                # A duplicate came again because its acknowledgement did not arrive.
+                self._replies.acknowledge(peer_id, number, urgent=isinstance(payload, PlacedKeys))
+            case Acknowledgement(numbers):
+                self._sender.forget(peer_id, numbers)
+            case Rejection(rejected_number, reason) as rejection:
+                self._peer_rejections.note(peer_id, rejection)
+                if reason not in _PASSING_REASONS:
+                    self._sender.note_rejected(peer_id, rejected_number)
+            case Heartbeat(_, bytes() as digest) if result is Result.HANDLED:
+                if digest != self._directory.digest(peer_id):
+                    self._replies.request_announcement(peer_id)
+            case Capabilities(_, True):
+                self._replies.send_announcement(peer_id)
+            case _:
+                pass
 
 
 def _log_received(one: Verified, result: Result) -> None:

@@ -77,15 +77,15 @@ def passes(test_image: str, network: str, *tests: str) -> None:
     options = ("--rm", "--init", f"--name={name}", f"--network={network}", f"--volume={REPOSITORY}:/skipbus:ro")
     pytest_command = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not stops_servers", *tests)
     try:
-        told = run("docker", "run", *options, *environ, test_image, *pytest_command, timeout_seconds=_SECONDS)
+        output = run("docker", "run", *options, *environ, test_image, *pytest_command, timeout_seconds=_SECONDS)
     except BaseException:
         # A client that was ended, for its time or by Ctrl-C, leaves its container running.
         docker("rm", "--force", name)
         raise
-    passed = re.search(r"(\d+) passed", told)
-    assert passed is not None, told[-4000:]
+    passed = re.search(r"(\d+) passed", output)
+    assert passed is not None, output[-4000:]
     assert int(passed[1]) > 0
-    assert "skipped" not in told
+    assert "skipped" not in output
 
 
 def files(names: tuple[str, ...]) -> list[str]:

@@ -41,9 +41,9 @@ FORBIDDEN = {
 
 
 def test_keys_are_exchanged_both_ways_and_a_second_retrieval_is_refused(shared_store: Stack) -> None:
-    told = shared_store.smoke()
-    assert "KP_Alice -> KP_Bob: the same key at both ends" in told
-    assert "KP_Bob -> KP_Alice: the same key at both ends" in told
+    output = shared_store.smoke()
+    assert "KP_Alice -> KP_Bob: the same key at both ends" in output
+    assert "KP_Bob -> KP_Alice: the same key at both ends" in output
 
 
 @pytest.mark.parametrize("service", sorted(FORBIDDEN))

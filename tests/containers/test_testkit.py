@@ -145,9 +145,9 @@ def test_the_pair_conforms_to_the_draft(pair: SkipPair, capsys: pytest.CaptureFi
         for argument in (f"--ca={party.ca_file}", f"--cert={party.client_cert_file}", f"--key={party.client_key_file}")
     ]
     code = conformance.main([*(party.https_url for party in parties), *files, "--strict"])
-    told = capsys.readouterr().out
-    assert "FAIL  " not in told
-    assert "0 FAIL, 0 warn, 0 skip" in told
+    output = capsys.readouterr().out
+    assert "FAIL  " not in output
+    assert "0 FAIL, 0 warn, 0 skip" in output
     assert code == 0
 
 

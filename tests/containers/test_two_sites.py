@@ -44,7 +44,7 @@ FORBIDDEN = {
     ],
 }
 
-# Whether a broker talks to whoever comes: with the own certificate of a broker, with none, and with one that nobody
+# Whether a broker talks to any client: with the own certificate of a broker, with none, and with one that nobody
 # knows. In TLS 1.3 the client learns only from the first answer that its certificate was refused.
 _CALL_BROKER = """
 import socket, ssl, sys
@@ -77,9 +77,9 @@ def sites(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoS
 
 
 def test_keys_are_exchanged_both_ways_between_two_sites(sites: TwoSites) -> None:
-    told = sites.smoke()
-    assert "KP_Paris -> KP_Oslo: the same key at both ends" in told
-    assert "KP_Oslo -> KP_Paris: the same key at both ends" in told
+    output = sites.smoke()
+    assert "KP_Paris -> KP_Oslo: the same key at both ends" in output
+    assert "KP_Oslo -> KP_Paris: the same key at both ends" in output
     for site in sites.both:
         assert {service: site.state(service) for service in SERVICES} == dict.fromkeys(SERVICES, "healthy")
 

@@ -1,7 +1,7 @@
 """A TCP proxy in front of the store that cuts a connection at the moment of a commit.
 
 ``cut_before``: the statement with the COMMIT is thrown away, and the connection cut. ``cut_after``: the statement
-is passed on, and the connection cut when the store has answered it, so that it was committed and nobody was told.
+is passed on, and the connection cut when the store has answered it: committed, and the client does not know.
 A store that offers TLS seems not to, or the proxy would not see a COMMIT.
 """
 
@@ -22,7 +22,7 @@ _CLIENT_SSL = 0x0800
 
 
 class CuttingProxy:
-    """Passes everything on, but what ``cut_next`` has told it to cut."""
+    """Passes everything on, but what ``cut_next`` has set to be cut."""
 
     def __init__(self, port: int) -> None:
         self._store_port = port

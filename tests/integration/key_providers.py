@@ -1,6 +1,6 @@
 """Key providers over one migrated store, without their processes: for tests of what the processes are made of.
 
-Owns how a test comes by settings, keyrings, announcements, and raw looks into the store. The parts are the real
+Owns how a test comes by settings, keyrings, announcements, and raw queries of the store. The parts are the real
 ones; only the clock of what takes the time as an argument is the test's.
 """
 
@@ -95,7 +95,7 @@ def tend(keeper: EpochKeeper, at_ms: int, *, list_files: bool = True) -> None:
 
 
 class KeyProvider:
-    """One KP's parts. ``refresh`` makes it look at the store, as its api does every second."""
+    """One KP's parts. ``refresh`` makes it read the store, as its api does every second."""
 
     def __init__(self, store: Store, system_id: str, environ: dict[str, str]) -> None:
         self.store = store
@@ -138,7 +138,7 @@ class KeyProvider:
         return [answer for answer in map(_or_raise, answers) if isinstance(answer, IssuedKey)]
 
     def claim(self, key_id: str | bytes, source: KeyProvider | str) -> ClaimedKey:
-        """The key, once. Raises what the caller would be told."""
+        """The key, once. Raises what the caller would get."""
         name = source if isinstance(source, str) else source.system_id
         wanted = bytes.fromhex(key_id) if isinstance(key_id, str) else key_id
         (answer,) = self.commit(self.claim_batch([ClaimRequest(wanted, name, "claim")]))

@@ -194,7 +194,7 @@ def signed(
     number: int | None = None,
     age_ms: int = 0,
 ) -> bytes:
-    """An envelope as ``sender`` would sign it, or as whoever has ``identity`` would."""
+    """An envelope as ``sender`` would sign it, or as the holder of ``identity`` would."""
     header = Header(kind, sender.id, target.id, fresh_number() if number is None else number, now_ms() - age_ms)
     return sign_envelope(header, payload, identity or sender.identity)
 

@@ -1,7 +1,7 @@
 """Keys over a bus link, as the syncers handle them: two stores, one broker, the test in the place of the apis.
 
 The rules in one sentence each: a row that is gone is placed, what is placed can be served, what is taken back is never
-served, nothing is overwritten, and a refusal reaches the operator of whoever was refused.
+served, nothing is overwritten, and a refusal reaches the operator of the sender.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Scene:
         )
 
     def assert_refused(self, envelope: bytes, reason: str) -> None:
-        """Bob refuses what Carol sent: counted, dead-lettered, without effect, and Carol is told."""
+        """Bob refuses what Carol sent: counted, dead-lettered, without effect, and Carol is notified."""
         before, records = self.refused(self.bob, reason), self.bob.records().keys()
         self.bus.publish(self.bob.kp, envelope)
         assert self.bus.wait_dead(self.bob.kp) == envelope
@@ -61,7 +61,7 @@ class Scene:
         assert self.bob.records().keys() == records
 
     def next_refusal(self, teller: Site) -> Rejection:
-        """The next refusal that Carol is told of."""
+        """The next rejection that Carol receives."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             if (body := self.bus.heard(self.carol.kp)) is None:
@@ -74,7 +74,7 @@ class Scene:
             payload = read_payload(envelope.header.type, envelope.payload)
             if isinstance(payload, Rejection):
                 return payload
-        raise AssertionError("no refusal was told")
+        raise AssertionError("no rejection came")
 
     def from_carol(self, placed: Placed, number: int | None = None, *, stock: bool = False) -> bytes:
         return signed(self.carol.kp, self.bob.kp, ISSUED, placed.payload(stock=stock), number=number)
@@ -275,7 +275,7 @@ def test_stock_that_is_too_old_to_be_useful_is_dropped_at_both_ends(scene: Scene
     alice, bob = scene.alice, scene.bob
     withdrawn = alice.rig.count(alice.kp, bob.kp, "withdrawn"), bob.rig.count(bob.kp, alice.kp, "inbound_withdrawn")
     useful = alice.place(bob, 1, KEY_STOCKED)
-    # Useful for three seconds more: placed meanwhile.
+    # Useful for three seconds more: placed while it waits.
     old = alice.place(bob, 3, KEY_STOCKED, ttl_ms=KEY_TTL_MS // 2 + 3_000)
     alice.wait_placed(old)
     wait_for(lambda: not any(row.token == old.token for row in alice.stock(bob)), timeout_seconds=TIMEOUT_SECONDS)
@@ -313,8 +313,8 @@ def test_a_key_id_that_exists_is_never_overwritten_and_refuses_the_whole_envelop
     number = fresh_number()
     scene.assert_refused(scene.from_carol(theft, number), "key_exists")
     assert bob.open(alice, victim.records[0].key_id) == victim.keys[0]
-    told = scene.next_refusal(bob)
-    assert (told.number, told.reason, told.versions) == (number, "key_exists", (VERSION,))
+    rejection = scene.next_refusal(bob)
+    assert (rejection.number, rejection.reason, rejection.versions) == (number, "key_exists", (VERSION,))
     # The number of a refused envelope stays free: the envelope may come again and be accepted.
     good = seal(carol.kp, bob, 1)
     scene.bus.publish(bob.kp, scene.from_carol(good, number))
@@ -372,9 +372,9 @@ def test_a_sender_of_an_unknown_version_is_told_once_a_second_which_versions_are
     later = encoding.pack([protected, b"", carol.kp.identity.sign(protected, CONTEXT_ENVELOPE)])
     time.sleep(1.1)
     scene.bus.publish(bob.kp, *[later] * 20)
-    told = scene.next_refusal(bob)
-    assert (told.number, told.reason, told.versions) == (7, "unknown_version", (VERSION,))
-    assert "version 3" in told.explanation
+    rejection = scene.next_refusal(bob)
+    assert (rejection.number, rejection.reason, rejection.versions) == (7, "unknown_version", (VERSION,))
+    assert "version 3" in rejection.explanation
     wait_for(lambda: scene.refused(bob, "unknown_version") >= 20, timeout_seconds=TIMEOUT_SECONDS)
     heard = [read_envelope(body) for body in iter(lambda: scene.bus.heard(carol.kp), None)]
     assert len([envelope for envelope in heard if envelope.header.type is REFUSED]) <= 1
@@ -403,8 +403,8 @@ async def test_a_refusal_is_told_to_the_operator_and_to_whoever_waits(scene: Sce
     assert row.last_refusal == "unknown_version: this release?reads ?[31mversion 1"
     assert row.last_refusal_ms is not None
     assert '"event":"envelope refused by peer"' in alice.kp.log
-    told = [line for line, _ in metrics(alice) if line.startswith("skipbus_envelopes_refused_by_peer_total{")]
-    assert any('reason="unknown_version"' in line and carol.kp.id in line for line in told)
+    found = [line for line, _ in metrics(alice) if line.startswith("skipbus_envelopes_refused_by_peer_total{")]
+    assert any('reason="unknown_version"' in line and carol.kp.id in line for line in found)
 
 
 def test_stock_that_a_peer_has_under_the_same_ids_is_dropped_and_not_sent_for_ever(scene: Scene) -> None:

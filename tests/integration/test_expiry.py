@@ -1,4 +1,4 @@
-"""Facts about zeroizing: only what has expired goes, sources are told, and what nobody tends is swept up late."""
+"""Facts about zeroizing: only what has expired goes, sources are notified, and what nobody tends is swept up late."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def key_ids_left(store: Store) -> list[bytes]:
     return [row[0] for row in store.rows("SELECT key_id FROM key_records ORDER BY key_id")]
 
 
-def told(store: Store) -> list[tuple[str, str, list[list[object]]]]:
+def reported(store: Store) -> list[tuple[str, str, list[list[object]]]]:
     """(by whom, to whom, of which keys) in the outbox."""
     rows = store.rows("SELECT local_id, peer_id, type, payload, items, created_ms FROM outbox ORDER BY id")
     for row in rows:
@@ -64,14 +64,14 @@ def test_only_the_expired_are_zeroized(store: Store, zeroizer: Zeroizer) -> None
 def test_nothing_expired_is_nothing_done(store: Store, zeroizer: Zeroizer) -> None:
     fill(store, [NOW_MS + 1])
     assert zeroizer.zeroize_own(NOW_MS) == 0
-    assert told(store) == []
+    assert reported(store) == []
 
 
 def test_every_source_is_told_of_its_own_keys_with_their_correlation_ids(store: Store, zeroizer: Zeroizer) -> None:
     alices = fill(store, [NOW_MS - 2, NOW_MS - 1], source="KP_Alice")
     (carols,) = fill(store, [NOW_MS - 5], source="KP_Carol", first=100)
     zeroizer.zeroize_own(NOW_MS)
-    assert sorted(told(store)) == [
+    assert sorted(reported(store)) == [
         ("KP_Bob", "KP_Alice", [[alices[0], NOW_MS - 2, "c-0"], [alices[1], NOW_MS - 1, "c-1"]]),
         ("KP_Bob", "KP_Carol", [[carols, NOW_MS - 5, "c-0"]]),
     ]
@@ -99,7 +99,7 @@ def test_stock_that_was_given_to_nobody_expires_without_a_word(store: Store, zer
     hold_as_stock(store, [issued_too, *daves], local="KP_Other")
     assert zeroizer.zeroize_own(NOW_MS) == 6
     assert store.count("key_records") == 0
-    assert sorted(told(store)) == [
+    assert sorted(reported(store)) == [
         ("KP_Bob", "KP_Alice", [[issued, NOW_MS - 3, "c-0"], [issued_too, NOW_MS - 1, "c-2"]]),
         ("KP_Bob", "KP_Dave", [[daves[0], NOW_MS - 2, "c-0"]]),
     ]
@@ -116,7 +116,7 @@ def test_a_whole_batch_of_the_longest_entries_is_told_of_as_it_is(store: Store, 
         )
         connection.commit()
     assert zeroizer.zeroize_own(last_ms) == BATCH
-    assert told(store) == [("KP_Bob", "KP_Alice", [[key_id, last_ms, longest] for key_id in key_ids])]
+    assert reported(store) == [("KP_Bob", "KP_Alice", [[key_id, last_ms, longest] for key_id in key_ids])]
 
 
 def test_whatever_octets_a_key_id_has_it_is_told_of_as_it_is(store: Store, zeroizer: Zeroizer) -> None:
@@ -128,7 +128,7 @@ def test_whatever_octets_a_key_id_has_it_is_told_of_as_it_is(store: Store, zeroi
         )
         connection.commit()
     assert zeroizer.zeroize_own(NOW_MS) == 256
-    assert told(store) == [("KP_Bob", "KP_Alice", [[bytes([n]) * 16, n + 1, ""] for n in range(256)])]
+    assert reported(store) == [("KP_Bob", "KP_Alice", [[bytes([n]) * 16, n + 1, ""] for n in range(256)])]
 
 
 def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
@@ -147,8 +147,8 @@ def test_more_than_a_batch_goes_in_several_and_every_key_is_told_of_once(
     kept = fill(store, [NOW_MS + 1] * 5, first=10**6)
     assert zeroizer.zeroize_own(NOW_MS) == len(key_ids)
     assert key_ids_left(store) == kept
-    reports = [item for _, _, items in told(store) for item in items]
-    assert len(told(store)) == 3
+    reports = [item for _, _, items in reported(store) for item in items]
+    assert len(reported(store)) == 3
     assert len(worked) == 2
     assert sorted(item[0] for item in reports) == key_ids  # type: ignore[type-var]
 
@@ -187,7 +187,7 @@ def test_keys_that_nobody_tends_are_swept_up_after_a_minute_without_a_word(store
     assert stale not in left
     assert stale_too not in left
     assert left == [*own, fresh]
-    assert told(store) == []
+    assert reported(store) == []
 
 
 def test_two_janitors_at_once_zeroize_every_key_once(store: Store, zeroizer: Zeroizer) -> None:
@@ -202,7 +202,7 @@ def test_two_janitors_at_once_zeroize_every_key_once(store: Store, zeroizer: Zer
                 cursor.execute("SELECT key_id FROM key_records WHERE target_id = 'KP_Bob' FOR UPDATE")
     assert zeroizer.zeroize_own(NOW_MS) == 50
     assert zeroizer_of(store, "KP_Bob").zeroize_own(NOW_MS) == 0
-    assert len([item for _, _, items in told(store) for item in items]) == len(key_ids)
+    assert len([item for _, _, items in reported(store) for item in items]) == len(key_ids)
 
 
 def test_a_stop_ends_the_work_after_the_batch_in_hand(store: Store) -> None:
@@ -220,7 +220,7 @@ def test_a_key_is_told_of_only_when_it_is_gone(store: Store, zeroizer: Zeroizer)
     assert store.count("key_records") == 1
     store.rows("RENAME TABLE elsewhere TO outbox")
     assert zeroizer.zeroize_own(NOW_MS) == 1
-    assert len(told(store)) == 1
+    assert len(reported(store)) == 1
 
 
 def test_an_unreachable_store_is_a_backend_error(store: Store) -> None:

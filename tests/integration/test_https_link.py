@@ -1,6 +1,6 @@
 """A peer with an endpoint is sent everything by HTTPS: in order, with retry, and nothing is lost.
 
-KP_Alice's syncer is a real process. The endpoint is the test's own: it answers as it is told to, and puts what it takes
+KP_Alice's syncer is a real process. The endpoint is the test's own: it answers as it is set to, and puts what it takes
 into KP_Bob's queue, as an api does.
 """
 
@@ -201,11 +201,11 @@ def test_a_refusal_by_the_endpoint_is_told_like_one_by_the_bus(scene: Scene, sta
     endpoint.answers.append((status, b'{"error":"not like\\nthis"}'))
     refused = alice.place(bob, 1, KEY_STOCKED)
 
-    def told() -> str:
+    def shown() -> str:
         row = alice.rig.peer(alice.kp, bob.kp)
         return row.last_refusal if row else ""
 
-    wait_for(lambda: told() == f"{reason}: {status}: not like?this", timeout_seconds=TIMEOUT_SECONDS)
+    wait_for(lambda: shown() == f"{reason}: {status}: not like?this", timeout_seconds=TIMEOUT_SECONDS)
     # It keeps no other waiting, and is kept itself.
     placed = alice.place(bob, 1, KEY_STOCKED)
     alice.wait_placed(placed)

@@ -84,10 +84,10 @@ def test_an_answered_key_is_committed_and_its_event_with_it(store: Store, kps: l
     assert store.count("wrapping_keys") == 1
     (row,) = store.rows("SELECT local_id, peer_id, type, items, payload FROM outbox")
     assert row[:4] == ("KP_Alice", "KP_Bob", "key.issued", 5)
-    told = encoding.unpack(row[4])
-    assert [item[0].hex() for item in told] == [key.key_id for key in issued]
-    assert {item[1] for item in told} == {256}
-    assert [item[3] for item in told] == [f"issue-{n}" for n in range(5)]
+    reported = encoding.unpack(row[4])
+    assert [item[0].hex() for item in reported] == [key.key_id for key in issued]
+    assert {item[1] for item in reported} == {256}
+    assert [item[3] for item in reported] == [f"issue-{n}" for n in range(5)]
 
 
 def test_a_claimed_key_is_gone_from_the_store_and_its_source_is_told(store: Store, kps: list[KeyProvider]) -> None:

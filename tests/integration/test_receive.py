@@ -39,7 +39,7 @@ INTERVAL_SECONDS = 60.0
 IDENTITY = Identity.generate()
 
 
-def beat(number: int) -> bytes:
+def heartbeat(number: int) -> bytes:
     header = Header(EnvelopeType.HEARTBEAT, BOB, ALICE, number, now_ms())
     return sign_envelope(header, pack_heartbeat(5000, None, "test"), IDENTITY)
 
@@ -88,7 +88,7 @@ class Handed:
 
 
 async def test_heartbeats_are_handed_out_together_and_in_their_order(rabbitmq: RabbitMqServer) -> None:
-    bodies = [beat(number) for number in range(1, 6)]
+    bodies = [heartbeat(number) for number in range(1, 6)]
     async with intake(rabbitmq) as handed:
         await handed.come(*bodies)
         found = await handed.next()
@@ -97,7 +97,7 @@ async def test_heartbeats_are_handed_out_together_and_in_their_order(rabbitmq: R
 
 
 async def test_another_envelope_does_not_wait_for_heartbeats(rabbitmq: RabbitMqServer) -> None:
-    first, urgent = beat(1), acknowledgement(2)
+    first, urgent = heartbeat(1), acknowledgement(2)
     async with intake(rabbitmq) as handed:
         await handed.come(first, urgent)
         assert [one.body for one in await handed.next()] == [urgent]
@@ -105,7 +105,7 @@ async def test_another_envelope_does_not_wait_for_heartbeats(rabbitmq: RabbitMqS
 
 
 async def test_heartbeats_do_not_wait_for_a_pause_in_what_is_urgent(rabbitmq: RabbitMqServer) -> None:
-    first = beat(1)
+    first = heartbeat(1)
     async with intake(rabbitmq) as handed:
         await handed.come(first)
         until, seen = time.monotonic() + 10, list[bytes]()
@@ -119,12 +119,12 @@ async def test_heartbeats_do_not_wait_for_a_pause_in_what_is_urgent(rabbitmq: Ra
 async def test_heartbeats_beyond_the_limit_are_not_kept_waiting(rabbitmq: RabbitMqServer) -> None:
     async with intake(rabbitmq) as handed:
         # So many that the gathering ends by their number: the broker hands out no more unacknowledged.
-        await handed.come(*(beat(number) for number in range(1, 3 * MAX_GATHERED)))
+        await handed.come(*(heartbeat(number) for number in range(1, 3 * MAX_GATHERED)))
         assert len(await handed.next()) >= MAX_GATHERED
 
 
 async def test_what_is_no_envelope_is_handed_out_at_once_to_be_refused(rabbitmq: RabbitMqServer) -> None:
-    first, bad = beat(1), [b"", b"\xc1", bytes(100_000)]
+    first, bad = heartbeat(1), [b"", b"\xc1", bytes(100_000)]
     async with intake(rabbitmq) as handed:
         await handed.come(first, *bad)
         found = [one.body for one in await handed.next()]
@@ -133,7 +133,7 @@ async def test_what_is_no_envelope_is_handed_out_at_once_to_be_refused(rabbitmq:
 
 
 async def test_heartbeats_that_wait_are_handed_out_at_the_end(rabbitmq: RabbitMqServer) -> None:
-    first = beat(1)
+    first = heartbeat(1)
     async with intake(rabbitmq) as handed:
         await handed.come(first)
         assert await handed.intake.next_deliveries(64, 0.1) == []
@@ -143,7 +143,7 @@ async def test_heartbeats_that_wait_are_handed_out_at_the_end(rabbitmq: RabbitMq
 
 async def test_how_long_heartbeats_wait_is_small_next_to_a_short_interval(rabbitmq: RabbitMqServer) -> None:
     async with intake(rabbitmq, interval_seconds=0.1) as handed:
-        await handed.come(beat(1))
+        await handed.come(heartbeat(1))
         (found,) = await handed.next()
         assert found.waited_ms < MAX_GATHER_SECONDS * 1000
 
@@ -192,7 +192,7 @@ class FakeDelivery:
 
 
 class Deliveries:
-    """One batch; then the process is told to stop."""
+    """One batch; then the process is stopped."""
 
     def __init__(self, batch: list[FakeDelivery], stop: asyncio.Event) -> None:
         self._batches = [batch]

@@ -211,7 +211,7 @@ def test_what_is_published_during_a_cut_arrives_after_it(
 
 
 def wait_passing(sender: BrokerAdmin, receiver: BrokerAdmin, queue: str) -> None:
-    """Until the brokers have told each other what is bound."""
+    """Until the brokers have exchanged what is bound."""
 
     def passes() -> bool:
         sender.send(TARGET, b"probe")

@@ -104,8 +104,8 @@ def test_a_kp_tells_of_its_new_announcement_and_asks_for_one_that_it_lacks(rig: 
                     return payload
             raise AssertionError("no capabilities were heard")
 
-        beat = signed(carol, alice, EnvelopeType.HEARTBEAT, pack_heartbeat(500, digest(body), "test"))
-        bus.publish(alice, beat, live=True)
+        sent = signed(carol, alice, EnvelopeType.HEARTBEAT, pack_heartbeat(500, digest(body), "test"))
+        bus.publish(alice, sent, live=True)
         assert next_capabilities() == Capabilities(None, True)
 
         bus.publish(alice, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False)))
@@ -114,7 +114,7 @@ def test_a_kp_tells_of_its_new_announcement_and_asks_for_one_that_it_lacks(rig: 
         bus.publish(alice, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
         assert next_capabilities() == Capabilities(rig.announcement(alice.id), False)
 
-        # Told within a second of the last time it would not be sent: a real peer would see it in the next heartbeat.
+        # Within a second of the last one it would not be sent: a real peer would see it in the next heartbeat.
         time.sleep(ANSWER_EVERY_SECONDS)
         renewed = rig.announce(alice.id, alice.identity)
         assert next_capabilities() == Capabilities(renewed, False)

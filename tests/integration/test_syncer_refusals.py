@@ -1,4 +1,4 @@
-"""Hostile and broken envelopes: each is counted, told and dead-lettered, and the next one is handled.
+"""Hostile and broken envelopes: each is counted, logged and dead-lettered, and the next one is handled.
 
 KP_Bob's syncer is a real process; KP_Carol, its peer, and everybody who pretends to be her, are the test.
 """
@@ -45,8 +45,8 @@ class Scene:
         port = self.bob.process.environ["SKIP_METRICS_PORT"]
         with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        told = [line for line in lines if line.startswith(f'skipbus_envelopes_refused_total{{reason="{reason}"')]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in told)
+        found = [line for line in lines if line.startswith(f'skipbus_envelopes_refused_total{{reason="{reason}"')]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
     def assert_refused(self, envelope: bytes, reason: str, *, live: bool = False) -> None:
         """It is counted, has no effect and lies in the dead-letter queue, and Carol's next envelope is handled."""
@@ -155,11 +155,11 @@ def test_a_malformed_payload_of_a_true_peer_is_dead_lettered(scene: Scene, paylo
 
 
 def test_a_recorded_heartbeat_cannot_make_a_dead_peer_look_alive(scene: Scene) -> None:
-    beat = signed(scene.carol, scene.bob, EnvelopeType.HEARTBEAT, pack_heartbeat(60_000, None, "test"))
-    scene.bus.publish(scene.bob, beat, live=True)
+    sent = signed(scene.carol, scene.bob, EnvelopeType.HEARTBEAT, pack_heartbeat(60_000, None, "test"))
+    scene.bus.publish(scene.bob, sent, live=True)
     wait_for(lambda: scene.rig.online(scene.bob, scene.carol), timeout_seconds=TIMEOUT_SECONDS)
     heard = scene.rig.peer(scene.bob, scene.carol)
-    scene.assert_refused(beat, "replayed", live=True)
+    scene.assert_refused(sent, "replayed", live=True)
     again = scene.rig.peer(scene.bob, scene.carol)
     assert heard is not None
     assert again is not None
@@ -182,10 +182,10 @@ def test_another_kps_announcement_is_dead_lettered(scene: Scene) -> None:
 
 def test_a_refusal_is_told_with_its_reason_and_sender(scene: Scene) -> None:
     time.sleep(1.1)  # a second of its own, in which no line is left out
-    mallory = Kp(scene.rig.name("KP_Mallory-told"), Identity.generate())
+    mallory = Kp(scene.rig.name("KP_Mallory-logged"), Identity.generate())
     scene.bus.publish(scene.bob, signed(mallory, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
-    told = f'"reason":"unknown_sender","sender":"{mallory.id}"'
-    wait_for(lambda: told in scene.bob.log, timeout_seconds=TIMEOUT_SECONDS)
+    logged = f'"reason":"unknown_sender","sender":"{mallory.id}"'
+    wait_for(lambda: logged in scene.bob.log, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def test_refusals_are_told_in_no_more_than_ten_lines_a_second(scene: Scene) -> None:

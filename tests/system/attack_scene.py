@@ -109,7 +109,7 @@ def placed_by(scene: Scene, tap: Tap) -> bytes:
 
 
 def assert_no_answer(scene: Scene, forge: Callable[[int], bytes]) -> None:
-    """KP_Alice takes no acknowledgement that was forged for an envelope of hers, whose number ``forge`` is told."""
+    """KP_Alice takes no acknowledgement that was forged for an envelope of hers, whose number ``forge`` is given."""
     with scene.admin.diverting(scene.bob_id) as tap, asking(scene) as (asked, _):
         forged = forge(read_envelope(placed_by(scene, tap)).header.number)
         before = rejected(scene.alice, "bad_signature", scene.bob_id)

@@ -151,7 +151,7 @@ class BrokerAdmin:
 
     @contextmanager
     def diverting(self, target_id: str) -> Iterator[Tap]:
-        """Meanwhile what is sent to a key provider comes into the administrator's hands instead."""
+        """Within the block, what is sent to a key provider comes into the administrator's hands instead."""
         tap = Tap(self, target_id)
         self.make_queue(tap.queue, routing_key(target_id))
         self._do(self._unbind(queue_name(target_id), routing_key(target_id)))

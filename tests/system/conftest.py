@@ -29,7 +29,7 @@ def new_lab(root: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Ite
 
 @pytest.fixture(scope="module")
 def only_demo() -> Iterator[None]:
-    """No other module's demo runs meanwhile, in any process of these tests: the folder of a demo is its clone's."""
+    """No other module's demo runs now, in any process of these tests: the folder of a demo is its clone's."""
     # Not on the file that a demo locks itself.
     with Path(__file__).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -192,7 +192,7 @@ def key_target(*path: str, **query: str) -> str:
 
 
 class RawConnection:
-    """One keep-alive connection that sends what it is told and reads answers."""
+    """One keep-alive connection that sends what it is given and reads answers."""
 
     def __init__(self, port: int, timeout_seconds: float = 10) -> None:
         self.socket = socket.create_connection((LOOPBACK, port), timeout=timeout_seconds)
@@ -243,7 +243,7 @@ def ask(kp: KeyProvider, target: str | bytes, *, method: str = "GET", headers: s
 
 
 def rows(database: Database, statement: str, *values: object) -> tuple[tuple[Any, ...], ...]:
-    """What a query finds, committed by whoever."""
+    """What a query finds, committed by any client."""
     with database.connect() as connection:
         return query(connection, statement, *values)
 
@@ -260,7 +260,7 @@ def count_records(connection: Store) -> int:
 
 @contextmanager
 def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Runs `work(stop)` in a thread meanwhile. What it raises fails the test."""
+    """Runs `work(stop)` in a thread during the block. What it raises fails the test."""
     stop, failures = threading.Event(), list[BaseException]()
 
     def run() -> None:

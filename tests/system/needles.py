@@ -78,7 +78,7 @@ def _heads_in(haystack: bytes, heads: set[int]) -> set[int]:
 
 
 def _content(file: Path) -> bytes:
-    """A server at work removes files of its own meanwhile: what is gone holds nothing."""
+    """A server at work removes files of its own while they are read: what is gone holds nothing."""
     try:
         return file.read_bytes()
     except FileNotFoundError:

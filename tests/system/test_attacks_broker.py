@@ -1,7 +1,7 @@
 """What an administrator of a broker can do to keys that travel over it: delay and lose them, and nothing else.
 
 He reads, drops, duplicates, delays and injects messages between two whole key providers. No key is learned or given out
-twice, no caller is told of a key that is not there, and what he stops is made good when he stops.
+twice, no caller gets a key that is not there, and what he stops is made good when he stops.
 """
 
 from __future__ import annotations

@@ -95,10 +95,10 @@ def test_a_replayed_envelope_brings_no_key_back(scene: Scene) -> None:
 
 
 def test_a_replayed_heartbeat_is_refused(scene: Scene) -> None:
-    beat = scene.carol.heartbeat(scene.bob_id)
-    scene.admin.send(scene.bob_id, beat)
+    heartbeat = scene.carol.heartbeat(scene.bob_id)
+    scene.admin.send(scene.bob_id, heartbeat)
     wait_for(lambda: peer_status(scene.bob, scene.carol.id)["status"] == "online", timeout_seconds=20)
-    scene.assert_rejected(beat, "replayed", scene.carol.id)
+    scene.assert_rejected(heartbeat, "replayed", scene.carol.id)
 
 
 def test_reordered_envelopes_never_serve_a_key_that_was_taken_back(scene: Scene) -> None:
@@ -225,9 +225,9 @@ def test_an_envelope_of_an_unknown_version_or_type_is_refused_and_its_sender_is_
     assert post_sync(scene.bob, envelope).status == 400
     scene.assert_rejected(envelope, reason)
     if reason == "unknown_version":
-        told = scene.admin.wait(queue_name(scene.carol.id), lambda found: number in numbers_refused(found))
-        complaint = encoding.unpack(encoding.unpack(told)[1])
-        assert (complaint["reason"], complaint["versions"]) == (reason, [VERSION])
+        answer = scene.admin.wait(queue_name(scene.carol.id), lambda found: number in numbers_refused(found))
+        rejection = encoding.unpack(encoding.unpack(answer)[1])
+        assert (rejection["reason"], rejection["versions"]) == (reason, [VERSION])
 
 
 def numbers_refused(envelope: SignedEnvelope) -> list[int]:

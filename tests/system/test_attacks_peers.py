@@ -221,7 +221,7 @@ def test_a_peer_that_acknowledges_another_peers_keys_moves_nothing(scene: Scene)
         issued = scene.issued(scene.alice, scene.bob_id)
         scene.admin.send(scene.alice_id, scene.carol.key_stored(scene.alice_id, number))
         caller.join(20)
-        # The envelope was never delivered, so nobody may be told that the key is there.
+        # The envelope was never delivered, so no caller may learn that the key is there.
         assert [answer.status for answer in answers] == [500]
         assert scene.issued(scene.alice, scene.bob_id) == issued
     scene.assert_goes_on()

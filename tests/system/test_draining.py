@@ -1,4 +1,4 @@
-"""The end of an api: who connected before SIGTERM is answered, and told that the connection ends."""
+"""The end of an api: who connected before SIGTERM is answered, and learns that the connection ends."""
 
 from __future__ import annotations
 

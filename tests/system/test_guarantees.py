@@ -298,7 +298,7 @@ def test_an_epochs_private_half_is_gone_after_its_destroy_time_and_nothing_opens
     lab.assert_retrievable(key)
     epochs = set()
     while time.time() * 1000 <= destroy_ms:
-        # Meanwhile keys are handed out over the borders of epochs.
+        # In this time keys are handed out over the borders of epochs.
         lab.assert_retrievable(lab.issue(alice, BOB))
         epochs |= {found for (found,) in rows(lab.database, "SELECT epoch_id FROM wrapping_keys")}
         time.sleep(0.1)

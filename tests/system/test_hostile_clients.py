@@ -302,7 +302,7 @@ class Deaf:
         self.ask_more(client)
 
     def ask_more(self, client: socket.socket) -> None:
-        # One that was given up already is told so here, one whose requests are not taken is full.
+        # One that was given up already learns so here, one whose requests are not taken is full.
         with suppress(OSError):
             client.send(request_bytes("/entropy?minentropy=8192") * 5000)
 

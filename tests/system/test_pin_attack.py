@@ -62,7 +62,7 @@ def conflict_seen(kp: KeyProvider) -> bool:
 
 
 def ask_for_seconds(lab: Lab, alice: KeyProvider, seconds: float) -> list[int]:
-    """The statuses of `GET /key` for KP_Bob meanwhile. A key that is answered must be KP_Bob's to open."""
+    """The statuses of `GET /key` for KP_Bob during the block. A key that is answered must be KP_Bob's to open."""
     statuses = []
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -43,8 +43,8 @@ def _whole_and_full(sites: SitesLab) -> Iterator[None]:
 
 def test_the_sites_share_no_store(sites: SitesLab) -> None:
     for site, other in (sites.sites, sites.sites[::-1]):
-        told = {name for (name,) in rows(site.mariadb.dsn, "SELECT system_id FROM announcements")}
-        assert told == {site.kp.system_id}
+        announced = {name for (name,) in rows(site.mariadb.dsn, "SELECT system_id FROM announcements")}
+        assert announced == {site.kp.system_id}
         assert site.mariadb.dsn.port != other.mariadb.dsn.port
 
 

@@ -155,8 +155,8 @@ class TestHubWithBothKindsOfLink:
         hub_lab.assert_retrievable(for_far)
 
     def test_what_the_far_one_announces_is_not_seen_by_the_near_one(self, hub_lab: Lab) -> None:
-        told = {name for (name,) in rows(hub_lab.places[0].database, "SELECT system_id FROM announcements")}
-        assert told == {"KP_Hub", "KP_Near"}
+        announced = {name for (name,) in rows(hub_lab.places[0].database, "SELECT system_id FROM announcements")}
+        assert announced == {"KP_Hub", "KP_Near"}
 
     def test_the_far_one_is_gone_and_the_near_one_goes_on(self, hub_lab: Lab) -> None:
         hub_lab.kps["KP_Far"].stop("syncer")

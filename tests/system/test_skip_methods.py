@@ -1,4 +1,4 @@
-"""The draft's methods to the letter (Tables 2 to 9, Figures 3, 5 and 7), and the earlier server's extra pages."""
+"""The draft's methods exactly (Tables 2 to 9, Figures 3, 5 and 7), and the earlier server's extra pages."""
 
 from __future__ import annotations
 
@@ -251,8 +251,8 @@ def test_health_has_the_earlier_servers_fields(alice: KeyProvider) -> None:
     assert body["database"] == "ok"
     assert body["localSystemID"] == ALICE
     assert re.fullmatch(r"\d+\.\d+\.\d+.*|0\+unknown", body["version"])
-    told = datetime.fromisoformat(body["timestamp"])
-    assert abs((datetime.now(UTC) - told).total_seconds()) < 5
+    reported = datetime.fromisoformat(body["timestamp"])
+    assert abs((datetime.now(UTC) - reported).total_seconds()) < 5
 
 
 def test_sync_status_has_the_earlier_servers_fields(alice: KeyProvider) -> None:

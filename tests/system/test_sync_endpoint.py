@@ -148,7 +148,7 @@ STRANGER = SimulatedPeer("KP_Stranger")
 BAD = {
     "empty": Bad(b"", 400, "malformed"),
     "json": Bad(b'{"type": "heartbeat"}', 400, "malformed"),
-    "a letter in a text": Bad(encoding.pack(["a", "b", "c"]), 400, "malformed"),
+    "an envelope of texts": Bad(encoding.pack(["a", "b", "c"]), 400, "malformed"),
     "an unknown version": Bad(unsigned(version=2), 400, "unknown_version"),
     "an unknown version of a stranger": Bad(unsigned(version=2, sender="KP_X"), 400, "unknown_version"),
     "an unknown type": Bad(unsigned(kind="key.stolen"), 400, "unknown_type"),
@@ -237,7 +237,7 @@ def test_one_address_cannot_fill_the_memory_and_is_served_again_afterwards(link:
                 connection.send(head(MAX_ENVELOPE_BYTES) + large)
                 return connection.read().status
             except ConnectionError:
-                # Refused, and too slow on this machine to be told: nobody reads for a refused client for ever.
+                # Refused, and too slow on this machine to read it: no server reads for a refused client for ever.
                 return None
 
         with ThreadPoolExecutor(8) as senders:

@@ -171,7 +171,7 @@ def test_a_certificate_that_does_not_fit_its_key_is_refused_and_the_old_pair_sta
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "told"),
+    ("text", "mode", "reason"),
     [
         ("r1:abcd\n", 0o600, "line 1: the key has 16 bits"),
         (f"r1:{NEW_KEY}\nr1:{NEW_KEY}\n", 0o600, "line 2: the identity 'r1' stands in line 1 already"),
@@ -179,14 +179,14 @@ def test_a_certificate_that_does_not_fit_its_key_is_refused_and_the_old_pair_sta
     ],
     ids=["short key", "twice", "world-readable"],
 )
-def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path, text: str, mode: int, told: str) -> None:
+def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path, text: str, mode: int, reason: str) -> None:
     api = TlsApi(tmp_path)
     api.prepare()
     api.tls.psk_file.write_text(text)
     api.tls.psk_file.chmod(mode)
     assert api.kp.start("api").wait() == 1
     (line,) = api.lines("cannot run")
-    assert told in line["reason"]
+    assert reason in line["reason"]
     assert NEW_KEY not in line["reason"]
 
 
@@ -216,7 +216,7 @@ def test_a_caller_gets_keys_only_for_the_remote_systems_of_its_identity(tmp_path
         for remote, status in (("KP_Bob", 400), ("KP_Carol", 500)):
             for path in (f"/key?remoteSystemID={remote}", f"/key/{'ab' * 16}?remoteSystemID={remote}"):
                 assert f"HTTP/1.1 {status}" in curl(api.port, *certificate, path=path).output
-        # Whoever came by the plain port of this host is not limited: it has no identity.
+        # A caller on the plain port of this host is not limited: it has no identity.
         assert get(api.kp.url, "key", remoteSystemID="KP_Carol").status == 500
         wait_for(lambda: len(api.lines("request", status=400)) == 5, timeout_seconds=5)
         refused = api.lines("request", status=400)

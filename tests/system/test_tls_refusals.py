@@ -56,7 +56,7 @@ def test_a_wrong_key_is_told_from_an_unknown_identity(api: TlsApi, version: str)
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 @pytest.mark.parametrize(
-    ("identity", "told"),
+    ("identity", "expected"),
     [
         ("nobody", "unknown PSK identity 'nobody'"),
         ("x" * 127, f"unknown PSK identity '{'x' * 127}'"),
@@ -65,9 +65,9 @@ def test_a_wrong_key_is_told_from_an_unknown_identity(api: TlsApi, version: str)
     ],
     ids=["unknown", "long", "control characters", "not ASCII"],
 )
-def test_an_unknown_identity_is_named(api: TlsApi, version: str, identity: str, told: str) -> None:
+def test_an_unknown_identity_is_named(api: TlsApi, version: str, identity: str, expected: str) -> None:
     output, reason = rejected(api, version, "-cipher", "PSK", *api.psk(identity=identity))
-    assert reason == told
+    assert reason == expected
     assert "unknown psk identity" in output
 
 

@@ -25,11 +25,11 @@ CALL = """
 import json, sys
 from skip_qkd import MTLSConfig, PSKConfig, SkipQKDClient
 
-told = json.load(sys.stdin)
-mtls = MTLSConfig(**told["mtls"]) if told["mtls"] else None
-psk = PSKConfig(**told["psk"]) if told["psk"] else None
-with SkipQKDClient(told["address"], told["server_id"], mtls_config=mtls, psk_config=psk) as client:
-    print(json.dumps(getattr(client, told["method"])(*told["arguments"])))
+call = json.load(sys.stdin)
+mtls = MTLSConfig(**call["mtls"]) if call["mtls"] else None
+psk = PSKConfig(**call["psk"]) if call["psk"] else None
+with SkipQKDClient(call["address"], call["server_id"], mtls_config=mtls, psk_config=psk) as client:
+    print(json.dumps(getattr(client, call["method"])(*call["arguments"])))
 """
 
 
@@ -42,9 +42,9 @@ def skip_qkd(
 ) -> subprocess.CompletedProcess[str]:
     """One call of the client's own method."""
     assert PYTHON.exists(), "there is no .venv-clients: run `scripts/setup clients`, as `make test` does"
-    told = {"address": address, "server_id": "kp", "method": method, "arguments": arguments, "mtls": mtls, "psk": psk}
+    call = {"address": address, "server_id": "kp", "method": method, "arguments": arguments, "mtls": mtls, "psk": psk}
     return subprocess.run(
-        [str(PYTHON), "-I", "-c", CALL], input=json.dumps(told), capture_output=True, text=True, timeout=30, check=False
+        [str(PYTHON), "-I", "-c", CALL], input=json.dumps(call), capture_output=True, text=True, timeout=30, check=False
     )
 
 

@@ -185,7 +185,7 @@ def test_compression_is_off(api: TlsApi) -> None:
 def test_the_ec_and_the_rsa_certificate_are_both_shown(api: TlsApi) -> None:
     for kind, wish in (("ECDSA", "ecdsa_secp384r1_sha384"), ("RSA-PSS", "rsa_pss_rsae_sha384")):
         output = s_client(api.port, "-tls1_3", "-sigalgs", wish, *api.certificate()).output
-        told = re.search(r"^Peer signature type: (\S+)", output, re.MULTILINE)
+        shown = re.search(r"^Peer signature type: (\S+)", output, re.MULTILINE)
         # OpenSSL 3.5 tells the algorithm, and older releases its kind.
-        assert told is not None, output
-        assert told[1] in (kind, wish), output
+        assert shown is not None, output
+        assert shown[1] in (kind, wish), output

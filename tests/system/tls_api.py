@@ -181,7 +181,7 @@ def expired_certificate(api: TlsApi, folder: Path) -> list[str]:
 
 
 def renegotiate(port: int, *arguments: str) -> str:
-    """What `openssl s_client` prints when it is told to renegotiate."""
+    """What `openssl s_client` prints when it has to renegotiate."""
     command = ["openssl", "s_client", "-connect", f"{LOOPBACK}:{port}", *arguments]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

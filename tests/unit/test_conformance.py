@@ -125,7 +125,7 @@ def test_a_key_provider_without_tls_fails_for_that_alone(lines: list[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "reported"),
     [
         ("not zeroized", ["FAIL MUST 4.2.2"]),
         ("another key", ["FAIL MUST 2", "FAIL MUST 4.2"]),
@@ -140,8 +140,8 @@ def test_a_key_provider_without_tls_fails_for_that_alone(lines: list[str]) -> No
     ],
     indirect=["lines"],
 )
-def test_each_flaw_is_told_by_its_clause(lines: list[str], told: list[str]) -> None:
-    assert sorted(wrong(lines)) == sorted(told)
+def test_each_flaw_is_reported_by_its_clause(lines: list[str], reported: list[str]) -> None:
+    assert sorted(wrong(lines)) == sorted(reported)
 
 
 def test_a_key_provider_that_is_not_there_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,10 +92,10 @@ def test_a_damaged_pin_is_an_error_and_never_a_first_sight_again(book: PinBook, 
     book.learn("KP_Bob", FIRST)
     book.learn("KP_Carol", SECOND)
     file_of(book, "KP_Bob").write_bytes(text)
-    told = r"the pin of KP_Bob in .* cannot be read: .*skipctl identity accept KP_Bob"
-    with pytest.raises(KeyringError, match=told):
+    message = r"the pin of KP_Bob in .* cannot be read: .*skipctl identity accept KP_Bob"
+    with pytest.raises(KeyringError, match=message):
         book.get("KP_Bob")
-    with pytest.raises(KeyringError, match=told):
+    with pytest.raises(KeyringError, match=message):
         book.learn("KP_Bob", SECOND)
     assert file_of(book, "KP_Bob").read_bytes() == text
     assert book.get("KP_Carol") == SECOND

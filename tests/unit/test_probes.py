@@ -22,7 +22,7 @@ def tasks(tried: float = 0.1, done: float = 0.1, interval: float = 1) -> str:
 
 
 class Service:
-    """Shows what it is told to."""
+    """Shows what it is given."""
 
     def __init__(self) -> None:
         pages: dict[str, tuple[int, str]] = {}

@@ -1,4 +1,4 @@
-"""The file of pre-shared keys: what it may hold, and that its faults are told with their lines and without keys."""
+"""The file of pre-shared keys: what it may hold, and that its faults are reported by line, without keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_identity_has_1_to_127_bytes(identity: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reason"),
     [
         (f":{KEY}", "the identity is empty"),
         (f"{'x' * 128}:{KEY}", "the identity has 128 bytes"),
@@ -62,11 +62,11 @@ def test_an_identity_has_1_to_127_bytes(identity: str) -> None:
     ],
     ids=str,
 )
-def test_a_bad_line_is_refused_with_its_number_and_without_its_key(line: str | bytes, told: str) -> None:
+def test_a_bad_line_is_refused_with_its_number_and_without_its_key(line: str | bytes, reason: str) -> None:
     octets = line.encode() if isinstance(line, str) else line
     (fault,) = faults(b"# first\n" + octets + b"\n")
     assert fault.startswith("psk.txt, line 2: ")
-    assert told in fault
+    assert reason in fault
     assert KEY[2:] not in fault
 
 

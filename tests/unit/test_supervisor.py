@@ -6,7 +6,7 @@ from sandbox.supervisor import Watch
 
 
 class Recorder:
-    """Something that dies when it is told to, and notes when it was started again."""
+    """Something that dies when it is ordered to, and notes when it was started again."""
 
     pid = 1
 
