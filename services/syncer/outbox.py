@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection, Engine
 
@@ -25,7 +25,7 @@ from skipbus.shared.errors import EnvelopeRefused
 from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
-from skipbus.shared.protocol.payloads import MAX_EVENTS, Events, Payload, pack_events, read_payload
+from skipbus.shared.protocol.payloads import MAX_EVENTS, Events, pack_events, read_payload
 from skipbus.shared.protocol.placed_keys import MAX_KEYS, MAX_WRAPPING_KEYS, PlacedKeys, pack_placed_keys
 from skipbus.shared.settings import Settings
 from skipbus.shared.store import outbox
@@ -40,38 +40,48 @@ ABANDONED_AFTER_TIMEOUTS = 3
 MAX_PAYLOAD_BYTES = 256 * 1024
 # A row's keys are sealed under two wrapping keys at most, where one ends within it.
 MAX_SEALED_ROWS = MAX_WRAPPING_KEYS // 2
-# Stock that is taken back was never issued to anybody, so it does not count as withdrawn.
+# Stock that is taken back was never issued, so it does not count as withdrawn.
 STOCK_DROPPED = "stock.dropped"
 SEALED_TYPES = frozenset({KEY_PLACED, KEY_STOCKED})
 _COUNTED_ONLY = frozenset({EnvelopeType.KEY_RETRIEVED.value, EnvelopeType.KEY_EXPIRED.value})
 _MAX_KNOWN = 4_096
 _MALFORMED = (ValueError, TypeError, LookupError, EnvelopeRefused)
-_ENVELOPE_TYPES = {
-    KEY_PLACED: EnvelopeType.KEY_ISSUED,
-    KEY_STOCKED: EnvelopeType.KEY_ISSUED,
-    STOCK_DROPPED: EnvelopeType.KEY_WITHDRAWN,
-}
-# What the local KP issued for the peer or took back, gave out of the peer's keys, or saw expire of them. Keys on
-# demand count as issued when the peer has acknowledged them: until then they may be taken back.
-_COUNTERS = {
-    EnvelopeType.KEY_ISSUED.value: "issued",
-    EnvelopeType.KEY_WITHDRAWN.value: "withdrawn",
-    EnvelopeType.KEY_RETRIEVED.value: "inbound_retrieved",
-    EnvelopeType.KEY_EXPIRED.value: "inbound_expired",
-}
-# Where an entry of such rows has the expiry (UTC ms) of its key. Once it has passed there is nothing left to store, to
-# delete or to take back at the peer. That a key was retrieved or has expired is still news after that. Keys on demand
-# are not here because the api takes a row that is gone for placed.
-_EXPIRY_AT = {
-    EnvelopeType.KEY_ISSUED.value: 2,
-    EnvelopeType.KEY_WITHDRAWN.value: 1,
-    KEY_STOCKED: 2,
-    STOCK_DROPPED: 1,
-}
 
 FetchWrappingKeys = Callable[[Collection[bytes]], Iterable[SealedWrappingKey]]
 
 _log = get_logger("outbox")
+
+
+class RowType(NamedTuple):
+    """What rows of one type become, and what they count as.
+
+    ``counter`` in the peer's row is added to when they are put into an envelope: what the local KP issued for the peer
+    or took back, gave out of the peer's keys, or saw expire of them. ``expiry_at`` is where an entry has the expiry
+    (UTC ms) of its key, after which there is nothing left to store, to delete or to take back at the peer.
+    """
+
+    envelope: EnvelopeType
+    counter: str | None = None
+    expiry_at: int | None = None
+
+    def keys_expire_ms(self, entries: Sequence[Sequence[Any]]) -> int | None:
+        """When (UTC ms) the last of these keys expires; None where that makes no difference."""
+        place = self.expiry_at
+        return None if place is None or not entries else max(entry[place] for entry in entries)
+
+
+ROW_TYPES = {
+    "key.issued": RowType(EnvelopeType.KEY_ISSUED, "issued", 2),
+    "key.withdrawn": RowType(EnvelopeType.KEY_WITHDRAWN, "withdrawn", 1),
+    # That a key was retrieved or has expired is still news after its expiry.
+    "key.retrieved": RowType(EnvelopeType.KEY_RETRIEVED, "inbound_retrieved"),
+    "key.expired": RowType(EnvelopeType.KEY_EXPIRED, "inbound_expired"),
+    # Keys on demand may be taken back until the peer has acknowledged them, so they count then. They have no expiry
+    # here because the api takes a row that is gone for placed.
+    KEY_PLACED: RowType(EnvelopeType.KEY_ISSUED),
+    KEY_STOCKED: RowType(EnvelopeType.KEY_ISSUED, expiry_at=2),
+    STOCK_DROPPED: RowType(EnvelopeType.KEY_WITHDRAWN, expiry_at=1),
+}
 
 
 class Outbox:
@@ -107,9 +117,9 @@ class Outbox:
         one = Unacknowledged(envelope, self._builder.build(fetch_wrapping_keys, envelope, payloads))
         one.note_content(one.content)
         outbox.update_numbered(connection, row_ids, envelope.number)
-        counter = counter_when_numbered(envelope.type)
-        if counter and items:
-            add_to_counters(connection, self._local_id, envelope.peer_id, {counter: items})
+        known = ROW_TYPES.get(envelope.type)
+        if known and known.counter and items:
+            add_to_counters(connection, self._local_id, envelope.peer_id, {known.counter: items})
         return one
 
     def read(self, envelopes: Sequence[Unacknowledged]) -> dict[int, OutgoingEnvelope]:
@@ -171,23 +181,7 @@ def _withdrawn(payload: bytes) -> list[list[object]]:
         return []  # no release of ours wrote it, and the log has it already
 
 
-# --- which rows share an envelope, and what they count as
-
-
-def envelope_type(row_type: str) -> EnvelopeType:
-    """The envelope that such rows become. ValueError for a type that no release of ours writes."""
-    return _ENVELOPE_TYPES.get(row_type) or EnvelopeType(row_type)
-
-
-def counter_when_numbered(row_type: str) -> str | None:
-    """The counter in the peer's row that such rows are added to when they are put into an envelope."""
-    return _COUNTERS.get(row_type)
-
-
-def keys_expire_ms(row_type: str, entries: Sequence[Sequence[Any]]) -> int | None:
-    """When (UTC ms) the last of the keys expires that such rows are about; None where that makes no difference."""
-    place = _EXPIRY_AT.get(row_type)
-    return None if place is None or not entries else max(entry[place] for entry in entries)
+# --- which rows share an envelope
 
 
 def group_rows(rows: Iterable[UnsentRow]) -> list[list[UnsentRow]]:
@@ -244,12 +238,18 @@ class EnvelopeBuilder:
         return None
 
     def _build(self, fetch: FetchWrappingKeys, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> OutgoingEnvelope:
-        kind = envelope_type(envelope.type)
+        row_type = ROW_TYPES[envelope.type]
         payload = self._payload(fetch, envelope.type, payloads)
-        content = read_payload(kind, payload)
-        expire_ms = keys_expire_ms(envelope.type, _entries_of(content))
-        requests = content.correlation_ids if isinstance(content, Events | PlacedKeys) else ()
-        return OutgoingEnvelope(kind, envelope.peer_id, payload, envelope.number, expire_ms, envelope.items, requests)
+        content = cast(Events | PlacedKeys, read_payload(row_type.envelope, payload))
+        return OutgoingEnvelope(
+            row_type.envelope,
+            envelope.peer_id,
+            payload,
+            envelope.number,
+            row_type.keys_expire_ms(content.entries if isinstance(content, Events) else content.records),
+            envelope.items,
+            content.correlation_ids,
+        )
 
     def _payload(self, fetch: FetchWrappingKeys, row_type: str, payloads: Sequence[bytes]) -> bytes:
         if row_type not in SEALED_TYPES:
@@ -267,14 +267,3 @@ class EnvelopeBuilder:
             self._known = found if is_full else self._known | found
         # One that is gone has expired, and so have the keys under it: such rows are malformed by now.
         return [self._known[wrapping_key_id] for wrapping_key_id in wanted if wrapping_key_id in self._known]
-
-
-def _entries_of(payload: Payload) -> Sequence[Sequence[Any]]:
-    """What an envelope says of each of its keys."""
-    match payload:
-        case Events():
-            return payload.entries
-        case PlacedKeys():
-            return payload.records
-        case _:
-            return ()

@@ -14,10 +14,8 @@ from skipbus.services.syncer.leader import SequenceNumbers
 from skipbus.services.syncer.outbox import (
     MAX_PAYLOAD_BYTES,
     MAX_SEALED_ROWS,
-    counter_when_numbered,
-    envelope_type,
+    ROW_TYPES,
     group_rows,
-    keys_expire_ms,
 )
 from skipbus.services.syncer.peer_queue import LAST_RESEND_MS, is_due, resend_after_ms
 from skipbus.services.syncer.verify import OwnEpochs
@@ -72,8 +70,8 @@ def test_rows_with_sealed_keys_share_an_envelope_as_long_as_their_keys_and_wrapp
 def test_rows_that_differ_only_in_what_they_count_as_do_not_share_an_envelope() -> None:
     kinds = ["key.placed", "key.stocked", "key.issued", "key.withdrawn", "stock.dropped"]
     assert ids(group_rows(entry(n, kind=kind) for n, kind in enumerate(kinds))) == [[0], [1], [2], [3], [4]]
-    assert [envelope_type(kind).value for kind in kinds] == ["key.issued"] * 3 + ["key.withdrawn"] * 2
-    assert [counter_when_numbered(kind) for kind in kinds] == [None, None, "issued", "withdrawn", None]
+    assert [ROW_TYPES[kind].envelope.value for kind in kinds] == ["key.issued"] * 3 + ["key.withdrawn"] * 2
+    assert [ROW_TYPES[kind].counter for kind in kinds] == [None, None, "issued", "withdrawn", None]
 
 
 def test_the_events_of_several_rows_are_one_list_in_their_order() -> None:
@@ -155,16 +153,16 @@ def test_a_transaction_takes_as_many_envelopes_as_have_its_keys_together_and_one
 
 
 def test_news_of_keys_is_pointless_when_the_last_of_them_has_expired() -> None:
-    assert keys_expire_ms("key.withdrawn", [[b"a", 7, ""], [b"b", 9, ""], [b"c", 8, ""]]) == 9
-    assert keys_expire_ms("stock.dropped", [[b"a", 7, ""]]) == 7
-    assert keys_expire_ms("key.issued", [[b"a", 256, 7, ""]]) == 7
-    assert keys_expire_ms("key.stocked", [[b"a", 256, 7, "", b"w", b"n", b"s"]]) == 7
+    assert ROW_TYPES["key.withdrawn"].keys_expire_ms([[b"a", 7, ""], [b"b", 9, ""], [b"c", 8, ""]]) == 9
+    assert ROW_TYPES["stock.dropped"].keys_expire_ms([[b"a", 7, ""]]) == 7
+    assert ROW_TYPES["key.issued"].keys_expire_ms([[b"a", 256, 7, ""]]) == 7
+    assert ROW_TYPES["key.stocked"].keys_expire_ms([[b"a", 256, 7, "", b"w", b"n", b"s"]]) == 7
 
 
 def test_what_keys_came_to_and_keys_that_somebody_waits_for_are_never_pointless() -> None:
-    assert keys_expire_ms("key.retrieved", [[b"a", 7, ""]]) is None
-    assert keys_expire_ms("key.expired", [[b"a", 7, ""]]) is None
-    assert keys_expire_ms("key.placed", [[b"a", 256, 7, "", b"w", b"n", b"s"]]) is None
+    assert ROW_TYPES["key.retrieved"].keys_expire_ms([[b"a", 7, ""]]) is None
+    assert ROW_TYPES["key.expired"].keys_expire_ms([[b"a", 7, ""]]) is None
+    assert ROW_TYPES["key.placed"].keys_expire_ms([[b"a", 256, 7, "", b"w", b"n", b"s"]]) is None
 
 
 # --- sending again
