@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, Any
 
-from msgspec import Meta, msgpack
+from msgspec import Meta, Raw, msgpack
 
 MAX_NUMBER = 2**63 - 1
 # An integer that every column of the store holds.
@@ -26,7 +26,7 @@ def pack(value: object) -> bytes:
     return msgpack.encode(value)
 
 
-def unpack(data: bytes, form: Any = Any) -> Any:  # noqa: ANN401 -- the value has the form
+def unpack(data: bytes | Raw, form: Any = Any) -> Any:  # noqa: ANN401 -- the value has the form
     """The value in ``data``; ``form`` is a type, its bounds annotated by ``msgspec.Meta``. Raises MalformedError."""
     try:
         return _decoder(form).decode(data)

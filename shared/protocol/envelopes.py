@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity, verify
@@ -90,8 +90,11 @@ def read_envelope(data: bytes) -> SignedEnvelope:
     if len(data) > MAX_ENVELOPE_BYTES:
         raise EnvelopeRefused("too_large", f"an envelope has {len(data)} bytes, more than {MAX_ENVELOPE_BYTES}")
     try:
-        protected, payload, signature = encoding.unpack(data, tuple[bytes, bytes, bytes])
-        return SignedEnvelope(_read_header(protected), protected, payload, signature)
+        protected, *others = encoding.unpack(data, tuple[bytes, Raw, Raw])
+        # First the version: other versions may have something else than bytes behind it.
+        header = _read_header(protected)
+        payload, signature = (encoding.unpack(part, bytes) for part in others)
+        return SignedEnvelope(header, protected, payload, signature)
     except ValueError as error:
         raise EnvelopeRefused("malformed", "an envelope is malformed") from error
 

@@ -120,9 +120,9 @@ def test_a_key_that_exists_is_never_overwritten_and_its_envelope_is_not_remember
 ) -> None:
     known = record()
     apply(applier, placed(7, [known]))
-    known[-1] = b"x" * 48
+    changed = (*known[:-1], b"x" * 48)
     before = state(store)
-    done = apply(applier, placed(8, [record(), known]))
+    done = apply(applier, placed(8, [record(), changed]))
     assert (done.results, done.after_commit.arrived) == ([Result.KEY_EXISTS], [])
     assert state(store) == before
 

@@ -110,7 +110,7 @@ async def test_stock_that_grows_too_old_is_dropped_and_its_age_is_not_asked_for_
         await watch.tick()
         assert store.count("stock") == 2
         # As though half of ten seconds had gone by, for which a key no longer counts before it is too old.
-        watch._look_at -= 5.0
+        watch._check_at -= 5.0
         await watch.tick()
         assert (store.count("stock"), changes) == (1, [True, True])
     finally:
