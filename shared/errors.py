@@ -1,7 +1,7 @@
 """The error tree, by whose fault it is: the caller's, the peer's, a backend's, or ours.
 
 A message is one sentence that every client may read, and never has key material. One place maps errors to HTTP
-statuses (``skipbus.services.api.responses``), and one maps them to accepting or rejecting an envelope
+statuses (``skipbus.services.api.http.responses``), and one maps them to accepting or rejecting an envelope
 (``skipbus.services.syncer.receive``). Driver errors are wrapped where the driver is used, and keep their cause.
 """
 

@@ -10,21 +10,17 @@ from contextlib import nullcontext, suppress
 
 from aiohttp import web
 
-from skipbus.services.api import workers
 from skipbus.services.api.app import Application
-from skipbus.services.api.draining import drain
-from skipbus.services.api.links import Links
+from skipbus.services.api.http import workers
+from skipbus.services.api.http.listening import drain, listen
+from skipbus.services.api.http.server import BoundedServer
 from skipbus.services.api.links.bus import BusLink
 from skipbus.services.api.links.store import StoreLink
-from skipbus.services.api.listening import listen
 from skipbus.services.api.metrics import REGISTRY
-from skipbus.services.api.server import BoundedServer
 from skipbus.services.api.skip import SkipMethods
-from skipbus.services.api.status import StatusPages
-from skipbus.services.api.store_view import StoreView
+from skipbus.services.api.status import StatusPages, StoreView
 from skipbus.services.api.sync import SyncEndpoint
-from skipbus.services.api.tls.plaintext import plain_host
-from skipbus.services.api.tls.serving import Tls
+from skipbus.services.api.tls.material import Tls
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import BackendError
@@ -66,29 +62,36 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     )
     view = StoreView(settings, engine, keyring, directory)
     store = StoreLink(settings, keyring, directory, make_queue_engine(settings.mysql))
-    links = BusLink(settings, keyring, directory, engine, store) if settings.bus_peers else None
-    skip = SkipMethods(settings, Links(store, {peer.system_id: links for peer in settings.bus_peers} if links else {}))
+    bus = BusLink(settings, keyring, directory, engine, store) if settings.bus_peers else None
     tls = Tls(settings)
-    sync = _make_sync(settings, directory, links)
-    application = Application(skip, StatusPages(settings, directory, view, tls.warnings, links), sync)
-    server = _make_server(settings, application)
+    application = Application(
+        SkipMethods(settings, store, {peer.system_id: bus for peer in settings.bus_peers} if bus is not None else {}),
+        StatusPages(settings, directory, view, tls.warnings, bus),
+        SyncEndpoint(settings, directory, bus.publisher if bus is not None else None),
+    )
+    server = BoundedServer(
+        application.handle,
+        max_connections=settings.max_connections,
+        header_timeout_seconds=settings.header_timeout_seconds,
+        keepalive_seconds=settings.keepalive_seconds,
+    )
     serve_metrics(settings.metrics_port, REGISTRY)
 
     runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=DRAIN_SECONDS / 2)
     await runner.setup()
-    # Links outlive the server: what drains may wait for a peer's acknowledgement.
-    async with links.running() if links is not None else nullcontext():
+    # The bus link outlives the server: what drains may wait for a peer's acknowledgement.
+    async with bus.running() if bus is not None else nullcontext():
         try:
             await _first_reading(view)
-            await listen(runner, plain_host(settings), settings.port, settings.local_system_id)
+            await listen(runner, settings)
             await tls.listen(server)
             async with asyncio.TaskGroup() as tasks:
-                if links is not None:
-                    tasks.create_task(links.keep_stock(stop), name="stock")
-                    tasks.create_task(links.keep_withdrawing(stop), name="withdrawals")
+                if bus is not None:
+                    tasks.create_task(bus.keep_stock(stop), name="stock")
+                    tasks.create_task(bus.keep_withdrawing(stop), name="withdrawals")
                 tasks.create_task(every(stop, _REFRESH_SECONDS, "store", view.refresh), name="store view")
                 tasks.create_task(
-                    every(stop, _REFRESH_SECONDS, "epochs", functools.partial(_forget_ended, store, links)),
+                    every(stop, _REFRESH_SECONDS, "epochs", functools.partial(_forget_ended, store, bus)),
                     name="epochs",
                 )
                 tasks.create_task(server.sweep(stop), name="connection sweep")
@@ -111,29 +114,11 @@ async def _first_reading(view: StoreView) -> None:
             await view.refresh()
 
 
-async def _forget_ended(store: StoreLink, links: BusLink | None) -> None:
+async def _forget_ended(store: StoreLink, bus: BusLink | None) -> None:
     """No wrapping key may be held for longer than its epoch's private half exists."""
     store.forget_ended(now_ms())
-    if links is not None:
-        links.forget_ended(now_ms())
-
-
-def _make_sync(settings: Settings, directory: PeerDirectory, links: BusLink | None) -> SyncEndpoint:
-    return SyncEndpoint(
-        settings.local_system_id,
-        directory,
-        links.publisher if links is not None else None,
-        body_timeout_seconds=settings.header_timeout_seconds,
-    )
-
-
-def _make_server(settings: Settings, application: Application) -> BoundedServer:
-    return BoundedServer(
-        application.handle,
-        keepalive_timeout=settings.keepalive_seconds,
-        max_connections=settings.max_connections,
-        header_timeout_seconds=settings.header_timeout_seconds,
-    )
+    if bus is not None:
+        bus.forget_ended(now_ms())
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from urllib.parse import unquote
 
 from aiohttp import HttpVersion10, web
 
-from skipbus.services.api.access_log import Entry, log_request
-from skipbus.services.api.responses import RouteError, error_response, reason_of
+from skipbus.services.api.http.access_log import Entry, log_request
+from skipbus.services.api.http.responses import RouteError, error_response, reason_of
 from skipbus.services.api.skip import SkipMethods
 from skipbus.services.api.status import StatusPages
 from skipbus.services.api.sync import PATH as SYNC_PATH

@@ -20,6 +20,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from sqlalchemy import Connection, Engine
 from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
+from skipbus.services.api.metrics import batch_observer
 from skipbus.shared.errors import (
     CommitUnknown,
     Overloaded,
@@ -78,11 +79,9 @@ class GroupCommit(Generic[Request, Answer]):
         make_batch: Callable[[Sequence[Request]], Batch[Answer]],
         engine: Engine,
         limits: Limits,
-        observe: Callable[[int, float], None] = lambda _size, _seconds: None,
     ) -> None:
-        """``observe`` is called after each batch with its size and its duration in seconds."""
         self._limits = limits
-        self._observe = observe
+        self._observe = batch_observer(name)
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Waiter[Request, Answer]] = deque()
         self._committing: Sequence[_Waiter[Request, Answer]] = ()

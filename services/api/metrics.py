@@ -30,8 +30,6 @@ _BATCH_SECONDS = Histogram(
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5),
     registry=REGISTRY,
 )
-
-
 _BUS_ISSUED = Counter("skipbus_bus_keys_issued", "Keys answered over bus links.", ["peer", "way"], registry=REGISTRY)
 _BUS_WITHDRAWN = Counter(
     "skipbus_bus_keys_withdrawn", "Keys taken back because the peer did not store them.", ["peer"], registry=REGISTRY

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 
 import orjson
 from aiohttp import web
 
-from skipbus.services.api import parameters
-from skipbus.services.api.access_log import Entry
-from skipbus.services.api.links import Links
-from skipbus.services.api.responses import prepared_response, secret_response
+from skipbus.services.api.http import parameters
+from skipbus.services.api.http.access_log import Entry
+from skipbus.services.api.http.responses import prepared_response, secret_response
+from skipbus.services.api.links import Link
 from skipbus.shared.errors import CallerError, NoEntropy
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Settings
@@ -23,8 +24,10 @@ _KEY_BODY = b'{"keyId":"%b","key":"%b"}'
 class SkipMethods:
     """Answers encryptors. Which link leads to a key provider is all that it knows of stores and buses."""
 
-    def __init__(self, settings: Settings, links: Links) -> None:
+    def __init__(self, settings: Settings, store: Link, links: Mapping[str, Link]) -> None:
+        """``links`` are those to certain key providers; ``store`` leads to all others."""
         self._peers = settings.peers
+        self._store = store
         self._links = links
         self._remote_ids = RemoteSystemIds(settings.remote_system_ids, settings.local_system_id)
         self._capabilities = orjson.dumps(
@@ -46,7 +49,7 @@ class SkipMethods:
         target = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
         self._check_caller(entry, target)
         size_bits = parameters.key_size_bits(query)
-        issued = await self._links.to(target).issue(target, size_bits, entry.correlation_id)
+        issued = await self._links.get(target, self._store).issue(target, size_bits, entry.correlation_id)
         entry.key_id = issued.key_id
         return secret_response(_KEY_BODY % (issued.key_id.encode(), issued.key.encode()))
 
@@ -56,7 +59,7 @@ class SkipMethods:
         entry.key_id = key_id
         source = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
         self._check_caller(entry, source)
-        claimed = await self._links.to(source).claim(source, wanted, entry.correlation_id)
+        claimed = await self._links.get(source, self._store).claim(source, wanted, entry.correlation_id)
         entry.issued_as = claimed.issued_as
         return secret_response(_KEY_BODY % (key_id.encode(), claimed.key.encode()))
 

@@ -1,23 +1,84 @@
-"""The earlier server's extra pages: ``GET /health`` and ``GET /status/sync``. Both answer whatever is down."""
+"""The earlier server's extra pages: ``GET /health`` and ``GET /status/sync``. Both answer whatever is down.
+
+The store is read once a second in a thread, so that no request has to ask. While the store is away the last reading
+stays, with its age. The first reading that reaches the store brings its schema up to date.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from aiohttp import web
+from sqlalchemy import Engine
 
-from skipbus.services.api.access_log import Entry
+from skipbus.services.api.http.access_log import Entry
+from skipbus.services.api.http.responses import json_response
 from skipbus.services.api.links.bus import BusLink
-from skipbus.services.api.responses import json_response
-from skipbus.services.api.store_view import Reading, StoreView
 from skipbus.shared.clock import now_ms
+from skipbus.shared.crypto.epochs import current_epoch
+from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings, project_version
-from skipbus.shared.store.peers import PeerRow, peer_status
+from skipbus.shared.store.engine import driver_errors
+from skipbus.shared.store.migrate import bring_up_to_date
+from skipbus.shared.store.peers import PeerRow, fetch_peer_rows, peer_status
+from skipbus.shared.store.processes import ProcessSeen, fetch_processes
 
 # Signs of life come once per heartbeat interval.
 _PROCESS_LATE_INTERVALS = 3
+# A reading every second: three missed ones, or one that hangs, and the store counts as away.
+STORE_AWAY_AFTER_MS = 3000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading: when (UTC ms), and what stood in the store."""
+
+    at_ms: int
+    peers: tuple[PeerRow, ...]
+    processes: tuple[ProcessSeen, ...]
+
+
+class StoreView:
+    """What this process knows of the store."""
+
+    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._keyring = keyring
+        self._directory = directory
+        self._schema_checked = False
+        self.reading = Reading(0, (), ())
+
+    @property
+    def store_present(self) -> bool:
+        """Whether the store answered lately."""
+        return now_ms() - self.reading.at_ms < STORE_AWAY_AFTER_MS
+
+    @property
+    def epoch_present(self) -> bool:
+        """Whether this KP has announced an epoch for the present time, so that peers can seal to it."""
+        own = self._directory.get(self._settings.local_system_id)
+        return own is not None and current_epoch(own.epochs, now_ms()) is not None
+
+    async def refresh(self) -> None:
+        """One reading. Raises BackendError while the store is away, KeyringError for one it does not know."""
+        await asyncio.to_thread(self._refresh)
+
+    def _refresh(self) -> None:
+        if not self._schema_checked:
+            bring_up_to_date(self._settings.mysql)
+            self._schema_checked = True
+        local_id = self._settings.local_system_id
+        with driver_errors(), self._engine.connect() as connection:
+            peers, processes = fetch_peer_rows(connection, local_id), fetch_processes(connection, local_id)
+        reading = Reading(now_ms(), tuple(peers), tuple(processes))
+        self._directory.refresh(now_ms())
+        check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
+        self.reading = reading
 
 
 class StatusPages:
@@ -28,15 +89,15 @@ class StatusPages:
         settings: Settings,
         directory: PeerDirectory,
         view: StoreView,
-        warnings: Callable[[], list[str]] = list,
-        links: BusLink | None = None,
+        warnings: Callable[[], list[str]],
+        bus: BusLink | None,
     ) -> None:
         """``warnings`` are sentences about what works still and should be looked at."""
         self._settings = settings
         self._directory = directory
         self._view = view
         self._warnings = warnings
-        self._links = links
+        self._bus = bus
         self._version = project_version()
 
     async def get_health(self, entry: Entry, _query: str) -> web.Response:
@@ -53,7 +114,7 @@ class StatusPages:
             "epoch": "ok" if self._view.epoch_present else "missing",
             **worker_states,
             "faults": faults,
-            "warnings": self._warnings() + (self._links.warnings() if self._links is not None else []),
+            "warnings": self._warnings() + (self._bus.warnings() if self._bus is not None else []),
         }
         return json_response(body, 503 if faults else 200)
 
@@ -104,8 +165,8 @@ class StatusPages:
             "last_refusal": row.last_refusal,
             "last_refusal_at": _seconds(row.last_refusal_ms),
         }
-        if self._links is not None and self._links.covers(name):
-            shown["stock"] = self._links.shown(name)
+        if self._bus is not None and self._bus.covers(name):
+            shown["stock"] = self._bus.shown(name)
         inbound = _counts(row.inbound_issued, row.inbound_retrieved, row.inbound_expired, row.inbound_withdrawn)
         # Keys count as issued here when the peer has acknowledged them, and most that are withdrawn never were.
         counts = _counts(row.issued, row.retrieved, row.expired, 0) | {"withdrawn": row.withdrawn}

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from skipbus.services.api import metrics
-from skipbus.services.api.access_log import Entry
-from skipbus.services.api.responses import RouteError, json_response
-from skipbus.services.api.server import Connection
+from skipbus.services.api.http.access_log import Entry
+from skipbus.services.api.http.responses import RouteError, json_response
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.errors import BusUnavailable, EnvelopeRefused, Overloaded
 from skipbus.shared.peer_directory import PeerDirectory
@@ -33,6 +32,7 @@ from skipbus.shared.protocol.envelopes import (
     read_claim,
     read_envelope,
 )
+from skipbus.shared.settings import Settings
 
 PATH = "/sync"
 MAX_HELD_BYTES = 64 * 1024 * 1024
@@ -59,30 +59,30 @@ class SyncRefused(RouteError):
 class SyncEndpoint:
     """Of one event loop."""
 
-    def __init__(
-        self, local_id: str, directory: PeerDirectory, publisher: Publisher | None, *, body_timeout_seconds: float
-    ) -> None:
+    def __init__(self, settings: Settings, directory: PeerDirectory, publisher: Publisher | None) -> None:
         """``publisher`` is None for a KP without bus peers."""
-        self._local_id = local_id
+        self._local_id = settings.local_system_id
         self._directory = directory
         self._publisher = publisher
-        self._body_timeout_seconds = body_timeout_seconds
+        self._body_timeout_seconds = settings.header_timeout_seconds
         self._bodies = _Bodies()
         self._checks = asyncio.Semaphore(_CHECKS_AT_ONCE)
         self._waiting = 0
 
     async def handle(self, request: web.BaseRequest, entry: Entry) -> web.Response:
         """202, or SyncRefused, RouteError, Overloaded."""
+        held = _Held(self._bodies, request.remote or "-")
         try:
-            with self._bodies.of(request.remote or "-") as held:
-                if self._publisher is None:
-                    await _discard(request)
-                    raise _unknown_sender()
-                body = await self._read(request, held)
-                await self._take_in(self._publisher, body, entry)
+            if self._publisher is None:
+                await _discard(request)
+                raise _unknown_sender()
+            body = await self._read(request, held)
+            await self._take_in(self._publisher, body, entry)
         except SyncRefused as error:
             metrics.count_sync_refused(error.details["reason"], entry.remote_system_id)
             raise
+        finally:
+            held.release()
         return json_response({"status": "accepted"}, 202)
 
     async def _take_in(self, publisher: Publisher, body: bytes, entry: Entry) -> None:
@@ -160,52 +160,42 @@ class SyncEndpoint:
             held.release()
             await _discard(request)
             raise
-        _mark_complete(request)
         return body
 
 
 class _Bodies:
-    """The memory that the bodies of all requests take, counted while they arrive: a Content-Length proves nothing."""
+    """The memory that the bodies of all requests take, in bytes."""
 
     def __init__(self) -> None:
-        self.octets = 0
-        self.by_address: Counter[str] = Counter()
-
-    def of(self, address: str) -> _Held:
-        """One request's body."""
-        return _Held(self, address)
+        self.total = 0
+        self.of_address: Counter[str] = Counter()
 
 
 class _Held:
-    """The memory of one body, released at the end of a ``with`` block."""
+    """The memory of one body, counted while it arrives: a Content-Length proves nothing."""
 
     def __init__(self, bodies: _Bodies, address: str) -> None:
         self._bodies = bodies
         self._address = address
-        self._octets = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+        self._bytes = 0
 
     def take(self, count: int) -> None:
         """Raises Overloaded where a bound is reached."""
-        bodies = self._bodies
-        if bodies.octets + count > MAX_HELD_BYTES or bodies.by_address[self._address] + count > MAX_HELD_PER_ADDRESS:
+        of_address = self._bodies.of_address[self._address]
+        if self._bodies.total + count > MAX_HELD_BYTES or of_address + count > MAX_HELD_PER_ADDRESS:
             raise Overloaded("too many envelopes are on their way in; try again")
-        self._octets += count
-        bodies.octets += count
-        bodies.by_address[self._address] += count
+        self._add(count)
 
     def release(self) -> None:
         """All of it. An address that holds nothing is forgotten."""
-        octets, self._octets = self._octets, 0
-        self._bodies.octets -= octets
-        self._bodies.by_address[self._address] -= octets
-        if not self._bodies.by_address[self._address]:
-            del self._bodies.by_address[self._address]
+        self._add(-self._bytes)
+        if not self._bodies.of_address[self._address]:
+            del self._bodies.of_address[self._address]
+
+    def _add(self, count: int) -> None:
+        self._bytes += count
+        self._bodies.total += count
+        self._bodies.of_address[self._address] += count
 
 
 async def _read_at_most(request: web.BaseRequest, held: _Held, limit: int) -> bytes:
@@ -228,12 +218,6 @@ async def _discard(request: web.BaseRequest) -> None:
                 pass
     except (TimeoutError, OSError, ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
         return
-
-
-def _mark_complete(request: web.BaseRequest) -> None:
-    """Without this the connection would count a body that came in parts as a request that is still incomplete."""
-    if isinstance(request.protocol, Connection):
-        request.protocol.request_complete()
 
 
 def _unknown_sender() -> SyncRefused:

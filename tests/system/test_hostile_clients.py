@@ -244,6 +244,21 @@ def test_a_request_that_never_ends_is_cut_and_nobody_notices(
             wait_for(lambda: all_cut(slow, drop), timeout_seconds=ENDED_SECONDS)
 
 
+def test_a_second_request_that_never_ends_is_cut_as_soon_as_a_first_one(alice: KeyProvider) -> None:
+    with RawConnection(alice.port) as client:
+        assert client.ask("/capabilities").status == 200
+        client.send(b"GET /capab")
+        wait_for(lambda: was_cut(client, b"i"), timeout_seconds=ENDED_SECONDS)
+
+
+def test_a_connection_that_is_idle_after_an_answer_is_not_cut(alice: KeyProvider) -> None:
+    with RawConnection(alice.port) as client:
+        for _ in range(2):
+            assert client.ask("/capabilities").status == 200
+            time.sleep(HEADER_TIMEOUT_SECONDS + 2)
+        assert client.ask("/capabilities").status == 200
+
+
 def all_cut(connections: list[RawConnection], drop: bytes) -> bool:
     """Drips some more on every connection; whether the server has ended all of them."""
     cut = [was_cut(connection, drop) for connection in connections]

@@ -13,9 +13,9 @@ import structlog
 from aiohttp import web
 from structlog.typing import EventDict
 
-from skipbus.services.api import access_log
 from skipbus.services.api.app import Application
-from skipbus.services.api.server import BoundedServer
+from skipbus.services.api.http import access_log
+from skipbus.services.api.http.server import BoundedServer
 
 REFUSED = {
     b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n": 404,
@@ -63,7 +63,7 @@ def ask(port: int, request: bytes, recorder: Recorder) -> bytes:
 
 async def answer_of(request: bytes, recorder: Recorder) -> bytes:
     application = Application(NoMethods(), NoMethods(), NoMethods())  # type: ignore[arg-type]
-    server = BoundedServer(application.handle, max_connections=10, header_timeout_seconds=5)
+    server = BoundedServer(application.handle, max_connections=10, header_timeout_seconds=5, keepalive_seconds=75)
     runner = web.ServerRunner(server, handle_signals=False)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

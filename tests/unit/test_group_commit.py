@@ -20,7 +20,14 @@ import pytest
 from sqlalchemy import Connection, Engine
 
 from skipbus.services.api.group_commit import GroupCommit, Limits
-from skipbus.shared.errors import KeyNotAvailable, Overloaded, SkipbusError, StoreRefused, StoreUnavailable
+from skipbus.services.api.metrics import REGISTRY
+from skipbus.shared.errors import (
+    KeyNotAvailable,
+    Overloaded,
+    SkipbusError,
+    StoreRefused,
+    StoreUnavailable,
+)
 
 POISON = 666
 NOTHING_TO_DO = 1_000_000
@@ -128,11 +135,10 @@ def make_queue(
     max_batch: int = 4,
     max_queue: int = 100,
     timeout_seconds: float = 5.0,
-    observe: Callable[[int, float], None] = lambda _size, _seconds: None,
 ) -> GroupCommit[int, int]:
     limits = Limits(max_batch, max_queue, timeout_seconds)
     make_batch = functools.partial(DoublingBatch, ledger)
-    return GroupCommit("test", make_batch, cast("Engine", ledger), limits, observe)
+    return GroupCommit("test", make_batch, cast("Engine", ledger), limits)
 
 
 @asynccontextmanager
@@ -244,11 +250,16 @@ async def test_a_caller_who_leaves_while_its_batch_runs_stops_nobody_else() -> N
 
 
 async def test_a_batch_reports_its_size_and_its_duration() -> None:
-    seen: list[tuple[int, float]] = []
-    async with running_queue(Ledger(), observe=lambda size, seconds: seen.append((size, seconds))) as queue:
-        await queue.submit(1)
-    assert [size for size, _ in seen] == [1]
-    assert 0 <= seen[0][1] < 5
+    def seen() -> list[float]:
+        names = [f"skipbus_batch_{name}" for name in ("size_count", "size_sum", "seconds_count", "seconds_sum")]
+        return [REGISTRY.get_sample_value(name, {"lane": "test"}) or 0.0 for name in names]
+
+    async with running_queue(Ledger()) as queue:
+        before = seen()
+        await gather_errors(submit(queue, 1, 2, 3))
+    batches, requests, timed, seconds = [after - earlier for after, earlier in zip(seen(), before, strict=True)]
+    assert (batches, requests, timed) == (1, 3, 1)
+    assert 0 < seconds < 5
 
 
 # --- who is refused

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipbus.services.api import parameters
+from skipbus.services.api.http import parameters
 from skipbus.shared.errors import CallerError
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 

@@ -6,9 +6,7 @@ import json
 
 import pytest
 
-from skipbus.services.api.links.sealing import not_usable
-from skipbus.services.api.links.store import not_available
-from skipbus.services.api.responses import (
+from skipbus.services.api.http.responses import (
     RouteError,
     error_response,
     json_response,
@@ -16,6 +14,8 @@ from skipbus.services.api.responses import (
     reason_of,
     secret_response,
 )
+from skipbus.services.api.links.sealing import not_usable
+from skipbus.services.api.links.store import not_available
 from skipbus.shared.errors import (
     BackendError,
     BusUnavailable,

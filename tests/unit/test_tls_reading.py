@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from skipbus.ctl.cert import make_certificates
-from skipbus.services.api.tls.reading import Reader, TooMuchBesideData
+from skipbus.services.api.tls.handshake import Reader, TooMuchBesideData
 
 # As uvloop does.
 READS_BYTES = 262_144

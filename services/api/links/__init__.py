@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -43,15 +42,3 @@ class Link(Protocol):
 
     async def claim(self, source_id: str, key_id: bytes, correlation_id: str) -> ClaimedKey:
         """The key that the source issued under this keyId, once (draft 4.2.1)."""
-
-
-@dataclass(frozen=True)
-class Links:
-    """Which link leads to which key provider: ``bus`` to those named in it, ``store`` to all others."""
-
-    store: Link
-    bus: Mapping[str, Link]
-
-    def to(self, system_id: str) -> Link:
-        """The link to a key provider."""
-        return self.bus.get(system_id, self.store)

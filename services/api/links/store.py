@@ -22,7 +22,6 @@ from sqlalchemy import Connection, Engine
 from skipbus.services.api.group_commit import GroupCommit, Limits
 from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
 from skipbus.services.api.links.sealing import Opener, Sealer, not_usable
-from skipbus.services.api.metrics import batch_observer
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.crypto.sealing import KeyRecord, WrappingKey
@@ -61,8 +60,8 @@ class StoreLink:
         limits = Limits(settings.max_batch, settings.max_queue, settings.request_timeout_seconds)
         issue = functools.partial(IssueBatch, self._sealer, settings.key_ttl_seconds)
         claim = functools.partial(ClaimBatch, self._opener)
-        self._issue = GroupCommit("issue", issue, engine, limits, batch_observer("issue"))
-        self._claim = GroupCommit("claim", claim, engine, limits, batch_observer("claim"))
+        self._issue = GroupCommit("issue", issue, engine, limits)
+        self._claim = GroupCommit("claim", claim, engine, limits)
 
     async def issue(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
         """A fresh key whose record is committed. Raises PeerNotReady, NoEntropy, Overloaded, StoreUnavailable."""
@@ -142,12 +141,7 @@ def new_key(size_bits: int) -> tuple[bytes, bytes]:
     try:
         return new_key_id(), os.urandom(size_bits // 8)
     except OSError as error:
-        raise no_entropy() from error
-
-
-def no_entropy() -> NoEntropy:
-    """The refusal where the operating system gives no random bytes; to be raised from its error."""
-    return NoEntropy("the random number generator of the operating system failed")
+        raise NoEntropy("the random number generator of the operating system failed") from error
 
 
 def _issued_events(records: Iterable[KeyRecord], at_ms: int) -> list[OutboxRow]:

@@ -18,12 +18,12 @@ import http.client
 import socket
 import ssl
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from skipbus.services.api.server import BoundedServer, Connection
+from skipbus.services.api.http.server import BoundedServer
 from skipbus.services.api.tls import reasons
-from skipbus.services.api.tls.handshake import ACCEPTED, Accepted
-from skipbus.services.api.tls.material import Material
+from skipbus.services.api.tls.handshake import ACCEPTED, Accepted, TlsContext
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.logging import get_logger
 
@@ -43,14 +43,15 @@ class TlsListener:
     def __init__(
         self,
         server: BoundedServer,
-        material: Material,
+        context: Callable[[], TlsContext],
         *,
         handshake_timeout_seconds: float,
         max_connections_per_address: int,
         system_id: str,
     ) -> None:
+        """``context`` gives the one for new connections."""
         self._server = server
-        self._material = material
+        self._context = context
         self._timeout_seconds = handshake_timeout_seconds
         self._max_per_address = max_connections_per_address
         self._plain_answer = _plain_http_answer(system_id)
@@ -76,7 +77,7 @@ class TlsListener:
             ) from error
         for bound in self._sockets:
             self._accept_from(bound)
-        _log.info("listening", host=host, port=port, tls=True, psk_identities=self._material.psk_count)
+        _log.info("listening", host=host, port=port, tls=True, psk_identities=len(self._context().keys))
 
     @property
     def handshaking(self) -> bool:
@@ -157,13 +158,11 @@ class TlsListener:
         ACCEPTED.set(Accepted(address, accepted, reasons.log_failure, self._plain_answer))
         release = functools.partial(self._release, address)
         made = self._server()
-        if not isinstance(made, Connection):
-            raise TypeError("the server makes connections of its own kind")
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: made,
                 accepted,
-                ssl=self._material.context,
+                ssl=self._context(),
                 ssl_handshake_timeout=self._timeout_seconds,
                 ssl_shutdown_timeout=_SHUTDOWN_SECONDS,
             )

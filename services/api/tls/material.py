@@ -1,14 +1,16 @@
-"""The certificates and pre-shared keys in use, read again on SIGHUP and when their files change.
+"""The TLS port for the main program, and its certificates and pre-shared keys.
 
-Rules: open connections keep what they started with; only a restart ends them. New files take effect together when
-they have not changed for a second, or immediately on SIGHUP. If a file cannot be used, this is logged once and shown
-in /health, and the old files stay in use. The end of a certificate is warned of 30, 7 and 1 days ahead, and when it
-has come: for the server's own, and for the client authorities, because all certificates below one end with it.
+Files are read again on SIGHUP and when they have changed. Rules: open connections keep what they started with; only a
+restart ends them. New files take effect together when they have not changed for a second, or immediately on SIGHUP. If
+a file cannot be used, this is logged once and shown in /health, and the old files stay in use. The end of a certificate
+is warned of 30, 7 and 1 days ahead, and when it has come: for the server's own, and for the client authorities, because
+all certificates below one end with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,13 +18,17 @@ from pathlib import Path
 
 from cryptography import x509
 
+from skipbus.services.api.http.server import BoundedServer
+from skipbus.services.api.tls.callers import CallerBook
 from skipbus.services.api.tls.context import Recipe, make_context
 from skipbus.services.api.tls.handshake import TlsContext
+from skipbus.services.api.tls.listener import TlsListener
+from skipbus.services.api.tls.self_check import find_psk_modes
 from skipbus.shared.errors import OperatorError
 from skipbus.shared.lifecycle import pause_to_tick
 from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.psk_file import PskKeys, read_psk_file
-from skipbus.shared.settings import TlsSettings
+from skipbus.shared.settings import Settings, TlsSettings
 
 _CHECK_SECONDS = 1.0
 _log = get_logger("tls")
@@ -130,6 +136,69 @@ class Material:
 
     def _stamps(self) -> tuple[Stamp, ...]:
         return tuple(_stamp(path) for path in self._paths)
+
+
+class Tls:
+    """The TLS port of one api process; does nothing if TLS is not configured."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Reads certificates and keys. Raises OperatorError."""
+        self._settings = settings
+        self._listener: TlsListener | None = None
+        self._material = _material(settings) if settings.tls.enabled else None
+
+    def warnings(self) -> list[str]:
+        """Sentences for /health."""
+        return self._material.warnings() if self._material is not None else []
+
+    async def listen(self, server: BoundedServer) -> None:
+        """Starts to serve. Raises OperatorError."""
+        material, tls = self._material, self._settings.tls
+        if material is None:
+            return
+        self._listener = TlsListener(
+            server,
+            lambda: material.context,
+            handshake_timeout_seconds=tls.handshake_timeout_seconds,
+            max_connections_per_address=tls.max_connections_per_address,
+            system_id=self._settings.local_system_id,
+        )
+        await self._listener.listen(self._settings.host, tls.port)
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        """Reads files again on SIGHUP and when they change, until ``stop``."""
+        hangup = asyncio.Event()
+        # Without TLS too, so that SIGHUP does not end the process.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.set)
+        if self._material is not None:
+            await self._material.watch(stop, hangup)
+
+    @property
+    def handshaking(self) -> bool:
+        """Whether a handshake is unfinished."""
+        return self._listener is not None and self._listener.handshaking
+
+    def stop_accepting(self) -> None:
+        """Accepts no new connections; handshakes continue."""
+        if self._listener is not None:
+            self._listener.stop_accepting()
+
+    def close(self) -> None:
+        """Accepts no new connections, and ends handshakes."""
+        if self._listener is not None:
+            self._listener.close()
+
+
+def _material(settings: Settings) -> Material:
+    tls = settings.tls
+    modes = find_psk_modes()
+    if modes.fault is not None and tls.psk_files:
+        _log.error("psk not in full", reason=modes.fault)
+    callers = CallerBook(tls.identities, settings.local_system_id)
+    material = Material(Recipe(tls, callers, modes))
+    if tls.cert_files and not tls.client_ca_files:
+        _log.warning("clients without a certificate are served", fix="set SKIP_TLS_CLIENT_CA_FILE")
+    return material
 
 
 def _paths(settings: TlsSettings) -> tuple[Path, ...]:

@@ -22,8 +22,7 @@ from skipbus.shared.settings import EXIT_BAD_CONFIGURATION, Settings
 _PR_SET_PDEATHSIG = 1
 _RESTART_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 _STABLE_SECONDS = 30.0
-# Set by the parent for its workers; no settings.
-_TOGETHER = "SKIPBUS_API_WORKERS_TOGETHER"
+# Set by the parent for its workers; no setting.
 _PARENT = "SKIPBUS_API_WORKERS_PARENT"
 
 _log = get_logger("workers")
@@ -32,11 +31,11 @@ _log = get_logger("workers")
 class _Worker:
     """One worker process and when it was started."""
 
-    def __init__(self, index: int, count: int, metrics_port: int) -> None:
+    def __init__(self, index: int, metrics_port: int) -> None:
         self.index = index
         self.failures = 0
         self.restart_at = 0.0
-        self._environment = {**os.environ, "SKIP_API_WORKERS": "1", _TOGETHER: str(count), _PARENT: str(os.getpid())}
+        self._environment = {**os.environ, "SKIP_API_WORKERS": "1", _PARENT: str(os.getpid())}
         if metrics_port:
             self._environment["SKIP_METRICS_PORT"] = str(metrics_port + index)
         self.process = self._start()
@@ -61,11 +60,6 @@ class _Worker:
             self.process = self._start()
 
 
-def together() -> int:
-    """How many workers serve together, this process among them."""
-    return int(os.environ.get(_TOGETHER, "1"))
-
-
 def end_with_parent() -> None:
     """In a worker: has the kernel end this process when its parent dies. Call it first."""
     if _PARENT not in os.environ:
@@ -81,8 +75,7 @@ def supervise(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
-    count = settings.api_workers
-    workers = [_Worker(index, count, settings.metrics_port) for index in range(count)]
+    workers = [_Worker(index, settings.metrics_port) for index in range(settings.api_workers)]
     _log.info("workers started", count=len(workers), pids=[worker.process.pid for worker in workers])
     refused = False
     while not stop.wait(0.1) and not refused:
