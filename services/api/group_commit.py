@@ -3,7 +3,8 @@
 A queue has one thread and one connection, and runs one batch at a time: a batch of one costs no extra wait, a batch of
 256 costs one commit. The queue is bounded: a caller is refused at once when it is full, and never waits longer than
 ``timeout_seconds``. A commit whose outcome is unknown is looked up before the batch is run again. A batch in which
-something fails that is not the store's absence is run again one request at a time, so that no request fails another.
+something fails that is not the store's absence is run again one request at a time, so that no request fails another;
+but not after an unknown outcome, of which only that batch knows what it may have handed out.
 """
 
 from __future__ import annotations
@@ -164,11 +165,15 @@ class _Committer(Generic[Request, Answer]):
 
     def commit(self, requests: Sequence[Request], deadline: float) -> Sequence[Answer | Exception]:
         """An answer or an error for each request."""
+        attempts = _Attempts(self, self._make_batch(requests), deadline)
         try:
-            return _Attempts(self, self._make_batch(requests), deadline).answers()
+            return attempts.answers()
         except StoreUnavailable as error:
             return [error] * len(requests)
         except Exception as error:  # noqa: BLE001 -- whatever it is, it may be the fault of one request alone
+            if attempts.outcome_unknown:
+                _log.error("batch in doubt", queue=self._name, requests=len(requests), exc_info=error)
+                return [CommitUnknown("the connection to the store broke during a commit")] * len(requests)
             if len(requests) == 1:
                 return [error]
             _log.warning("batch failed", queue=self._name, requests=len(requests), reason=type(error).__name__)
@@ -204,7 +209,7 @@ class _Attempts(Generic[Answer]):
         self._committer = committer
         self._batch = batch
         self._deadline = deadline
-        self._outcome_unknown = False
+        self.outcome_unknown = False
 
     def answers(self) -> Sequence[Answer | SkipbusError]:
         """Raises StoreUnavailable at the deadline, and what the batch raises."""
@@ -230,7 +235,7 @@ class _Attempts(Generic[Answer]):
             raise
 
     def _transaction(self, connection: Connection) -> Sequence[Answer | SkipbusError]:
-        if self._outcome_unknown:
+        if self.outcome_unknown:
             answers = self._batch.committed(connection)
             connection.rollback()
             if answers is not None:
@@ -252,7 +257,7 @@ class _Attempts(Generic[Answer]):
         except StoreConflict:
             raise
         except (StoreUnavailable, StoreRefused) as error:
-            self._outcome_unknown = True
+            self.outcome_unknown = True
             raise CommitUnknown("the connection to the store broke during a commit") from error
 
 

@@ -21,6 +21,7 @@ from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
 from skipbus.services.api.links.store import ClaimBatch, ClaimRequest, IssueBatch
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import (
+    CommitUnknown,
     KeyNotAvailable,
     NoEntropy,
     PeerNotReady,
@@ -664,6 +665,31 @@ def test_a_claim_that_was_committed_but_whose_event_is_gone_is_not_given_out_aga
         assert batch.committed(connection) is None
         (answer,) = batch.run(connection)
     assert isinstance(answer, StoreUnavailable)
+    assert store.count("key_records") == 0
+
+
+async def test_where_nobody_can_look_whether_keys_were_given_out_their_callers_are_not_told_that_there_were_none(
+    store: Store, kps: list[KeyProvider], proxy: CuttingProxy
+) -> None:
+    # The commit happened, and what fails next is no absence of the store: a new batch would find the keys gone.
+    alice, bob, _ = kps
+    keys = alice.issue(bob, count=2)
+    engine = queue_engine(bob.settings, proxy.port)
+    queue = queue_of(bob.claim_batch, engine)
+    failed: list[str] = []
+
+    def fail(_connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        if proxy.cut_count and not failed:
+            failed.append(statement)
+            raise ZeroDivisionError
+
+    event.listen(engine, "before_cursor_execute", fail)
+    proxy.cut_next("cut_after")
+    async with closing(queue):
+        requests = [ClaimRequest(bytes.fromhex(key.key_id), "KP_Alice", "") for key in keys]
+        answers = await answers_of(queue, requests)
+    assert failed
+    assert [type(answer) for answer in answers] == [CommitUnknown] * 2
     assert store.count("key_records") == 0
 
 

@@ -22,6 +22,7 @@ from sqlalchemy import Connection, Engine
 from skipbus.services.api.group_commit import GroupCommit, Limits
 from skipbus.services.api.metrics import REGISTRY
 from skipbus.shared.errors import (
+    CommitUnknown,
     KeyNotAvailable,
     Overloaded,
     SkipbusError,
@@ -326,6 +327,22 @@ async def test_a_fault_of_ours_in_a_batch_is_not_its_callers_where_each_alone_wo
         ledger.gate.set()
         assert await gather_errors(tasks) == [0, 2, 4]
     assert ledger.runs == [[0], [1, 2], [1], [2]]
+
+
+@pytest.mark.parametrize("numbers", [[1], [1, 2]])
+async def test_a_batch_that_fails_after_an_unknown_commit_is_in_doubt_for_all_and_not_run_again(
+    numbers: list[int],
+) -> None:
+    # Only that batch knows what the unknown commit may have given out: a new one would refuse it as unknown.
+    ledger = Ledger("committed", "cut before", "bug")
+    async with running_queue(ledger) as queue:
+        tasks = await submit_behind_a_batch(ledger, queue, 0, *numbers)
+        ledger.gate.set()
+        answers = await gather_errors(tasks)
+        assert await queue.submit(3) == 6
+    assert answers[0] == 0
+    assert [type(answer) for answer in answers[1:]] == [CommitUnknown] * len(numbers)
+    assert ledger.runs == [[0], numbers, numbers, [3]]
 
 
 @pytest.mark.parametrize(("number", "end", "kind"), [(POISON, "", StoreRefused), (1, "bug", ZeroDivisionError)])
