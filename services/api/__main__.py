@@ -108,7 +108,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 async def _first_reading(view: StoreView) -> None:
-    """Lets the process know its peers before it shares the port; a store that is away keeps nobody waiting."""
+    """Lets the process know its peers before it shares the port; it does not wait long for a store that is away."""
     with suppress(BackendError, TimeoutError):
         async with asyncio.timeout(_FIRST_READING_SECONDS):
             await view.refresh()

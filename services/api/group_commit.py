@@ -1,7 +1,7 @@
 """Group commit: while one batch commits, the next one fills.
 
 A queue has one thread and one connection, and runs one batch at a time: a batch of one costs no extra wait, a batch of
-256 costs one commit. The queue is bounded: a caller is refused at once when it is full, and never waits longer than
+256 costs one commit. The queue is bounded: a caller is refused immediately when it is full, and never waits longer than
 ``timeout_seconds``. A commit whose outcome is unknown is looked up before the batch is run again. A batch in which
 something fails that is not the store's absence is run again one request at a time, so that no request fails another;
 but not after an unknown outcome, of which only that batch knows what it may have handed out.
@@ -97,7 +97,7 @@ class GroupCommit(Generic[Request, Answer]):
         return len(self._waiting) + len(self._committing)
 
     async def submit(self, request: Request) -> Answer:
-        """The answer to one request. Raises Overloaded at once, StoreUnavailable in time, or the batch's own error."""
+        """The answer to one request. Raises Overloaded, StoreUnavailable in time, or the error of the batch."""
         if len(self._waiting) >= self._limits.max_queue:
             raise Overloaded("too many requests wait for the key store; try again")
         if self._closing:
@@ -270,7 +270,7 @@ def _deliver(future: asyncio.Future[Answer], answer: Answer | Exception) -> None
         return
     if isinstance(answer, Exception):
         future.set_exception(answer)
-        # The caller may have left; nobody else would retrieve the exception then.
+        # The caller may have left; asyncio would warn of an exception that is not retrieved.
         future.exception()
     else:
         future.set_result(answer)

@@ -92,7 +92,7 @@ class StatusPages:
         warnings: Callable[[], list[str]],
         bus: BusLink | None,
     ) -> None:
-        """``warnings`` are sentences about what works still and should be looked at."""
+        """``warnings`` gives sentences about what does not work in full."""
         self._settings = settings
         self._directory = directory
         self._view = view

@@ -2,7 +2,7 @@
 
 Rules: an envelope is answered 202 once the local broker has it in this KP's own queue, where the syncer receives it
 like one from the bus. Checked here: that it is one envelope, for this KP, with a peer's signature. The syncer judges
-date and number. A KP without bus peers refuses every envelope. Anybody can send here: the size of a body, the memory
+date and number. A KP without bus peers refuses every envelope. Any client can send here: the size of a body, the memory
 of all bodies and of those from one address are bounded while they are read, and signatures are verified in a few
 threads, only under names of known peers.
 """

@@ -184,7 +184,7 @@ class BoundedServer(web.Server):
             max_headers=MAX_HEADERS,
             # No encryptor's method has a body, and /sync reads its own: there is never one to wait for.
             lingering_time=0.0,
-            # Nobody has to send anything compressed, and a few bytes could become as many as memory holds.
+            # No client has to compress anything, and a few bytes could become as many as memory holds.
             auto_decompress=False,
         )
 
@@ -229,7 +229,7 @@ class BoundedServer(web.Server):
 
     def _abort(self, connection: Connection) -> None:
         # Not close(), which waits for the client to take what is written: one that does not read never does.
-        # Forgotten at once: connection_lost comes only when the loop has run, and a second call must find another.
+        # Removed here: connection_lost comes only when the loop has run, and a second call must find another.
         transport = self._open.pop(connection)
         connection.force_close()
         transport.abort()

@@ -37,7 +37,7 @@ from skipbus.shared.store.engine import make_queue_engine
 
 _TICK_SECONDS = 1.0
 MAX_WAITING = 10_000
-# Anybody with an account at the local broker can send notifications; each may cost one attempt, up to so many.
+# Every account at the local broker can send notifications; each may cost one attempt, up to so many.
 _MAX_ATTEMPTS = 4
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ class BusLink:
         }
 
     def warnings(self) -> list[str]:
-        """What works still and should be looked at."""
+        """Sentences for /health about what does not work in full."""
         if self._broker.up.is_set():
             return []
         return ["the broker is away: keys for peers over a bus come from stock only, while that lasts"]
@@ -191,7 +191,7 @@ class Arrivals:
 
     A caller who waits holds neither a thread nor a connection to the store. A notification names the keyIds that have
     arrived; it is the reason for another attempt, and the store decides. The number of callers who wait is bounded:
-    one more is answered at once that the key is not there.
+    one more is answered immediately that the key is not there.
     """
 
     def __init__(self, wait_seconds: float, max_waiting: int = MAX_WAITING) -> None:

@@ -1,8 +1,8 @@
 """The wait for the confirmation of keys on demand. No thread and no connection is held by a caller who waits.
 
-A notification that a row is acknowledged or rejected is the reason to look into the store; without one each placement
-is looked for once a second. At the timeout, or when the peer has rejected the keys, they are withdrawn. If the store
-does not answer then, the caller is answered 500 at once, and the keys are withdrawn when the store is back.
+A notification that a row is acknowledged or rejected is the reason to query the store; without one each placement is
+polled once a second. At the timeout, or when the peer has rejected the keys, they are withdrawn. If the store
+does not answer then, the caller is answered 500 immediately, and the keys are withdrawn when the store is back.
 """
 
 from __future__ import annotations

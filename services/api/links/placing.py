@@ -1,8 +1,8 @@
-"""The transactions of keys on demand: several keys are sent on their way, looked for, or withdrawn at a time.
+"""The transactions of keys on demand: several keys are placed, confirmed or withdrawn at a time.
 
 A ``key.placed`` outbox row holds keys sealed to one peer. The syncer sends it and deletes it when the peer has
 acknowledged it. So a row that is gone means that the peer has the keys, unless they were withdrawn: an api that gives
-up deletes the row in the transaction that looks for it, and the syncer withdraws a row whose api has died after three
+up deletes the row in the transaction that queries it, and the syncer withdraws a row whose api has died after three
 times the timeout. Therefore nothing counts as placed after twice the timeout, whatever the store says then.
 """
 
@@ -135,7 +135,7 @@ class ConfirmRequest(NamedTuple):
 
 
 class ConfirmBatch:
-    """One transaction that looks for several placements, and withdraws some of them."""
+    """One transaction that confirms several placements, and withdraws some of them."""
 
     def __init__(self, local_id: str, sync_timeout_seconds: float, requests: Sequence[ConfirmRequest]) -> None:
         self._local_id = local_id
@@ -190,7 +190,7 @@ def sealed_row(kind: str, peer_id: str, token: bytes, records: Sequence[KeyRecor
 
 
 def withdrawn_row(local_id: str, peer_id: str, keys: Sequence[WithdrawnKey], at_ms: int) -> OutboxRow:
-    """Tells a peer that these keys are withdrawn."""
+    """The event by which a peer learns that these keys are withdrawn."""
     return OutboxRow(local_id, peer_id, EnvelopeType.KEY_WITHDRAWN.value, encoding.pack(keys), len(keys), at_ms)
 
 

@@ -130,7 +130,7 @@ class StockMaker:
             connection.commit()
 
     def _check_lifetime(self, peer_id: str, at_ms: int, expires_ms: int) -> None:
-        """A key that lives too briefly would be dropped as too old at once, and made again, for ever."""
+        """A key that lives too briefly would be dropped as too old immediately, and made again without end."""
         if expires_ms < counted_until_ms(at_ms, self._ttl_ms // 1000):
             raise PeerNotReady(
                 f"a key for {peer_id} would live for {(expires_ms - at_ms) // 1000} s, and stock must have half of "
@@ -204,7 +204,7 @@ class StockKeeper:
         self._election.release()
 
     async def _round(self, stop: asyncio.Event) -> None:
-        """Counts, and makes what is missing for at most a second, so that the count does not grow old meanwhile."""
+        """Counts, and makes what is missing for at most a second, so that the count stays fresh."""
         self._wake.clear()
         for stock in self._stocks.values():
             # What is taken during the count may be in it or not; the next count corrects that.

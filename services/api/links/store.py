@@ -115,7 +115,7 @@ class IssueBatch:
         return answers
 
     def committed(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError] | None:
-        """Whether the keys are there proves it: nobody else knows their keyIds."""
+        """Whether the keys are there proves it: no other process knows their keyIds."""
         return next((answers for key_id, answers in self._runs if fetch_key_record_exists(connection, key_id)), None)
 
     def _wrapping_keys(self, connection: Connection, at_ms: int) -> dict[str, WrappingKey | PeerNotReady]:
@@ -250,7 +250,7 @@ class ClaimBatch:
     def _refusal(self, request: ClaimRequest, record: KeyRecord | None) -> SkipbusError:
         if record is None:
             if request.key_id in self._in_doubt:
-                # Its commit was interrupted and it is gone now: by this process or another, nobody can tell.
+                # Its commit was interrupted and it is gone now: by this process or by another one, which is not known.
                 return StoreUnavailable("the connection to the store broke while the key was handed out")
             return not_available("unknown, expired and zeroized, or given out already")
         if record.target_id != self._opener.local_id:

@@ -22,7 +22,7 @@ from skipbus.shared.protocol.psk_file import PskKeys
 
 # The most data that a TLS record holds (RFC 8446, 5.1).
 RECORD_BYTES = 16_384
-# So few bytes delay nobody, and a request has fewer.
+# So few bytes delay no other client, and a request has fewer.
 _LITTLE_BYTES = 1_024
 _SLICE_BYTES = 4_096
 # Beside the data of each read: header, padding and tag of a record, and a few key updates.
