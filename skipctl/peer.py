@@ -21,13 +21,13 @@ from skipbus.ctl.peer_words import PeerView, problems
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import SealBroken
+from skipbus.shared.liveness import peer_status
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Settings, load_settings
 from skipbus.shared.settings.peers import PeerSettings
 from skipbus.shared.store import announcements, outbox, peers, pinned_identities
 from skipbus.shared.store.engine import driver_errors, make_engine
-from skipbus.shared.store.peers import peer_status
 from skipbus.shared.store.processes import fetch_processes
 from skipbus.shared.store.stock import fetch_stock_level
 

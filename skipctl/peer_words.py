@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS, current_epoch
 from skipbus.shared.crypto.identity import fingerprint
+from skipbus.shared.liveness import peer_status
 from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.settings.peers import PeerSettings
-from skipbus.shared.store.peers import PeerRow, peer_status
+from skipbus.shared.store.peers import PeerRow
 
 # How long a rejection is reported, and how long an event may wait before it counts as stuck.
 REFUSAL_NEWS_MS = 3_600_000

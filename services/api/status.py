@@ -20,11 +20,12 @@ from skipbus.services.api.links.bus import BusLink
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import current_epoch
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
+from skipbus.shared.liveness import peer_status
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings, project_version
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.migrate import bring_up_to_date
-from skipbus.shared.store.peers import PeerRow, fetch_peer_rows, peer_status
+from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
 from skipbus.shared.store.processes import ProcessSeen, fetch_processes
 
 # Signs of life come once per heartbeat interval.

@@ -21,13 +21,14 @@ from skipbus.services.syncer.apply_keys import AfterCommit, KeyChanges, KnownWra
 from skipbus.services.syncer.verify import Verified
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS, has_lost_epochs
 from skipbus.shared.errors import SealBroken, StoreConflict
+from skipbus.shared.liveness import OFFLINE_AFTER_INTERVALS
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.payloads import Acknowledgement, Capabilities, Events, Heartbeat, Rejection
 from skipbus.shared.protocol.placed_keys import PlacedKeys
 from skipbus.shared.store import announcements, inbox, outbox, peers
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.peers import OFFLINE_AFTER_INTERVALS, ReceivedHeartbeat
+from skipbus.shared.store.peers import ReceivedHeartbeat
 
 # Envelopes whose acknowledgement is applied in one transaction.
 MAX_ENVELOPES = 32

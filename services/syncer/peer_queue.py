@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from skipbus.services.syncer.transport import Outcome, OutgoingEnvelope
+from skipbus.shared.liveness import PeerStatus
 from skipbus.shared.protocol.envelopes import MAX_AGE_MS
 from skipbus.shared.store.outbox import KEY_PLACED, OutboxEnvelope
-from skipbus.shared.store.peers import PeerStatus
 
 FIRST_RESEND_MS = 10_000
 LAST_RESEND_MS = 300_000

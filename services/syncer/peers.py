@@ -18,12 +18,13 @@ from skipbus.services.syncer import metrics
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
+from skipbus.shared.liveness import PeerStatus, peer_status
 from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings
 from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.migrate import bring_up_to_date
-from skipbus.shared.store.peers import PeerLiveness, PeerStatus, fetch_liveness, peer_status, upsert_clock_skew
+from skipbus.shared.store.peers import PeerLiveness, fetch_liveness, upsert_clock_skew
 
 CLOCK_REMINDER_SECONDS = 600.0
 

@@ -1,8 +1,6 @@
 """What a KP knows of its peers: counters of keys, heartbeats, clocks, rejections. Table peers, all by primary key.
 
-The row without a peer is the KP's own: up to which sequence number its envelopes may be numbered. A peer is online
-until two of its own heartbeat intervals have passed without a heartbeat, then late, and offline after five; the
-interval is the peer's own, so that KPs with different settings are compared correctly.
+The row without a peer is the KP's own: up to which sequence number its envelopes may be numbered.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Connection, Select, and_, bindparam, func, select, update
 from sqlalchemy.dialects.mysql import Insert, insert
@@ -18,9 +16,6 @@ from sqlalchemy.dialects.mysql import Insert, insert
 from skipbus.shared.store.schema import PEERS as P
 
 OWN_ROW = ""
-PeerStatus = Literal["online", "late", "offline"]
-LATE_AFTER_INTERVALS = 2
-OFFLINE_AFTER_INTERVALS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +61,6 @@ class PeerLiveness:
     last_heartbeat_ms: int | None
     heartbeat_interval_ms: int
     clock_skew_ms: int | None
-
-
-def peer_status(last_heartbeat_ms: int | None, interval_ms: int, now_ms: int) -> PeerStatus:
-    """The status of a peer whose last heartbeat came at ``last_heartbeat_ms`` (UTC ms, None for never)."""
-    if last_heartbeat_ms is None or interval_ms <= 0:
-        return "offline"
-    silence_ms = now_ms - last_heartbeat_ms
-    if silence_ms > OFFLINE_AFTER_INTERVALS * interval_ms:
-        return "offline"
-    return "late" if silence_ms > LATE_AFTER_INTERVALS * interval_ms else "online"
 
 
 def _select(fields: Iterable[str]) -> Select[Any]:

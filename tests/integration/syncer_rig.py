@@ -32,6 +32,7 @@ from skipbus.shared.broker.names import (
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.crypto.keyring import Keyring
+from skipbus.shared.liveness import peer_status
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
@@ -40,7 +41,7 @@ from skipbus.shared.store.announcements import fetch_announcement, upsert_announ
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.outbox import OutboxRow, insert_outbox_rows
-from skipbus.shared.store.peers import PeerRow, fetch_peer_rows, peer_status
+from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
 from skipbus.shared.store.schema import INBOX, OUTBOX, PROCESSES
 from tests.waiting import wait_for
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skipbus.shared.store.peers import peer_status
+from skipbus.shared.liveness import peer_status
 
 NOW_MS = 1_800_000_000_000
 INTERVAL_MS = 5000
