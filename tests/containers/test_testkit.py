@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from cryptography import x509
 from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
 
 from skipbus_testkit import SkipPair, conformance
@@ -128,7 +129,9 @@ def test_requests_are_recorded_without_keys(pair: SkipPair) -> None:
     (seen,) = pair.alice.requests
     assert (seen.method, seen.path, seen.query, seen.status) == ("GET", "/key", "remoteSystemID=KP_Bob&size=256", 200)
     assert seen.proof == "certificate"
-    assert re.fullmatch(r"CN=client,.*; DNS:client", seen.caller)
+    subject = x509.load_pem_x509_certificate(pair.alice.client_cert_file.read_bytes()).subject.rfc4514_string()
+    assert subject.startswith("CN=client,OU=Testing cert #")
+    assert seen.caller == f"{subject}; DNS:client"
     assert [request.path for request in pair.bob.requests] == [f"/key/{exchanged.key_id}"]
     shown = (
         f"{pair.alice.requests}{pair.bob.requests}{pair.alice.logs}{pair.bob.logs}{exchanged}{pair.alice.credentials}"
