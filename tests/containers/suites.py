@@ -1,6 +1,6 @@
 """The suites of tests/integration on servers and the Python of the images: what there is, and how one is run.
 
-All of both suites runs on both databases (``test_suites_mysql``, ``test_suites_mariadb``), with the same broker.
+What asks a store runs on both databases (``test_suites_mysql``, ``test_suites_mariadb``), with the same broker.
 A suite runs in a container with the working copy mounted, in one network namespace with its servers: it reaches them on
 loopback, as it reaches private ones. A run that fails shows its end, and one that ran no test is no pass.
 """
@@ -26,7 +26,6 @@ STORE = (
     "expiry",
     "indexes",
     "key_store",
-    "log_metrics",
     "migrate",
     "outbox",
     "pins",
@@ -36,16 +35,16 @@ STORE = (
     "stock_queries",
 )
 BUS = (
-    "broker_connection",
     "bus_link_bounds",
     "bus_link_syncer",
     "https_link",
-    "notifications",
     "peer_trust",
     "receive",
     "syncer_exchange",
     "syncer_refusals",
 )
+# What asks no store, and so runs once, beside MariaDB.
+NO_STORE = ("broker_connection", "log_metrics", "notifications")
 _PASSWORD = "of-a-server-for-tests-alone"
 _MYSQL = f"mysql://suites:{_PASSWORD}@127.0.0.1:3306"
 _RABBITMQ = f"amqp://test:{_PASSWORD}@127.0.0.1:5672/"

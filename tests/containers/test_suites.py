@@ -7,7 +7,7 @@ The suites of the store and of the bus are in files of their own, one for each d
 from __future__ import annotations
 
 from tests.containers.stack import REPOSITORY
-from tests.containers.suites import BUS, STORE, passes
+from tests.containers.suites import BUS, NO_STORE, STORE, passes
 
 
 def test_the_unit_tests_pass_with_the_python_of_the_image(test_image: str) -> None:
@@ -17,4 +17,4 @@ def test_the_unit_tests_pass_with_the_python_of_the_image(test_image: str) -> No
 def test_every_suite_of_integration_is_run_here_or_needs_servers_of_its_own() -> None:
     found = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests" / "integration").glob("test_*.py")}
     own = {"distribution", "front", "leaderless_queue", "modules_per_flow", "sandbox_servers", "sandbox_sites"}
-    assert found == {*STORE, *BUS} | own
+    assert found == {*STORE, *BUS, *NO_STORE} | own

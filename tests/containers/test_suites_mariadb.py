@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.containers.suites import BUS, STORE, files, passes, servers
+from tests.containers.suites import BUS, NO_STORE, STORE, files, passes, servers
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +22,7 @@ def test_the_suite_of_the_store_passes_on_mariadb(network: str, test_image: str)
 
 def test_the_suite_of_the_bus_passes_on_mariadb(network: str, test_image: str) -> None:
     passes(test_image, network, *files(BUS))
+
+
+def test_what_asks_no_store_passes(network: str, test_image: str) -> None:
+    passes(test_image, network, *files(NO_STORE))
