@@ -33,9 +33,9 @@ from bench.items import (
     zeroizing,
 )
 from bench.plan import FULL, QUICK, Plan
+from bench.progress import tell
 from bench.report import Finding, all_met, markdown_table, plain_table
 from bench.stage import Stage
-from bench.waiting import tell
 from sandbox.processes import SandboxError
 
 _ITEMS: dict[int, tuple[str, Callable[[Stage, Plan], Finding]]] = {

@@ -19,7 +19,7 @@ import aio_pika
 import uvloop
 from aio_pika.abc import AbstractConnection, AbstractExchange, AbstractIncomingMessage
 
-from sandbox.servers import Database
+from sandbox.mariadb import Database
 from sandbox.two_sites import TwoSites
 from skipbus.shared.broker.names import ENVELOPES
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 
-from sandbox.servers import Database
+from sandbox.mariadb import Database
 
 _TABLE = "bench_records"
 _BATCH = 64

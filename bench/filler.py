@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 
 from sandbox.key_provider import KeyProvider
+from sandbox.mariadb import Database
 from sandbox.processes import SandboxError
-from sandbox.servers import Database
 from skipbus.services.api.links import IssuedKey, IssueRequest
 from skipbus.services.api.links.sealing import Sealer
 from skipbus.services.api.links.store import IssueBatch
@@ -18,7 +18,6 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
-from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.engine import driver_errors, make_engine
 
 _BATCH = 1000
@@ -29,7 +28,7 @@ class Filler:
     """Issues keys of one KP for another."""
 
     def __init__(self, database: Database, source: KeyProvider, target: KeyProvider) -> None:
-        mysql = MySqlSettings(database.host, database.port, database.user, Secret(database.password), database.database)
+        mysql = database.settings
         self._target_id = target.system_id
         self._engine = make_engine(mysql)
         self._directory = PeerDirectory(self._engine, source.system_id, RemoteSystemIds([target.system_id]))

@@ -69,7 +69,7 @@ class Shaker:
 
     def _once(self) -> None:
         raw = socket.create_connection((LOOPBACK, self.port), timeout=_TIMEOUT_SECONDS)
-        # Ended at once and without a word, so that a hundred thousand do not use up the ports.
+        # Ended by a reset, so that a hundred thousand do not use up the ports.
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGERING)
         try:
             with self.context.wrap_socket(raw) as connection:

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.progress import tell
 from bench.traced import SOCKET_VARIABLE
-from bench.waiting import tell, wait_for_keys
 from sandbox.client import get
 from sandbox.key_provider import ROLES, KeyProvider
 from sandbox.processes import SandboxError
@@ -129,7 +129,7 @@ def usual_modules(runs: Sequence[tuple[float, Modules]], fastest: int) -> Module
 def store_link_flows(root: Path) -> list[Flow]:
     """`GET /key` and `GET /key/{keyId}` of two key providers over one store."""
     with _traced(SharedStore(_made(root / "store"))) as (tracer, alice, bob):
-        wait_for_keys(alice, bob.system_id)
+        alice.wait_key(bob.system_id, 120)
         return [_issuing(tracer, "store link, GET /key", alice, bob), _retrieving(tracer, "store link", alice, bob)]
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from urllib.request import urlopen
 
-from bench.waiting import key_url, wait_for_keys
+from sandbox.client import metric
 from sandbox.key_provider import BusPeer, KeyProvider
-from sandbox.ports import LOOPBACK, free_port
+from sandbox.ports import free_port
 from sandbox.processes import wait_until
-from sandbox.story import stock_of
+from sandbox.story import wait_full
 from sandbox.two_sites import TwoSites, introduce
 
 BUFFER_POOL_MIB = 512
@@ -63,13 +62,13 @@ class SitesStage:
         for kp, remote in ((self.alice, self.bob), (self.bob, self.alice)):
             kp.wait_healthy(_READY_SECONDS)
             if fill:
-                wait_for_keys(kp, remote.system_id)
+                kp.wait_key(remote.system_id)
         if stock and fill:
             self.wait_full()
 
     def on_demand_url(self) -> str:
         """`GET /key` of a size that is never in stock."""
-        return f"{key_url(self.alice, self.bob)}&size=512"
+        return f"{self.alice.key_url(self.bob)}&size=512"
 
     def count_stock(self) -> int:
         """Keys that KP_Alice has made for stock, placed or not, counted in her store."""
@@ -86,17 +85,15 @@ class SitesStage:
     def issued(self, way: str) -> float:
         """Keys that KP_Alice has answered since she was set up, out of `stock` or `on_demand`, by her own metrics."""
         port = self.alice.environ_of["api"]["SKIP_METRICS_PORT"]
-        with urlopen(f"http://{LOOPBACK}:{port}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        found = [line for line in lines if line.startswith("skipbus_bus_keys_issued_total{") and f'way="{way}"' in line]
-        return sum(float(line.rpartition(" ")[2]) for line in found)
+        return sum(metric(port, "skipbus_bus_keys_issued_total", way=way))
 
     def wait_full(self) -> float:
         """Wait until both stocks are what is configured; how long that took, in seconds. Raises SandboxError."""
         started = time.monotonic()
         # What was counted before the last key was taken says nothing.
         time.sleep(_COUNTED_SECONDS)
-        wait_until(self._is_full, "the stock to be full", _FILL_SECONDS)
+        for source, target in ((self.alice, self.bob), (self.bob, self.alice)):
+            wait_full(source, target, _FILL_SECONDS)
         return time.monotonic() - started
 
     def settle(self) -> None:
@@ -110,16 +107,9 @@ class SitesStage:
             for kp in (self.alice, self.bob)
             for role in ("api", "syncer")
         }
-        for number, half in enumerate(self.sites.halves, 1):
-            named |= {f"database {number}": half.mysql.pid, f"broker {number}": half.rabbitmq.pid}
+        for number, site in enumerate(self.sites.sites, 1):
+            named |= {f"database {number}": site.mysql.pid, f"broker {number}": site.rabbitmq.pid}
         return named
-
-    def _is_full(self) -> bool:
-        for source, target in ((self.alice, self.bob), (self.bob, self.alice)):
-            shown = stock_of(source, target)
-            if shown["placed"] < shown["configured"]:
-                return False
-        return True
 
     def _empty(self) -> None:
         for server in self.sites.mysql_servers:

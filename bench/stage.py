@@ -15,8 +15,8 @@ import pymysql
 
 from bench.filler import Filler
 from bench.machine import file_system_of
+from bench.progress import tell
 from bench.sites_stage import SitesStage
-from bench.waiting import tell, wait_for_keys
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import free_port
 from sandbox.processes import SandboxError, wait_until
@@ -50,8 +50,8 @@ class Stage:
         """Start everything; returns when keys are issued both ways."""
         self._store.start_servers()
         self._store.start_key_providers()
-        wait_for_keys(self.alice, BOB)
-        wait_for_keys(self.bob, ALICE)
+        self.alice.wait_key(BOB)
+        self.bob.wait_key(ALICE)
 
     def sites(self) -> SitesStage:
         """The two sites, which run beside this from the first time on that they are asked for."""
@@ -75,7 +75,7 @@ class Stage:
         other = self._other_api("workers", workers)
         other.start("api")
         other.wait_healthy(_READY_SECONDS)
-        wait_for_keys(other, BOB)
+        other.wait_key(BOB)
         return other
 
     def tls_api(self, workers: int) -> KeyProvider:
@@ -93,7 +93,7 @@ class Stage:
         self.alice.stop("api")
         self.alice.start("api")
         self.alice.wait_healthy(_READY_SECONDS)
-        wait_for_keys(self.alice, BOB)
+        self.alice.wait_key(BOB)
 
     def fill(self, source: KeyProvider, target: KeyProvider, count: int, expires_at: float | None = None) -> list[str]:
         """Puts keys of `source` for `target` into the store; their keyIds."""

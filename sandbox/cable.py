@@ -1,8 +1,8 @@
 """A line between two sites that can be cut and healed at any time, and made longer.
 
 A cut comes in two kinds. `die`: connections are reset, and new ones too, as when a router says that there is no way.
-`hang`: everything stays open and nothing passes, as when nobody says anything; what was on its way arrives after the
-healing, if the two ends still want it. One thread serves all lines of a cable and ends with `close` or its process.
+`hang`: everything stays open and nothing passes, as on a line that drops every packet; what was on its way arrives
+after the healing, if both ends still wait for it. One thread serves all lines of a cable; it ends with `close`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from sandbox.ports import LOOPBACK, free_port
 
@@ -84,6 +84,12 @@ class Cable:
         """How many are open through it now."""
         return len(self._connections)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End all lines and connections."""
         if not self._thread.is_alive():
@@ -132,7 +138,7 @@ class Cable:
         try:
             if self._state == "die":
                 return
-            # Nobody hears of the wish to connect before the line passes things on again.
+            # The far end sees no connection before the line is healed.
             await self._whole.wait()
             far_reader, connection.far = await asyncio.open_connection(LOOPBACK, far_port)
             async with asyncio.TaskGroup() as both:
@@ -175,7 +181,7 @@ class Cable:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """End a connection at once, with a reset where the system can."""
+    """End a connection without waiting, with a reset where the system can."""
     one = writer.get_extra_info("socket")
     if one is not None:
         with contextlib.suppress(OSError):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox.ports import LOOPBACK, answers, free_port
-from sandbox.processes import Child, find_program, minimal_environ
+from sandbox.processes import Child, Startable, find_program, minimal_environ
 
 _CONFIGURATION = Path(__file__).resolve().parent.parent / "compose" / "haproxy.cfg"
 _START_SECONDS = 10.0
 
 
-class Front:
+class Front(Startable):
     """One HAProxy, on free ports of this machine."""
 
     def __init__(self, root: Path, api_ports: Sequence[int]) -> None:
@@ -24,13 +24,11 @@ class Front:
         self._api_ports = api_ports
         self.child: Child | None = None
 
-    def start(self) -> Front:
-        """Returns once it listens. Raises SandboxError."""
+    def start(self) -> None:
         command = [find_program("haproxy"), "-db", "-f", str(_CONFIGURATION)]
         self.child = Child(command, environ=self._environ(), log=self.log, cwd=self._root)
         # Not its main port: a connection there goes to an api.
         self.child.wait_ready(lambda: answers(self.status_port), "HAProxy", _START_SECONDS)
-        return self
 
     def stop(self) -> None:
         if self.child is not None:

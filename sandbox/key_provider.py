@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sandbox.client import get
+from sandbox.mariadb import Database
 from sandbox.ports import LOOPBACK, free_port
-from sandbox.processes import POLL_SECONDS, Child, SandboxError, minimal_environ, tail, write_private
-from sandbox.servers import Database
+from sandbox.processes import Child, SandboxError, minimal_environ, tail, wait_until, write_private
 from sandbox.tls_files import TlsFiles
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.settings.peers import identity_line
+from skipbus_testkit.client import Answer, request_target
 
 ROLES = ("api", "syncer", "janitor")
 # A service drains for at most 10 s.
 STOP_SECONDS = 12.0
+# A key provider seals only to a peer that has announced itself, which may be a moment after both are healthy.
+ANNOUNCED_SECONDS = 30.0
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -110,7 +113,8 @@ class KeyProvider:
     def make_files(self) -> None:
         """Make the keyring, and what TLS needs, where there is none."""
         if not self.keyring_dir.exists():
-            self.run_skipctl("keyring", "init")
+            # As `skipctl keyring init` does, without a process of its own.
+            Keyring.create(self.keyring_dir, self.system_id)
         if self.tls is not None and not self.tls.folder.exists():
             self.run_skipctl("cert", "init", str(self.tls.folder), "--client", self.tls.client)
             self.run_skipctl("psk", "add", self.tls.psk_identity)
@@ -149,18 +153,39 @@ class KeyProvider:
 
     def wait_healthy(self, timeout_seconds: float = 30) -> None:
         """Wait until `GET /health` answers 200. Raises SandboxError with the logs' ends."""
-        deadline = time.monotonic() + timeout_seconds
-        while not self.is_healthy():
-            ended = [role for role, child in self.processes.items() if not child.running]
-            if ended or time.monotonic() > deadline:
-                raise SandboxError(self._unhealthy(ended, timeout_seconds))
-            time.sleep(POLL_SECONDS)
+
+        def is_up() -> bool:
+            if self.is_healthy():
+                return True
+            if ended := [role for role, child in self.processes.items() if not child.running]:
+                codes = ", ".join(f"{role} with {self.processes[role].returncode}" for role in ended)
+                raise SandboxError(self._logs(f"{self.system_id}: ended while starting: {codes}", *ended))
+            return False
+
+        wait_until(is_up, lambda: self._logs(f"{self.system_id} to be healthy", *ROLES), timeout_seconds)
 
     def is_healthy(self) -> bool:
         try:
             return get(self.url, "health", timeout_seconds=5).status == 200
         except (OSError, ValueError):
             return False
+
+    def key_url(self, remote: KeyProvider) -> str:
+        """`GET /key` here for a remote key provider."""
+        return self.url + request_target("key", remoteSystemID=remote.system_id)
+
+    def wait_key(self, remote_id: str, timeout_seconds: float = ANNOUNCED_SECONDS) -> Answer:
+        """The first key for a remote system, once this key provider can seal to it. Raises SandboxError."""
+        answer = Answer(0, {}, b"")
+
+        def is_answered() -> bool:
+            nonlocal answer
+            answer = get(self.url, "key", remoteSystemID=remote_id)
+            return answer.status == 200
+
+        what = f"{self.system_id} to issue a key for {remote_id}"
+        wait_until(is_answered, lambda: f"{what}: {answer.status} {answer.error}", timeout_seconds)
+        return answer
 
     def run_skipctl(self, *arguments: str) -> str:
         """Run `skipctl` in this key provider's environment; its output. Raises SandboxError."""
@@ -179,14 +204,8 @@ class KeyProvider:
             )
         return result.stdout
 
-    def _unhealthy(self, ended: list[str], timeout_seconds: float) -> str:
-        if ended:
-            codes = ", ".join(f"{role} with {self.processes[role].returncode}" for role in ended)
-            what = f"{self.system_id}: ended while starting: {codes}"
-        else:
-            what = f"{self.system_id} is not healthy after {timeout_seconds} s"
-        logs = "".join(f"\n--- {role}.log\n{tail(self.log_of(role))}" for role in ended or ROLES)
-        return what + logs
+    def _logs(self, what: str, *roles: str) -> str:
+        return what + "".join(f"\n--- {role}.log\n{tail(self.log_of(role))}" for role in roles)
 
     def _write_environ(self, remote_ids: Sequence[str], mysql: Database, rabbitmq: str) -> dict[str, str]:
         secrets_dir = self.root / "secrets"
@@ -212,3 +231,13 @@ class KeyProvider:
             "SKIP_HOST": LOOPBACK,
             "SKIP_PORT": str(self.port),
         }
+
+
+def peer_status(kp: KeyProvider, peer_id: str) -> dict[str, Any]:
+    """A peer as `/status/sync` shows it."""
+    return dict(get(kp.url, "status", "sync").body["peers"][peer_id])
+
+
+def stock_of(kp: KeyProvider, peer_id: str) -> dict[str, Any]:
+    """What a key provider says of its stock at a peer."""
+    return dict(peer_status(kp, peer_id).get("stock") or {})

@@ -15,13 +15,36 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
-POLL_SECONDS = 0.02
-_CONDITION_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 
 
 class SandboxError(Exception):
     """A private server or a key provider did not do what the sandbox asked of it."""
+
+
+class Startable:
+    """What is started, and stopped again; a block of `with` does both."""
+
+    def start(self) -> None:
+        """Returns once it serves. Raises SandboxError."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End it; nothing happens when it does not run."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 class Child:
@@ -83,16 +106,16 @@ class Child:
 
     def wait_ready(self, ready: Callable[[], bool], name: str, timeout_seconds: float) -> None:
         """Wait until the child serves. Raises SandboxError with its log's end."""
-        deadline = time.monotonic() + timeout_seconds
-        while not ready():
+
+        def is_ready() -> bool:
             if not self.running:
                 raise SandboxError(f"{name} ended while it started\n{tail(self.log)}")
-            if time.monotonic() > deadline:
-                raise SandboxError(f"{name} did not start in {timeout_seconds:g} s\n{tail(self.log)}")
-            time.sleep(POLL_SECONDS)
+            return ready()
+
+        wait_until(is_ready, lambda: f"{name} to start\n{tail(self.log)}", timeout_seconds)
 
     def kill(self) -> None:
-        """SIGKILL to the whole session, at once; clears up what a child that ended by itself left in it."""
+        """SIGKILL to the whole session; clears up what a child that ended by itself left in it."""
         self._reap(0)
 
     def _reap(self, grace_seconds: float) -> None:
@@ -143,14 +166,19 @@ def _is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout_seconds: float = 120) -> None:
+def wait_until(
+    condition: Callable[[], bool],
+    what: str | Callable[[], str],
+    timeout_seconds: float = 120,
+    poll_seconds: float = POLL_SECONDS,
+) -> None:
     """Wait until the condition holds. Raises SandboxError, which says what was waited for."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         if time.monotonic() > deadline:
             shown = what if isinstance(what, str) else what()
-            raise SandboxError(f"waited {timeout_seconds:.0f} s in vain for {shown}")
-        time.sleep(_CONDITION_POLL_SECONDS)
+            raise SandboxError(f"waited {timeout_seconds:.0f} s for {shown}")
+        time.sleep(poll_seconds)
 
 
 def minimal_environ(home: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity
-from skipbus.shared.crypto.sealing import make_wrapping_key
+from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, make_wrapping_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
@@ -38,18 +38,32 @@ class SealedKeys:
         return encoding.pack({"records": self.records, "wrapping_keys": self.wrapping_keys, "stock": self.stock})
 
 
+def record_fields(record: KeyRecord) -> list[Any]:
+    """A sealed key as an envelope carries it."""
+    about = [record.key_id, record.size_bits, record.expires_ms, record.correlation_id]
+    return [*about, record.wrapping_key_id, record.nonce, record.sealed]
+
+
+def wrapping_key_fields(key: SealedWrappingKey) -> list[Any]:
+    """A wrapping key as an envelope carries it."""
+    return [key.wrapping_key_id, key.epoch_id, key.expires_ms, key.sealed, key.signature]
+
+
 def seal_keys(identity: Identity, source_id: str, target_id: str, epoch: PublicEpoch, count: int) -> SealedKeys:
     """Fresh keys of a source, sealed to an epoch of the target."""
     opened, wrapping = make_wrapping_key(identity, source_id, target_id, epoch)
-    wrapped = [wrapping.wrapping_key_id, wrapping.epoch_id, wrapping.expires_ms, wrapping.sealed, wrapping.signature]
-    made = SealedKeys([], [], [wrapped])
+    made = SealedKeys([], [], [wrapping_key_fields(wrapping)])
     expires_ms = min(now_ms() + KEY_TTL_MS, wrapping.expires_ms)
     for _ in range(count):
         key_id, key = secrets.token_bytes(16), secrets.token_bytes(32)
-        record = opened.seal(key_id, key, expires_ms, "c-test")
         made.keys.append(Key(source_id, target_id, key_id.hex(), key.hex()))
-        made.records.append([key_id, 256, expires_ms, "c-test", record.wrapping_key_id, record.nonce, record.sealed])
+        made.records.append(record_fields(opened.seal(key_id, key, expires_ms, "c-test")))
     return made
+
+
+def fresh_number() -> int:
+    """A sequence number that was not used before."""
+    return now_ms() * 1000 + secrets.randbelow(1000)
 
 
 @dataclass(frozen=True)
@@ -89,8 +103,8 @@ class SimulatedPeer:
         age_ms: int = 0,
     ) -> bytes:
         """An envelope of its own, or what a thief of its name, or of its signature, would make."""
-        fresh = now_ms() * 1000 + secrets.randbelow(1000)
-        header = Header(kind, sender_id or self.id, target_id, fresh if number is None else number, now_ms() - age_ms)
+        sequence_number = fresh_number() if number is None else number
+        header = Header(kind, sender_id or self.id, target_id, sequence_number, now_ms() - age_ms)
         return sign_envelope(header, payload, signer or self.identity)
 
     def capabilities(self, target_id: str, announcement: bytes | None = None) -> bytes:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sandbox.cable import Cable
 from sandbox.client import get
-from sandbox.key_provider import KeyProvider
+from sandbox.key_provider import KeyProvider, stock_of
 from sandbox.processes import SandboxError, wait_until
 from skipbus_testkit.client import Answer, request_target
 
-# A key provider seals only to a peer that has announced itself, which may be a moment after both are healthy.
-ANNOUNCED_SECONDS = 30.0
 KEY_HEX_DIGITS = 64
 # More than half of the stock, so that it is being filled up again when the line heals.
 EXCHANGES = 40
@@ -46,20 +43,12 @@ class Exchange:
         self._refused("a second time", self.target, key_id, source_id)
 
     def _issue(self) -> Answer:
-        answer = self._issue_once_announced()
-        if answer.status != 200 or len(answer.body.get("key", "")) != KEY_HEX_DIGITS:
-            raise SandboxError(f"GET /key answered {answer.status} {answer.error}")
+        answer = self.source.wait_key(self.target.system_id)
+        if len(answer.body.get("key", "")) != KEY_HEX_DIGITS:
+            raise SandboxError("GET /key answered with a key of another size")
         self._say("200", self.source, request_target("key", remoteSystemID=self.target.system_id))
         self._say_key(answer)
         return answer
-
-    def _issue_once_announced(self) -> Answer:
-        deadline = time.monotonic() + ANNOUNCED_SECONDS
-        while True:
-            answer = get(self.source.url, "key", remoteSystemID=self.target.system_id)
-            if answer.status not in (500, 503) or time.monotonic() > deadline:
-                return answer
-            time.sleep(0.1)
 
     def _retrieve(self, key_id: str) -> Answer:
         remote_id = self.source.system_id
@@ -114,13 +103,13 @@ class CutStory:
 
     def _left(self, source: KeyProvider, target: KeyProvider) -> int:
         """What is left at the target, once it has been counted again."""
-        most = int(stock_of(source, target)["configured"]) - EXCHANGES
+        most = int(stock_of(source, target.system_id)["configured"]) - EXCHANGES
         wait_until(
-            lambda: stock_of(source, target)["placed"] <= most,
-            lambda: f"stock that was given out is still counted: {stock_of(source, target)}",
+            lambda: stock_of(source, target.system_id)["placed"] <= most,
+            lambda: f"stock that was given out is still counted: {stock_of(source, target.system_id)}",
             COUNTED_SECONDS,
         )
-        return int(stock_of(source, target)["placed"])
+        return int(stock_of(source, target.system_id)["placed"])
 
     def _wait_full(self) -> None:
         one, other = self.key_providers
@@ -140,14 +129,8 @@ def exchange_once(source: KeyProvider, target: KeyProvider) -> None:
         raise SandboxError("the two ends were given different keys")
 
 
-def stock_of(source: KeyProvider, target: KeyProvider) -> dict[str, Any]:
-    """What `source` says of its stock at `target`."""
-    answer = get(source.url, "status", "sync")
-    return dict(answer.body["peers"][target.system_id].get("stock") or {})
-
-
 def is_full(source: KeyProvider, target: KeyProvider) -> bool:
-    stock = stock_of(source, target)
+    stock = stock_of(source, target.system_id)
     return bool(stock) and stock["placed"] >= stock["configured"]
 
 
@@ -155,6 +138,6 @@ def wait_full(source: KeyProvider, target: KeyProvider, timeout_seconds: float =
     """Wait until the stock of `source` at `target` is what is configured. Raises SandboxError."""
     wait_until(
         lambda: is_full(source, target),
-        lambda: f"stock of {source.system_id}: {stock_of(source, target)}",
+        lambda: f"stock of {source.system_id}: {stock_of(source, target.system_id)}",
         timeout_seconds,
     )

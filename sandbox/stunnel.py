@@ -9,13 +9,13 @@ from pathlib import Path
 
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK, answers, free_port
-from sandbox.processes import Child, SandboxError, find_program, minimal_environ
+from sandbox.processes import Child, SandboxError, Startable, find_program, minimal_environ
 
 _CONFIGURATION = Path(__file__).resolve().parent.parent / "compose" / "stunnel" / "stunnel.conf"
 _START_SECONDS = 10.0
 
 
-class Stunnel:
+class Stunnel(Startable):
     """One stunnel. `client_certificates=False` lets in clients that show nothing, as wrk."""
 
     def __init__(
@@ -47,12 +47,10 @@ class Stunnel:
         self._file.write_text(text)
         self.child: Child | None = None
 
-    def start(self) -> Stunnel:
-        """Returns once it listens. Raises SandboxError."""
+    def start(self) -> None:
         command = [find_program("stunnel4", "stunnel"), str(self._file)]
         self.child = Child(command, environ=minimal_environ(self._root), log=self.log, cwd=self._root)
         self.child.wait_ready(lambda: answers(self.port), "stunnel", _START_SECONDS)
-        return self
 
     def stop(self) -> None:
         if self.child is not None:

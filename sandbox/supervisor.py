@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sandbox.key_provider import ROLES, KeyProvider
+from sandbox.mariadb import MariaDbServer
 from sandbox.ports import answers
 from sandbox.processes import write_private
-from sandbox.servers import MariaDbServer, RabbitMqServer, Server
+from sandbox.rabbitmq import RabbitMqServer
+from sandbox.server import Server
 
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 5.0
@@ -69,7 +71,7 @@ class ServerUnit:
         return self._server.adopted_pid or self._server.pid
 
     def is_up(self) -> bool:
-        # The process that listens on the port, with our data folder, does the server's work.
+        # A server that an operator started by hand on this port and data folder counts as well.
         return self._server.running or answers(self._server.port)
 
     def revive(self) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sandbox.key_provider import KeyProvider
+from sandbox.mariadb import MariaDbServer
 from sandbox.ports import free_port, is_free
 from sandbox.processes import SandboxError
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 
 ALICE = "KP_Alice"
 BOB = "KP_Bob"
+BOTH_WAYS = ((ALICE, BOB), (BOB, ALICE))
 _HEALTHY_SECONDS = 60.0
 
 
@@ -63,6 +65,37 @@ class Topology:
             server.stop()
 
 
+class Site:
+    """A MariaDB and a RabbitMQ, and key providers over them."""
+
+    def __init__(
+        self, root: Path, logs: Path, ports: Sequence[int], *, buffer_pool_mib: int, log_file_mib: int
+    ) -> None:
+        """`ports` are those of MySQL, of RabbitMQ, of its distribution and of epmd."""
+        self._root = root
+        mysql_port, port, dist_port, epmd_port = ports
+        self.mysql = MariaDbServer(
+            root / "mysql",
+            port=mysql_port,
+            log=logs / "mysql.log",
+            buffer_pool_mib=buffer_pool_mib,
+            log_file_mib=log_file_mib,
+        )
+        self.rabbitmq = RabbitMqServer(
+            root / "rabbitmq", port=port, dist_port=dist_port, epmd_port=epmd_port, log=logs / "rabbitmq.log"
+        )
+
+    def key_provider(
+        self, system_id: str, remote_id: str, port: int, tls_port: int | None, *, log_dir: Path
+    ) -> KeyProvider:
+        """One that is not started."""
+        root = self._root / system_id
+        made = KeyProvider(system_id, [remote_id], self.mysql.dsn, self.rabbitmq.url, port, root=root, log_dir=log_dir)
+        if tls_port is not None:
+            made.serve_tls(tls_port)
+        return made
+
+
 class SharedStore(Topology):
     """Both key providers use one MariaDB and one RabbitMQ."""
 
@@ -89,40 +122,17 @@ class SharedStore(Topology):
         """Raises SandboxError when a port from `port_base` on is taken."""
         super().__init__(root)
         ports = take_ports(port_base, self.PORTS)
-        self._kp_ports = {ALICE: ports[0], BOB: ports[1]}
-        self._tls_ports = {ALICE: ports[6], BOB: ports[7]} if tls else {}
-        self.mysql = MariaDbServer(
-            root / "mysql",
-            port=ports[2],
-            log=self.logs / "mysql.log",
-            buffer_pool_mib=buffer_pool_mib,
-            log_file_mib=log_file_mib,
-        )
-        self.rabbitmq = RabbitMqServer(
-            root / "rabbitmq",
-            port=ports[3],
-            dist_port=ports[4],
-            epmd_port=ports[5],
-            log=self.logs / "rabbitmq.log",
-        )
+        self._kp_ports = ports[:2]
+        self._tls_ports = ports[6:] if tls else [None, None]
+        self._site = Site(root, self.logs, ports[2:6], buffer_pool_mib=buffer_pool_mib, log_file_mib=log_file_mib)
+        self.mysql, self.rabbitmq = self._site.mysql, self._site.rabbitmq
         self.mysql_servers, self.rabbitmq_servers = [self.mysql], [self.rabbitmq]
 
     def make_key_providers(self) -> None:
-        self.key_providers = [self._key_provider(ALICE, BOB), self._key_provider(BOB, ALICE)]
-
-    def _key_provider(self, system_id: str, remote_id: str) -> KeyProvider:
-        key_provider = KeyProvider(
-            system_id,
-            [remote_id],
-            self.mysql.dsn,
-            self.rabbitmq.url,
-            self._kp_ports[system_id],
-            root=self.root / system_id,
-            log_dir=self.logs / system_id,
-        )
-        if system_id in self._tls_ports:
-            key_provider.serve_tls(self._tls_ports[system_id])
-        return key_provider
+        self.key_providers = [
+            self._site.key_provider(system_id, remote_id, port, tls_port, log_dir=self.logs / system_id)
+            for (system_id, remote_id), port, tls_port in zip(BOTH_WAYS, self._kp_ports, self._tls_ports, strict=True)
+        ]
 
 
 def take_ports(port_base: int | None, names: Sequence[str]) -> list[int]:

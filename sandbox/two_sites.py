@@ -10,53 +10,13 @@ from pathlib import Path
 
 from sandbox.cable import Cable
 from sandbox.key_provider import BusPeer, KeyProvider
-from sandbox.servers import MariaDbServer, RabbitMqServer
-from sandbox.topology import ALICE, BOB, Topology, take_ports
+from sandbox.topology import ALICE, BOB, BOTH_WAYS, Site, Topology, take_ports
 
 _OF_A_SITE = ("", "'s TLS", "'s MySQL", "'s RabbitMQ", "'s RabbitMQ's distribution", "'s epmd", "'s end of the cable")
 # Those of a key provider come first, so that PORT_BASE and the port after it answer encryptors, as in one site.
 PORTS = tuple(f"{name}{what}" for what in _OF_A_SITE for name in (ALICE, BOB))
 STOCK = 64
 _BUFFER_POOL_MIB = 256
-
-
-class _Half:
-    """One site. `ports` are in the order of `_OF_A_SITE`."""
-
-    def __init__(
-        self, system_id: str, remote_id: str, root: Path, logs: Path, ports: list[int], buffer_pool_mib: int
-    ) -> None:
-        logs.mkdir(mode=0o700)
-        self.system_id = system_id
-        self._remote_id = remote_id
-        self._root = root
-        self._logs = logs
-        self._ports = ports
-        self.cable_port = ports[6]
-        self.mysql = MariaDbServer(
-            root / "mysql",
-            port=ports[2],
-            log=logs / "mysql.log",
-            buffer_pool_mib=buffer_pool_mib,
-            log_file_mib=buffer_pool_mib // 2,
-        )
-        self.rabbitmq = RabbitMqServer(
-            root / "rabbitmq", port=ports[3], dist_port=ports[4], epmd_port=ports[5], log=logs / "rabbitmq.log"
-        )
-
-    def key_provider(self, *, tls: bool) -> KeyProvider:
-        key_provider = KeyProvider(
-            self.system_id,
-            [self._remote_id],
-            self.mysql.dsn,
-            self.rabbitmq.url,
-            self._ports[0],
-            root=self._root / "key provider",
-            log_dir=self._logs,
-        )
-        if tls:
-            key_provider.serve_tls(self._ports[1])
-        return key_provider
 
 
 class TwoSites(Topology):
@@ -78,28 +38,43 @@ class TwoSites(Topology):
         self._stock = stock
         self._tls = tls
         ports = take_ports(port_base, PORTS)
+        self._ports = [ports[0::2], ports[1::2]]
         self.cable = Cable()
-        self.halves = [
-            _Half(ALICE, BOB, root / "site-1", self.logs / ALICE, ports[0::2], buffer_pool_mib),
-            _Half(BOB, ALICE, root / "site-2", self.logs / BOB, ports[1::2], buffer_pool_mib),
+        self.sites = [
+            Site(
+                root / f"site-{number}",
+                _made(self.logs / system_id),
+                ports[2:6],
+                buffer_pool_mib=buffer_pool_mib,
+                log_file_mib=buffer_pool_mib // 2,
+            )
+            for number, (system_id, ports) in enumerate(zip((ALICE, BOB), self._ports, strict=True), 1)
         ]
-        self.mysql_servers = [half.mysql for half in self.halves]
-        self.rabbitmq_servers = [half.rabbitmq for half in self.halves]
+        self.mysql_servers = [site.mysql for site in self.sites]
+        self.rabbitmq_servers = [site.rabbitmq for site in self.sites]
 
     def start_servers(self) -> None:
-        first, second = self.halves
-        for here, there in ((first, second), (second, first)):
-            port = self.cable.line(there.rabbitmq.port, here.cable_port)
-            here.rabbitmq.federate({"/": [there.rabbitmq.upstream(there.system_id, port)]})
+        for here, there, name, ports in zip(
+            self.rabbitmq_servers, self.rabbitmq_servers[::-1], (BOB, ALICE), self._ports, strict=True
+        ):
+            here.federate({"/": [there.upstream(name, self.cable.line(there.port, ports[6]))]})
         super().start_servers()
 
     def make_key_providers(self) -> None:
-        self.key_providers = [half.key_provider(tls=self._tls) for half in self.halves]
+        self.key_providers = [
+            site.key_provider(*names, ports[0], ports[1] if self._tls else None, log_dir=self.logs / names[0])
+            for site, names, ports in zip(self.sites, BOTH_WAYS, self._ports, strict=True)
+        ]
         introduce(*self.key_providers, stock=self._stock)
 
     def stop(self) -> None:
         super().stop()
         self.cable.close()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def introduce(*key_providers: KeyProvider, stock: int = STOCK) -> None:

@@ -125,7 +125,7 @@ class SkipPair:
     def expire_all(self) -> None:
         """The time of every key that waits is over: it is refused, and the janitors zeroize it."""
         client = "$(command -v mysql || command -v mariadb)"
-        # The end is part of a record's place and of what it is sealed with, so nothing would open it afterwards.
+        # The end is part of a record's place and of what it is sealed with, so a changed record could not be opened.
         statement = "UPDATE skipbus.key_records SET expires_ms = 1"
         command = ["sh", "-c", f'MYSQL_PWD={self._password} {client} -uskipbus -h127.0.0.1 -e "{statement}"']
         code, output = self._database.get_wrapped_container().exec_run(command)

@@ -110,7 +110,7 @@ class KeyProvider:
         self._order("fail", path=path, status=status)
 
     def pause(self) -> None:
-        """Nothing of it runs any more until ``resume``: connections are taken by the kernel and nobody answers."""
+        """Nothing of it runs until ``resume``: the kernel accepts connections, and they get no answer."""
         self._container.get_wrapped_container().pause()
 
     def resume(self) -> None:

@@ -9,14 +9,14 @@ Tests run in several processes at once (pytest-xdist), a file of tests in one of
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
+from sandbox.mariadb import Database, MariaDbServer
 from sandbox.ports import PORT_SHARE
-from sandbox.servers import Database, MariaDbServer, RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from tests.given_servers import GivenMySql, GivenRabbitMq
 from tests.longest_first import longest_first
 
@@ -43,12 +43,8 @@ def mariadb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MariaDbServer]
     if url := os.environ.get("SKIPBUS_TEST_MYSQL"):
         yield GivenMySql(url, root)
         return
-    server = MariaDbServer(root)
-    try:
-        server.start()
+    with MariaDbServer(root) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -58,18 +54,12 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMqServe
     if url := os.environ.get("SKIPBUS_TEST_RABBITMQ"):
         yield GivenRabbitMq(url, root)
         return
-    server = RabbitMqServer(root)
-    try:
-        server.start()
+    with RabbitMqServer(root) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture
 def database(mariadb: MariaDbServer) -> Iterator[Database]:
     """An empty database of this test's own, with a user who has all rights on it and on nothing else."""
-    name = f"test_{secrets.token_hex(6)}"
-    made = mariadb.create_database(name, user=name)
-    yield made
-    mariadb.drop_database(made)
+    with mariadb.databases("test") as (made,):
+        yield made

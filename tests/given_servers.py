@@ -13,9 +13,11 @@ from urllib.parse import unquote, urlsplit
 
 import pymysql
 
+from sandbox.mariadb import MariaDbServer
 from sandbox.ports import LOOPBACK
 from sandbox.processes import SandboxError
-from sandbox.servers import MariaDbServer, RabbitMqServer, Server
+from sandbox.rabbitmq import RabbitMqServer
+from sandbox.server import Server
 
 
 class _Given(Server):

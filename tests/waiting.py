@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
+from sandbox.processes import POLL_SECONDS, wait_until
 
-def wait_for(condition: Callable[[], bool], *, timeout_seconds: float, poll_seconds: float = 0.05) -> None:
-    """Return once the condition holds. Raises AssertionError after the timeout."""
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"still not true after {timeout_seconds} s")
-        time.sleep(poll_seconds)
+
+def wait_for(condition: Callable[[], bool], *, timeout_seconds: float, poll_seconds: float = POLL_SECONDS) -> None:
+    """Return once the condition holds. Raises SandboxError after the timeout."""
+    wait_until(condition, "what the test waits for", timeout_seconds, poll_seconds)

@@ -12,7 +12,6 @@ from bench.bare_store import BareStore
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target, p99
 from bench.stage import Stage
-from bench.waiting import key_url
 
 _CONNECTIONS = 64
 
@@ -20,7 +19,7 @@ _CONNECTIONS = 64
 def measure(stage: Stage, plan: Plan) -> Finding:
     """All take turns; each sample is the median, or the p99, of its turn."""
     store = BareStore(stage.mysql.dsn)
-    key, capabilities = key_url(stage.alice, stage.bob), f"{stage.alice.url}/capabilities"
+    key, capabilities = stage.alice.key_url(stage.bob), f"{stage.alice.url}/capabilities"
     alone: list[wrk.Counted] = []
     together: list[wrk.Counted] = []
     commits_us: list[list[float]] = []

@@ -16,9 +16,9 @@ from bench import wrk
 from bench.fillings import Filling
 from bench.items.throughput import claim_rate, keys_for
 from bench.plan import Plan
+from bench.progress import tell
 from bench.report import Figure, Finding, Line, Target
 from bench.stage import Stage
-from bench.waiting import key_url, tell
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Compared:
 
 def measure(stage: Stage, plan: Plan) -> Finding:
     issued, claimed = _Compared(), _Compared()
-    issue = partial(wrk.rate, key_url(stage.alice, stage.bob), plan.turn_seconds)
+    issue = partial(wrk.rate, stage.alice.key_url(stage.bob), plan.turn_seconds)
     with stage.mysql.admin_connection() as connection:
         connection.select_db(stage.mysql.database)
         few = Filling(stage, connection, "few", plan.few_live_keys)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bench import wrk
 from bench.machine import resident_mib
 from bench.plan import Plan
+from bench.progress import tell
 from bench.report import Figure, Finding, Line, Target
 from bench.stage import Stage
-from bench.waiting import tell
 from sandbox.processes import SandboxError
 
 _ROUND = 8

@@ -1,6 +1,6 @@
 """Item 11: the line between the sites is cut under a load that the stock can carry, and healed.
 
-Every answered key is fetched at the other site: half of them at once, while the line is cut, the rest after it is
+Every answered key is fetched at the other site: half of them immediately, while the line is cut, the rest after it is
 healed. Each must be there, be the same, and be there once.
 """
 
@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from bench.plan import Plan
+from bench.progress import tell
 from bench.report import Figure, Finding, Line, Target
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
-from bench.waiting import tell
 from sandbox.key_provider import KeyProvider
 from sandbox.ports import LOOPBACK
 from sandbox.processes import SandboxError, wait_until
@@ -132,7 +132,7 @@ def _fetch_the_rest(sites: SitesStage, load: _Encryptors) -> None:
 
 
 def _fetched_again(sites: SitesStage, key_ids: Sequence[str]) -> int:
-    """How many of these are given out a second time. Each is waited for, so many are asked for at once."""
+    """How many of these are given out a second time. Each is waited for, so many are asked for in parallel."""
 
     def again(key_id: str) -> int:
         return _Connection(sites.bob).get("key", key_id, remoteSystemID=sites.alice.system_id)[0]

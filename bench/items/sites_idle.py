@@ -11,8 +11,8 @@ from bench.simulated_peers import SimulatedPeers
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
 from sandbox.key_provider import ROLES, KeyProvider
+from sandbox.mariadb import Database
 from sandbox.processes import SandboxError, wait_until
-from sandbox.servers import Database
 
 _STOCK = 64
 _PEERS = 200

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 from bench.cpu import CpuMeter
 from bench.plan import Plan
+from bench.progress import tell
 from bench.report import Figure, Finding, Line, Target
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
-from bench.waiting import tell
 from sandbox.processes import SandboxError
 
 _POLL_SECONDS = 0.1

@@ -5,10 +5,10 @@ from __future__ import annotations
 from bench import wrk
 from bench.cpu import CpuMeter
 from bench.plan import Plan
+from bench.progress import tell
 from bench.report import Figure, Finding, Line, Target
 from bench.sites_stage import SitesStage
 from bench.stage import Stage
-from bench.waiting import key_url, tell
 from sandbox.processes import SandboxError
 
 
@@ -18,9 +18,9 @@ def measure(stage: Stage, plan: Plan) -> Finding:
     sites.set_up(plan.large_stock)
     from_stock: list[float] = []
     over_store: list[float] = []
-    meter = CpuMeter(api=sites.alice.processes["api"].pid, database=sites.sites.halves[0].mysql.pid)
+    meter = CpuMeter(api=sites.alice.processes["api"].pid, database=sites.sites.sites[0].mysql.pid)
     for _ in range(plan.rounds):
-        over_store.append(wrk.rate(key_url(stage.alice, stage.bob), plan.step_seconds))
+        over_store.append(wrk.rate(stage.alice.key_url(stage.bob), plan.step_seconds))
         stage.settle()
         sites.settle()
         with meter:
@@ -39,7 +39,7 @@ def measure(stage: Stage, plan: Plan) -> Finding:
 def _turn(sites: SitesStage, plan: Plan) -> float:
     """Raises SandboxError when a key did not come from stock: it would have been placed on demand."""
     before = sites.issued("on_demand")
-    rate = wrk.rate(key_url(sites.alice, sites.bob), plan.step_seconds)
+    rate = wrk.rate(sites.alice.key_url(sites.bob), plan.step_seconds)
     if placed := sites.issued("on_demand") - before:
         raise SandboxError(f"{placed:.0f} keys did not come from stock")
     return rate

@@ -9,7 +9,6 @@ from bench.cpu import CpuMeter
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
 from bench.stage import Stage
-from bench.waiting import key_url
 
 # Room for a run that is faster than the one that the number of keyIds is taken from.
 _SPARE = 1.25
@@ -30,7 +29,7 @@ def measure(stage: Stage, plan: Plan) -> Finding:
             capabilities.append(wrk.rate(f"{stage.alice.url}/capabilities", plan.step_seconds))
             stage.settle()
             with meter:
-                issued.append(wrk.rate(key_url(stage.alice, stage.bob), plan.step_seconds))
+                issued.append(wrk.rate(stage.alice.key_url(stage.bob), plan.step_seconds))
             key_ids = stage.fill(stage.bob, stage.alice, keys_for(capabilities[-1], plan.step_seconds))
             stage.settle()
             claimed.append(claim_rate(stage, key_ids, plan.step_seconds))

@@ -14,9 +14,9 @@ from bench import wrk
 from bench.handshakes import Shaker, with_certificate, with_psk
 from bench.machine import resident_mib
 from bench.plan import Plan
+from bench.progress import tell
 from bench.report import Figure, Finding, Line, Target
 from bench.stage import Stage
-from bench.waiting import tell
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError
 from sandbox.stunnel import Stunnel
@@ -53,11 +53,10 @@ def _both(stage: Stage, workers: int) -> Iterator[tuple[KeyProvider, Stunnel]]:
     api = stage.tls_api(workers)
     root = stage.root / f"stunnel-{workers}"
     root.mkdir()
-    stunnel = Stunnel(api, root, server="ecdsa", client_certificates=False).start()
     try:
-        yield api, stunnel
+        with Stunnel(api, root, server="ecdsa", client_certificates=False) as stunnel:
+            yield api, stunnel
     finally:
-        stunnel.stop()
         api.stop_all()
 
 

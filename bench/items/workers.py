@@ -7,7 +7,6 @@ from bench.cpu import CpuMeter
 from bench.plan import Plan
 from bench.report import Figure, Finding, Line, Target
 from bench.stage import Stage
-from bench.waiting import key_url
 from sandbox.key_provider import KeyProvider
 
 
@@ -15,7 +14,7 @@ class _Turns:
     """One of the two that take turns."""
 
     def __init__(self, stage: Stage, key_provider: KeyProvider) -> None:
-        self._url = key_url(key_provider, stage.bob)
+        self._url = key_provider.key_url(stage.bob)
         self.meter = CpuMeter(api=key_provider.processes["api"].pid, database=stage.mysql.pid)
         self.rates: list[float] = []
 

@@ -9,9 +9,9 @@ import pymysql
 
 from bench import wrk
 from bench.plan import Plan
+from bench.progress import tell
 from bench.report import Figure, Finding, Line, Target
 from bench.stage import Stage
-from bench.waiting import key_url, tell
 from sandbox.processes import SandboxError
 
 # The bound for 1,000,000 keys; a shorter run has its share of it.
@@ -92,7 +92,7 @@ def _slices(stage: Stage, plan: Plan) -> list[float]:
 
 
 def _slice(stage: Stage) -> wrk.Run:
-    return wrk.start(key_url(stage.alice, stage.bob), _SLICE_SECONDS)
+    return wrk.start(stage.alice.key_url(stage.bob), _SLICE_SECONDS)
 
 
 def _zeroize(stage: Stage, expired: _Expired) -> tuple[float, list[float]]:

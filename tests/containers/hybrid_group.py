@@ -18,12 +18,8 @@ HYBRID = "X25519MLKEM768"
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
     """Pre-shared keys and client certificates on one port."""
-    made = TlsApi(tmp_path_factory.mktemp("tls"))
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path_factory.mktemp("tls")) as made:
+        yield made
 
 
 def negotiated(output: str) -> str:

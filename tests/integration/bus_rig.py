@@ -10,12 +10,13 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import func, select
 
 from sandbox.key_provider import BusPeer
-from sandbox.servers import Database
+from sandbox.mariadb import Database
+from sandbox.simulated_peer import SealedKeys, record_fields, wrapping_key_fields
 from skipbus.services.syncer.outbox import SEALED_TYPES
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
@@ -37,7 +38,7 @@ KEY_TTL_MS = 3_600_000
 
 @dataclass
 class Site:
-    """One KP with a store of its own. A voice has a store too, which nobody reads."""
+    """One KP with a store of its own. A simulated peer has a store too, which no process reads."""
 
     rig: Rig
     kp: Kp
@@ -179,11 +180,8 @@ class Placed:
     token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
 
     @property
-    def rows(self) -> list[list[object]]:
-        return [
-            [r.key_id, r.size_bits, r.expires_ms, r.correlation_id, r.wrapping_key_id, r.nonce, r.sealed]
-            for r in self.records
-        ]
+    def rows(self) -> list[list[Any]]:
+        return [record_fields(record) for record in self.records]
 
     @property
     def ids(self) -> set[bytes]:
@@ -191,9 +189,7 @@ class Placed:
 
     def payload(self, *, stock: bool = False) -> bytes:
         """What an envelope with these keys says."""
-        w = self.wrapping_key
-        wrapping_key = [w.wrapping_key_id, w.epoch_id, w.expires_ms, w.sealed, w.signature]
-        return encoding.pack({"records": self.rows, "wrapping_keys": [wrapping_key], "stock": stock})
+        return SealedKeys([], self.rows, [wrapping_key_fields(self.wrapping_key)], stock).pack()
 
 
 def seal(
@@ -223,7 +219,7 @@ class Sites:
         self.sites.append(site)
         return site
 
-    def add_voice(self, name: str, database: Database) -> Site:
+    def add_simulated_peer(self, name: str, database: Database) -> Site:
         """A site that only the test speaks for."""
         rig = self._rig(name, database)
         site = Site(rig, Kp(rig.name(name), Identity.generate()))
@@ -246,7 +242,10 @@ class Sites:
                 if here is not there:
                     wait_for(lambda a=here, b=there: a.knows(b), timeout_seconds=TIMEOUT_SECONDS)  # type: ignore[misc]
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for site in self.sites:
             site.rig.close()
 

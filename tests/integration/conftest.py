@@ -1,4 +1,4 @@
-"""What most tests of the store begin with."""
+"""What several tests begin with: a migrated store, a cable."""
 
 from __future__ import annotations
 
@@ -7,13 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database
+from sandbox.cable import Cable
+from sandbox.mariadb import Database, MariaDbServer
 from tests.integration.key_providers import Store
 
 
 @pytest.fixture
-def store(database: Database, tmp_path: Path) -> Iterator[Store]:
-    """A migrated store of the test's own."""
-    made = Store(database, tmp_path)
+def cable() -> Iterator[Cable]:
+    """A whole one."""
+    with Cable() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def store_database(mariadb: MariaDbServer) -> Iterator[Database]:
+    """Migrated once, by the first test that uses it."""
+    with mariadb.databases("store") as (made,):
+        yield made
+
+
+@pytest.fixture
+def store(store_database: Database, tmp_path: Path) -> Iterator[Store]:
+    """A migrated store without a row. No other test uses it at the same time."""
+    made = Store(store_database, tmp_path)
     yield made
+    made.empty()
     made.close()

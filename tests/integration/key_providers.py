@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pymysql.connections import Connection
 from sqlalchemy import Engine
 
-from sandbox.servers import Database
+from sandbox.mariadb import Database
 from skipbus.services.api.group_commit import Batch
 from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
 from skipbus.services.api.links.sealing import Opener, Sealer
@@ -29,7 +29,8 @@ from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Settings, load_settings
 from skipbus.shared.store.announcements import fetch_announcement_digest
 from skipbus.shared.store.engine import connect, driver_errors, make_engine, make_queue_engine
-from skipbus.shared.store.migrate import upgrade_store
+from skipbus.shared.store.migrate import bring_up_to_date
+from skipbus.shared.store.schema import METADATA
 
 Answer = TypeVar("Answer")
 
@@ -58,8 +59,18 @@ class Store:
         self.database = database
         self.folder = folder
         self.settings = settings_for(database, "KP_Test", folder / "none")
-        upgrade_store(self.settings.mysql)
+        bring_up_to_date(self.settings.mysql)
         self.engine = make_engine(self.settings.mysql)
+
+    def empty(self) -> None:
+        """Takes all rows out of all tables."""
+        with self.connect() as connection, connection.cursor() as cursor:
+            # A transaction that a test left open is an error, and not a long wait.
+            cursor.execute("SET SESSION lock_wait_timeout = 5")
+            for table in METADATA.tables:
+                cursor.execute(f"SELECT 1 FROM {table} LIMIT 1")
+                if cursor.fetchone() is not None:
+                    cursor.execute(f"TRUNCATE TABLE {table}")
 
     def close(self) -> None:
         """Gives its connections back."""

@@ -6,37 +6,23 @@ identities are in the test's hands, so it can sign what a peer would sign, and w
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import aio_pika
-from aio_pika.abc import AbstractChannel
 from sqlalchemy import Engine, func, select
 
 from sandbox.key_provider import KeyProvider
-from sandbox.servers import Database
-from skipbus.shared.broker.names import (
-    ENVELOPES,
-    dead_queue_name,
-    live_queue_name,
-    live_routing_key,
-    queue_name,
-    routing_key,
-)
+from sandbox.mariadb import Database
+from sandbox.simulated_peer import SimulatedPeer
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.liveness import peer_status
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
-from skipbus.shared.protocol.envelopes import EnvelopeType, Header, sign_envelope
-from skipbus.shared.settings import MySqlSettings, Secret
+from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.store.announcements import fetch_announcement, upsert_announcement
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.migrate import bring_up_to_date
@@ -77,9 +63,8 @@ class Rig:
         self.rabbitmq_url = rabbitmq_url
         self.suffix = secrets.token_hex(3)
         self.kps: list[Kp] = []
-        mysql = MySqlSettings(database.host, database.port, database.user, Secret(database.password), database.database)
-        bring_up_to_date(mysql)
-        self.engine: Engine = make_engine(mysql)
+        bring_up_to_date(database.settings)
+        self.engine: Engine = make_engine(database.settings)
 
     def name(self, name: str) -> str:
         return f"{name}.{self.suffix}"
@@ -104,7 +89,7 @@ class Rig:
         self.kps.append(Kp(kp.id, kp.identity, twin))
         return twin
 
-    def add_voice(self, name: str) -> Kp:
+    def add_simulated_peer(self, name: str) -> Kp:
         """A KP that only the test speaks for, announced."""
         kp = Kp(self.name(name), Identity.generate())
         self.announce(kp.id, kp.identity)
@@ -114,6 +99,12 @@ class Rig:
         for kp in self.kps:
             kp.process.stop_all()
         self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # --- the store
 
@@ -195,83 +186,6 @@ def signed(
     number: int | None = None,
     age_ms: int = 0,
 ) -> bytes:
-    """An envelope as ``sender`` would sign it, or as the holder of ``identity`` would."""
-    header = Header(kind, sender.id, target.id, fresh_number() if number is None else number, now_ms() - age_ms)
-    return sign_envelope(header, payload, identity or sender.identity)
-
-
-def fresh_number() -> int:
-    return now_ms() * 1000 + secrets.randbelow(1000)
-
-
-@contextmanager
-def bus_of(url: str) -> Iterator[TestBus]:
-    """The broker as a client of the test's own sees it."""
-    runner = asyncio.Runner()
-    bus = TestBus(runner, url)
-    try:
-        yield bus
-    finally:
-        bus.close()
-        runner.close()
-
-
-class TestBus:
-    """Blocking calls, each over a connection of its own loop."""
-
-    __test__ = False
-
-    def __init__(self, runner: asyncio.Runner, url: str) -> None:
-        self._runner = runner
-        self._connection = runner.run(aio_pika.connect(url))
-        self._channel = runner.run(self._open_channel())
-
-    async def _open_channel(self) -> AbstractChannel:
-        return await self._connection.channel()
-
-    def close(self) -> None:
-        self._runner.run(self._connection.close())
-
-    def publish(self, target: Kp, *bodies: bytes, live: bool = False) -> None:
-        """Puts envelopes into a KP's queue, in this order."""
-        self._runner.run(self._publish(target, bodies, live))
-
-    async def _publish(self, target: Kp, bodies: tuple[bytes, ...], live: bool) -> None:
-        exchange = await self._channel.get_exchange(ENVELOPES, ensure=False)
-        key = live_routing_key(target.id) if live else routing_key(target.id)
-        for body in bodies:
-            await exchange.publish(aio_pika.Message(body), key)
-
-    def listen(self, kp: Kp) -> None:
-        """Makes the queue in which a KP without a process hears what is not kept."""
-        self._runner.run(self._listen(kp))
-
-    async def _listen(self, kp: Kp) -> None:
-        queue = await self._channel.declare_queue(live_queue_name(kp.id), durable=True)
-        await queue.bind(ENVELOPES, live_routing_key(kp.id))
-
-    def heard(self, kp: Kp) -> bytes | None:
-        """Takes one message out of that queue."""
-        return self._runner.run(self._take(live_queue_name(kp.id)))
-
-    def dead(self, kp: Kp) -> bytes | None:
-        """Takes one message out of a KP's dead-letter queue."""
-        return self._runner.run(self._take(dead_queue_name(kp.id)))
-
-    def wait_dead(self, kp: Kp, timeout_seconds: float = 10.0) -> bytes:
-        """The next message in a KP's dead-letter queue, waited for."""
-        deadline = time.monotonic() + timeout_seconds
-        while (body := self.dead(kp)) is None:
-            assert time.monotonic() < deadline, f"nothing was dead-lettered in {timeout_seconds} s"
-            time.sleep(0.05)
-        return body
-
-    async def _take(self, name: str) -> bytes | None:
-        queue = await self._channel.get_queue(name, ensure=False)
-        message = await queue.get(no_ack=True, fail=False)
-        return message.body if message else None
-
-    def depth(self, kp: Kp) -> int:
-        """How many messages wait in the KP's quorum queue."""
-        queue = self._runner.run(self._channel.declare_queue(queue_name(kp.id), passive=True))
-        return queue.declaration_result.message_count or 0
+    """An envelope as ``sender`` would sign it, or as whoever has ``identity`` would."""
+    peer = SimulatedPeer(sender.id, sender.identity)
+    return peer.sign(target.id, kind, payload, signer=identity, number=number, age_ms=age_ms)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from sandbox.cable import Cable
 from sandbox.ports import LOOPBACK
-from sandbox.servers import RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.errors import BusUnavailable
 from tests.integration.broker_process import BrokerProcess
 from tests.waiting import wait_for
@@ -19,13 +18,6 @@ from tests.waiting import wait_for
 # Three AMQP heartbeats of 5 s and three seconds, and the 5 s that closing the dead connection may take.
 SILENCE_SECONDS = 23.0
 LOADED_SECONDS = 10.0
-
-
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    made = Cable()
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, bindparam, event, func, select, update
 
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.services.syncer.apply import Applier
 from skipbus.services.syncer.leader import RESERVED_US, Reservation, SequenceNumbers
 from skipbus.services.syncer.verify import Verified
@@ -33,7 +34,8 @@ from skipbus.shared.store.peers import fetch_last_number, fetch_peer_rows, upser
 from skipbus.shared.store.schema import INBOX, OUTBOX, PEERS
 from tests.integration.bus_rig import Placed, Site, Sites, seal
 from tests.integration.key_providers import Store
-from tests.integration.syncer_rig import TIMEOUT_SECONDS, TestBus, bus_of, signed
+from tests.integration.syncer_rig import TIMEOUT_SECONDS, signed
+from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
 
 ISSUED, WITHDRAWN = EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_WITHDRAWN
@@ -48,7 +50,7 @@ class Scene:
     alice: Site
     bob: Site
     carol: Site
-    bus: TestBus
+    bus: BrokerAdmin
 
     def owed_to_carol(self) -> list[str]:
         """Types of the rows that wait for her at KP_Alice."""
@@ -57,19 +59,13 @@ class Scene:
 
 @pytest.fixture
 def scene(mariadb: MariaDbServer, rabbitmq: RabbitMqServer, tmp_path: Path) -> Iterator[Scene]:
-    databases = [mariadb.create_database(f"bounds_{n}", user=f"bounds_{n}") for n in range(3)]
-    sites = Sites(tmp_path, rabbitmq.url)
-    try:
+    with mariadb.databases("bounds_a", "bounds_b", "bounds_c") as databases, Sites(tmp_path, rabbitmq.url) as sites:
         alice, bob = sites.add("KP_Alice", databases[0]), sites.add("KP_Bob", databases[1])
-        carol = sites.add_voice("KP_Carol", databases[2])
+        carol = sites.add_simulated_peer("KP_Carol", databases[2])
         sites.link()
         sites.start(alice, bob)
-        with bus_of(rabbitmq.url) as bus:
+        with BrokerAdmin(rabbitmq.url) as bus:
             yield Scene(alice, bob, carol, bus)
-    finally:
-        sites.close()
-        for database in databases:
-            mariadb.drop_database(database)
 
 
 # --- what waits for a peer that never acknowledges
@@ -230,7 +226,7 @@ def test_a_peer_that_sends_many_full_envelopes_at_once_makes_no_large_transactio
     loads = [seal(carol.kp, bob, MAX_KEYS) for _ in range(3)]
     envelopes = [signed(carol.kp, bob.kp, ISSUED, load.payload(stock=True)) for load in loads]
     bob.kp.process.stop("syncer")
-    scene.bus.publish(bob.kp, *envelopes)
+    scene.bus.send(bob.kp.id, *envelopes)
     bob.kp.process.start("syncer")
     all_of_it = 3 * MAX_KEYS
     wait_for(lambda: len(bob.held()) == all_of_it, timeout_seconds=3 * TIMEOUT_SECONDS, poll_seconds=0.5)

@@ -21,7 +21,7 @@ from pymysql.constants import CR
 from pymysql.err import OperationalError
 from sqlalchemy import Connection, Engine, NullPool, create_engine
 
-from sandbox.servers import Database
+from sandbox.mariadb import Database
 from skipbus.services.api.group_commit import Batch, GroupCommit, Limits
 from skipbus.services.api.links import IssuedKey, IssueRequest
 from skipbus.services.api.links.confirmation import ConfirmationWaiter

@@ -11,12 +11,14 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from urllib.request import urlopen
 
 import pytest
 
+from sandbox.client import metric
+from sandbox.mariadb import MariaDbServer
 from sandbox.ports import free_port
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
+from sandbox.simulated_peer import fresh_number, wrapping_key_fields
 from skipbus.shared.broker.notifications import NotificationKind
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, CONTEXT_WRAPPING_KEY, Identity
@@ -32,7 +34,8 @@ from skipbus.shared.protocol.payloads import (
 from skipbus.shared.store.outbox import KEY_PLACED, KEY_STOCKED
 from tests.integration.broker_process import BrokerProcess
 from tests.integration.bus_rig import KEY_TTL_MS, Placed, Site, Sites, seal
-from tests.integration.syncer_rig import TIMEOUT_SECONDS, TestBus, bus_of, fresh_number, signed
+from tests.integration.syncer_rig import TIMEOUT_SECONDS, signed
+from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
 
 ISSUED, WITHDRAWN, REFUSED = EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_WITHDRAWN, EnvelopeType.ENVELOPE_REFUSED
@@ -41,22 +44,18 @@ ISSUED, WITHDRAWN, REFUSED = EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_WITHDRAWN
 class Scene:
     """KP_Alice and KP_Bob with a syncer each, and KP_Carol, a bus peer of both, in the test's hands."""
 
-    def __init__(self, alice: Site, bob: Site, carol: Site, bus: TestBus) -> None:
+    def __init__(self, alice: Site, bob: Site, carol: Site, bus: BrokerAdmin) -> None:
         self.alice, self.bob, self.carol, self.bus = alice, bob, carol, bus
 
     def refused(self, site: Site, reason: str) -> float:
         """How many envelopes the site's syncer counts as refused for this reason."""
-        return sum(
-            value
-            for line, value in metrics(site)
-            if line.startswith(f'skipbus_envelopes_refused_total{{reason="{reason}"')
-        )
+        return sum(site_metric(site, "skipbus_envelopes_refused_total", reason=reason))
 
     def assert_refused(self, envelope: bytes, reason: str) -> None:
         """Bob refuses what Carol sent: counted, dead-lettered, without effect, and Carol is notified."""
         before, records = self.refused(self.bob, reason), self.bob.records().keys()
-        self.bus.publish(self.bob.kp, envelope)
-        assert self.bus.wait_dead(self.bob.kp) == envelope
+        self.bus.send(self.bob.kp.id, envelope)
+        assert self.bus.next_dead(self.bob.kp.id) == envelope
         assert self.refused(self.bob, reason) == before + 1
         assert self.bob.records().keys() == records
 
@@ -64,7 +63,7 @@ class Scene:
         """The next rejection that Carol receives."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
-            if (body := self.bus.heard(self.carol.kp)) is None:
+            if (body := self.bus.heard(self.carol.kp.id)) is None:
                 time.sleep(0.02)
                 continue
             envelope = read_envelope(body)
@@ -80,42 +79,34 @@ class Scene:
         return signed(self.carol.kp, self.bob.kp, ISSUED, placed.payload(stock=stock), number=number)
 
 
-def metrics(site: Site) -> list[tuple[str, float]]:
-    port = site.kp.process.environ["SKIP_METRICS_PORT"]
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return [(line, float(line.rsplit(" ", 1)[1])) for line in lines if not line.startswith("#")]
+def site_metric(site: Site, name: str, **labels: str) -> list[float]:
+    return metric(site.kp.process.environ["SKIP_METRICS_PORT"], name, **labels)
 
 
 @pytest.fixture(scope="module")
 def scene(
     mariadb: MariaDbServer, rabbitmq: RabbitMqServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
-    databases = [mariadb.create_database(f"bus_link_{n}", user=f"bus_link_{n}") for n in range(3)]
-    sites = Sites(tmp_path_factory.mktemp("bus_link"), rabbitmq.url)
-    try:
+    root = tmp_path_factory.mktemp("bus_link")
+    with mariadb.databases("link_a", "link_b", "link_c") as databases, Sites(root, rabbitmq.url) as sites:
         ports = {"SKIP_METRICS_PORT": str(free_port())}, {"SKIP_METRICS_PORT": str(free_port())}
         alice = sites.add("KP_Alice", databases[0], "KP_Store", **ports[0])
         bob = sites.add("KP_Bob", databases[1], **ports[1])
-        carol = sites.add_voice("KP_Carol", databases[2])
+        carol = sites.add_simulated_peer("KP_Carol", databases[2])
         sites.link()
         sites.start(alice, bob)
-        with bus_of(rabbitmq.url) as bus:
-            bus.listen(carol.kp)
+        with BrokerAdmin(rabbitmq.url) as bus:
+            bus.receive_live_for(carol.kp.id)
             yield Scene(alice, bob, carol, bus)
-    finally:
-        sites.close()
-        for database in databases:
-            mariadb.drop_database(database)
 
 
 @pytest.fixture(autouse=True)
 def _quiet(scene: Scene) -> Iterator[None]:
     yield
     for site in (scene.alice, scene.bob):
-        while scene.bus.dead(site.kp) is not None:
+        while scene.bus.dead_letter(site.kp.id) is not None:
             pass
-    while scene.bus.heard(scene.carol.kp) is not None:
+    while scene.bus.heard(scene.carol.kp.id) is not None:
         pass
 
 
@@ -221,17 +212,16 @@ def test_a_key_that_arrives_after_its_withdrawal_is_never_stored(scene: Scene) -
     carol, bob, bus = scene.carol, scene.bob, scene.bus
     placed, kept = seal(carol.kp, bob, 2), seal(carol.kp, bob, 1)
     events = [[r.key_id, r.expires_ms, ""] for r in placed.records]
-    bus.publish(bob.kp, signed(carol.kp, bob.kp, WITHDRAWN, encoding.pack(events)))
+    bus.send(bob.kp.id, signed(carol.kp, bob.kp, WITHDRAWN, encoding.pack(events)))
     together = Placed(bob.kp.id, placed.records + kept.records, [], kept.wrapping_key)
-    wks = [placed.wrapping_key, kept.wrapping_key]
     payload = encoding.pack(
         {
             "records": together.rows,
-            "wrapping_keys": [[w.wrapping_key_id, w.epoch_id, w.expires_ms, w.sealed, w.signature] for w in wks],
+            "wrapping_keys": [wrapping_key_fields(key) for key in (placed.wrapping_key, kept.wrapping_key)],
             "stock": False,
         }
     )
-    bus.publish(bob.kp, signed(carol.kp, bob.kp, ISSUED, payload))
+    bus.send(bob.kp.id, signed(carol.kp, bob.kp, ISSUED, payload))
     wait_for(lambda: kept.ids <= bob.records().keys(), timeout_seconds=TIMEOUT_SECONDS)
     assert not placed.ids & bob.records().keys()
 
@@ -242,7 +232,7 @@ def test_nobody_can_take_back_another_key_providers_keys(scene: Scene) -> None:
     alice.wait_placed(placed)
     handled = bob.rig.inbox_size(bob.kp)
     events = [[r.key_id, r.expires_ms, ""] for r in placed.records]
-    scene.bus.publish(bob.kp, signed(carol.kp, bob.kp, WITHDRAWN, encoding.pack(events)))
+    scene.bus.send(bob.kp.id, signed(carol.kp, bob.kp, WITHDRAWN, encoding.pack(events)))
     wait_for(lambda: bob.rig.inbox_size(bob.kp) == handled + 1, timeout_seconds=TIMEOUT_SECONDS)
     assert placed.ids <= bob.records().keys()
 
@@ -317,7 +307,7 @@ def test_a_key_id_that_exists_is_never_overwritten_and_refuses_the_whole_envelop
     assert (rejection.number, rejection.reason, rejection.versions) == (number, "key_exists", (VERSION,))
     # The number of a refused envelope stays free: the envelope may come again and be accepted.
     good = seal(carol.kp, bob, 1)
-    scene.bus.publish(bob.kp, scene.from_carol(good, number))
+    scene.bus.send(bob.kp.id, scene.from_carol(good, number))
     wait_for(lambda: good.ids <= bob.records().keys(), timeout_seconds=TIMEOUT_SECONDS)
 
 
@@ -361,8 +351,8 @@ def test_sealed_keys_from_a_peer_of_the_same_store_are_refused(scene: Scene) -> 
     store = Site(alice.rig, type(alice.kp)(alice.rig.name("KP_Store"), Identity.generate()))
     wait_for(lambda: store.kp.id in alice.kp.log and "identity pinned" in alice.kp.log, timeout_seconds=TIMEOUT_SECONDS)
     envelope = signed(store.kp, alice.kp, ISSUED, seal(store.kp, alice, 1).payload())
-    bus.publish(alice.kp, envelope)
-    assert bus.wait_dead(alice.kp) == envelope
+    bus.send(alice.kp.id, envelope)
+    assert bus.next_dead(alice.kp.id) == envelope
     assert scene.refused(alice, "not_a_bus_peer") == 1
 
 
@@ -371,12 +361,12 @@ def test_a_sender_of_an_unknown_version_is_told_once_a_second_which_versions_are
     protected = encoding.pack([3, "key.blessed", carol.kp.id, bob.kp.id, 7, now_ms(), "new"])
     later = encoding.pack([protected, b"", carol.kp.identity.sign(protected, CONTEXT_ENVELOPE)])
     time.sleep(1.1)
-    scene.bus.publish(bob.kp, *[later] * 20)
+    scene.bus.send(bob.kp.id, *[later] * 20)
     rejection = scene.next_refusal(bob)
     assert (rejection.number, rejection.reason, rejection.versions) == (7, "unknown_version", (VERSION,))
     assert "version 3" in rejection.explanation
     wait_for(lambda: scene.refused(bob, "unknown_version") >= 20, timeout_seconds=TIMEOUT_SECONDS)
-    heard = [read_envelope(body) for body in iter(lambda: scene.bus.heard(carol.kp), None)]
+    heard = [read_envelope(body) for body in iter(lambda: scene.bus.heard(carol.kp.id), None)]
     assert len([envelope for envelope in heard if envelope.header.type is REFUSED]) <= 1
 
 
@@ -385,7 +375,7 @@ async def test_a_refusal_is_told_to_the_operator_and_to_whoever_waits(scene: Sce
     alice, carol, bus = scene.alice, scene.carol, scene.bus
     body = carol.announce()
     announcement = signed(carol.kp, alice.kp, EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False))
-    await asyncio.to_thread(bus.publish, alice.kp, announcement)
+    await asyncio.to_thread(bus.send, alice.kp.id, announcement)
     ears = Ears(alice, rabbitmq.url)
     async with ears.process.connected():
         placed = await asyncio.to_thread(alice.place, carol)
@@ -396,15 +386,15 @@ async def test_a_refusal_is_told_to_the_operator_and_to_whoever_waits(scene: Sce
                 rows = await asyncio.to_thread(alice.rig.outbox, alice.kp)
                 number = next((row.envelope_no for row in rows if row.token == placed.token), None)
         refusal = pack_rejection(number, "unknown_version", "this release\nreads \x1b[31mversion 1")
-        await asyncio.to_thread(bus.publish, alice.kp, signed(carol.kp, alice.kp, REFUSED, refusal))
+        await asyncio.to_thread(bus.send, alice.kp.id, signed(carol.kp, alice.kp, REFUSED, refusal))
         await ears.wait(NotificationKind.REJECTED, placed.token)
     row = alice.rig.peer(alice.kp, carol.kp)
     assert row is not None
     assert row.last_refusal == "unknown_version: this release?reads ?[31mversion 1"
     assert row.last_refusal_ms is not None
     assert '"event":"envelope refused by peer"' in alice.kp.log
-    found = [line for line, _ in metrics(alice) if line.startswith("skipbus_envelopes_refused_by_peer_total{")]
-    assert any('reason="unknown_version"' in line and carol.kp.id in line for line in found)
+    reason = {"peer": carol.kp.id, "reason": "unknown_version"}
+    assert site_metric(alice, "skipbus_envelopes_refused_by_peer_total", **reason) == [1]
 
 
 def test_stock_that_a_peer_has_under_the_same_ids_is_dropped_and_not_sent_for_ever(scene: Scene) -> None:
@@ -429,7 +419,7 @@ def test_a_refusal_cannot_be_told_of_what_was_sent_to_another(scene: Scene) -> N
         refusals = scene.alice.kp.log.count("envelope refused by peer")
         refusal = signed(carol.kp, alice.kp, REFUSED, pack_rejection(number, "key_exists", "no"))
         stored = signed(carol.kp, alice.kp, EnvelopeType.KEY_STORED, pack_acknowledgement([number]))
-        scene.bus.publish(alice.kp, refusal, stored)
+        scene.bus.send(alice.kp.id, refusal, stored)
         wait_for(lambda: alice.kp.log.count("envelope refused by peer") > refusals, timeout_seconds=TIMEOUT_SECONDS)
         assert alice.waits(stocked)
         assert len([row for row in alice.stock(bob) if row.token == stocked.token]) == 1

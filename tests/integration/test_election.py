@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from sandbox.servers import Database, MariaDbServer
+from sandbox.mariadb import Database, MariaDbServer
 from skipbus.shared.errors import StoreUnavailable
-from skipbus.shared.settings import MySqlSettings, Secret
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.election import Election
 from tests.waiting import wait_for
 
 
 @pytest.fixture
 def mysql(database: Database) -> MySqlSettings:
-    return MySqlSettings(database.host, database.port, database.user, Secret(database.password), database.database)
+    return database.settings
 
 
 @pytest.fixture

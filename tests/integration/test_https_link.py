@@ -24,11 +24,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.protocol.envelopes import EnvelopeType, SignedEnvelope, read_envelope
 from skipbus.shared.store.outbox import KEY_STOCKED
 from tests.integration.bus_rig import Site, Sites
-from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, bus_of
+from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp
+from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
 
 
@@ -67,7 +69,7 @@ class Endpoint:
         ]
 
     def _serve(self) -> None:
-        with bus_of(self.rabbitmq_url) as self.bus:
+        with BrokerAdmin(self.rabbitmq_url) as self.bus:
             self.server.serve_forever(poll_interval=0.05)
 
     def _answer(self, body: bytes) -> tuple[int, bytes]:
@@ -75,7 +77,7 @@ class Endpoint:
         kept = envelope.header.type in {EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_WITHDRAWN, EnvelopeType.KEY_RETRIEVED}
         status, text = self.answers.pop(0) if kept and self.answers else (202, b'{"status":"accepted"}')
         if status == 202 and self.target is not None:
-            self.bus.publish(self.target, body)
+            self.bus.send(self.target.id, body)
         self.seen.append((status, envelope))
         return status, text
 
@@ -135,10 +137,9 @@ class Scene:
 def scene(
     mariadb: MariaDbServer, rabbitmq: RabbitMqServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
-    databases = [mariadb.create_database(f"https_link_{n}", user=f"https_link_{n}") for n in range(2)]
     folder = tmp_path_factory.mktemp("https_link")
-    sites, endpoint = Sites(folder, rabbitmq.url), Endpoint(folder, rabbitmq.url)
-    try:
+    endpoint = Endpoint(folder, rabbitmq.url)
+    with mariadb.databases("https_a", "https_b") as databases, Sites(folder, rabbitmq.url) as sites:
         alice, bob = sites.add("KP_Alice", databases[0]), sites.add("KP_Bob", databases[1])
         endpoint.target = bob.kp
         sites.link(endpoints={bob.kp.id: (endpoint.url, folder / "endpoint.pem")})
@@ -146,11 +147,7 @@ def scene(
         wait_for(lambda: "broker connected" in bob.kp.log, timeout_seconds=TIMEOUT_SECONDS)
         sites.start(alice, bob)
         yield Scene(alice, bob, endpoint)
-    finally:
-        sites.close()
-        endpoint.close()
-        for database in databases:
-            mariadb.drop_database(database)
+    endpoint.close()
 
 
 def test_keys_and_heartbeats_go_to_the_endpoint(scene: Scene) -> None:

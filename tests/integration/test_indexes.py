@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 from sqlalchemy import Connection, event
 
-from sandbox.servers import Database, MariaDbServer
+from sandbox.mariadb import Database, MariaDbServer
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey
 from skipbus.shared.protocol.announcements import Announcement
 from skipbus.shared.store import (
@@ -139,12 +139,11 @@ CALLS |= {
 @pytest.fixture(scope="module")
 def store(mariadb: MariaDbServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """A store of thirty KPs, filled once for all tests of this module."""
-    database = mariadb.create_database("indexes_filled", user="indexes_filled")
-    made = Store(database, tmp_path_factory.mktemp("store"))
-    fill(made)
-    yield made
-    made.close()
-    mariadb.drop_database(database)
+    with mariadb.databases("indexes_filled") as (database,):
+        made = Store(database, tmp_path_factory.mktemp("store"))
+        fill(made)
+        yield made
+        made.close()
 
 
 def fill(store: Store) -> None:

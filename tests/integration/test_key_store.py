@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event
 
-from sandbox.servers import Database
+from sandbox.mariadb import Database
 from skipbus.services.api.group_commit import GroupCommit, Limits
 from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
 from skipbus.services.api.links.store import ClaimBatch, ClaimRequest, IssueBatch

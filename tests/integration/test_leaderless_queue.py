@@ -13,25 +13,26 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
 
 import aio_pika
 import pytest
 
-from sandbox.ports import LOOPBACK, free_port
-from sandbox.servers import Database, RabbitMqServer
+from sandbox.client import metric
+from sandbox.mariadb import Database
+from sandbox.ports import free_port
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.services.syncer.consume import (
     CONSUME_SECONDS,
     declare_queues,
 )
 from skipbus.shared.broker.names import queue_name
 from skipbus.shared.protocol.envelopes import EnvelopeType
-from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig, bus_of
+from tests.integration.syncer_rig import TIMEOUT_SECONDS, Kp, Rig
+from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
 
 ISSUED = EnvelopeType.KEY_ISSUED
 WRITTEN_SECONDS = 3.0
-METRIC = "skipbus_queue_without_leader"
 
 
 # Each needs a broker of its own, which it looks into and stops.
@@ -40,19 +41,14 @@ pytestmark = pytest.mark.stops_servers
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[RabbitMqServer]:
-    server = RabbitMqServer(tmp_path / "broker")
-    try:
-        server.start()
+    with RabbitMqServer(tmp_path / "broker") as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture
 def rig(database: Database, broker: RabbitMqServer, tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, database, broker.url)
-    yield made
-    made.close()
+    with Rig(tmp_path, database, broker.url) as made:
+        yield made
 
 
 def wait_log(kp: Kp, text: str) -> None:
@@ -86,9 +82,8 @@ def has_queue(broker: RabbitMqServer, kp: Kp) -> bool:
 
 def alarm(metrics_port: int) -> float:
     """The metric by which an operator is paged."""
-    with urlopen(f"http://{LOOPBACK}:{metrics_port}/metrics", timeout=10) as answer:
-        (line,) = [line for line in answer.read().decode().splitlines() if line.startswith(f"{METRIC} ")]
-    return float(line.split()[1])
+    (value,) = metric(metrics_port, "skipbus_queue_without_leader")
+    return value
 
 
 def test_a_queue_without_a_leader_is_an_alarm_until_an_operator_deletes_it_and_nothing_is_lost(
@@ -154,8 +149,8 @@ def test_what_lay_in_a_queue_that_was_deleted_comes_again_and_counts_once(rig: R
     bob.process.stop("syncer")
     rig.tell(alice, bob, ISSUED, 5)
     wait_for(lambda: all(row.sent_ms for row in rig.outbox(alice)), timeout_seconds=TIMEOUT_SECONDS)
-    with bus_of(rig.rabbitmq_url) as bus:
-        assert bus.depth(bob) == 1
+    with BrokerAdmin(rig.rabbitmq_url) as bus:
+        assert bus.depth(queue_name(bob.id)) == 1
     asyncio.run(delete_queue(rig.rabbitmq_url, bob))
     bob.process.start("syncer")
     rig.wait_count(bob, alice, "inbound_issued", 5)

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 
+from sandbox.client import metric
 from sandbox.key_provider import ROLES, KeyProvider
+from sandbox.mariadb import Database
 from sandbox.ports import LOOPBACK, free_port
-from sandbox.servers import Database
 from tests.waiting import wait_for
 
 
@@ -33,12 +33,10 @@ def kp(tmp_path: Path) -> Iterator[KeyProvider]:
 def dropped_lines(kp: KeyProvider) -> float | None:
     """The metric; None where the process does not serve it yet."""
     try:
-        with urlopen(f"http://{LOOPBACK}:{kp.environ['SKIP_METRICS_PORT']}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
+        (dropped,) = metric(kp.environ["SKIP_METRICS_PORT"], "skipbus_log_lines_dropped_total")
     except OSError:
         return None
-    (line,) = [line for line in text.splitlines() if line.startswith("skipbus_log_lines_dropped_total ")]
-    return float(line.split()[1])
+    return dropped
 
 
 @pytest.mark.parametrize("role", ROLES)

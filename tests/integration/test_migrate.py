@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import skipbus.shared.store.migrate
-from sandbox.servers import Database, MariaDbServer
+from sandbox.mariadb import Database, MariaDbServer
 from skipbus.shared.errors import StoreRefused
-from skipbus.shared.settings import MySqlSettings, Secret
+from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.engine import connect, make_engine
 from skipbus.shared.store.migrate import (
     HEAD_REVISION,
@@ -38,18 +38,13 @@ print(upgrade_store(MySqlSettings(host, int(port), user, Secret(password), datab
 
 @pytest.fixture
 def mysql(database: Database) -> MySqlSettings:
-    return mysql_settings(database)
+    return database.settings
 
 
 @pytest.fixture
 def second_database(mariadb: MariaDbServer) -> Iterator[Database]:
-    made = mariadb.create_database("second_schema", user="second_schema")
-    yield made
-    mariadb.drop_database(made)
-
-
-def mysql_settings(database: Database) -> MySqlSettings:
-    return MySqlSettings(database.host, database.port, database.user, Secret(database.password), database.database)
+    with mariadb.databases("second_schema") as (made,):
+        yield made
 
 
 def query(mysql: MySqlSettings, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
@@ -134,7 +129,7 @@ def test_the_migrations_make_what_the_schema_describes(
     mysql: MySqlSettings, second_database: Database, question: str
 ) -> None:
     upgrade_store(mysql)
-    described = mysql_settings(second_database)
+    described = second_database.settings
     engine = make_engine(described)
     METADATA.create_all(engine)
     engine.dispose()

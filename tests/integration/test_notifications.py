@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import aio_pika
 import pytest
 
-from sandbox.servers import RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.services.syncer.consume import Consumer, Delivery
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key

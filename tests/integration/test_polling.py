@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from sandbox.servers import MariaDbServer
+from sandbox.mariadb import MariaDbServer
 from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.store.announcements import (
     fetch_announcement_digest,
@@ -87,6 +87,7 @@ def test_a_poll_keeps_no_table_from_being_migrated(store: Store) -> None:
         with store.connect() as other, other.cursor() as cursor:
             cursor.execute("SET SESSION lock_wait_timeout = 2")
             cursor.execute("ALTER TABLE key_records ADD COLUMN added INT NULL")
+            cursor.execute("ALTER TABLE key_records DROP COLUMN added")
     finally:
         lean.dispose()
 

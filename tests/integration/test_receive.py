@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from sandbox.servers import Database, RabbitMqServer
+from sandbox.mariadb import Database
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.services.syncer.apply import Applied, Applier, Result
 from skipbus.services.syncer.consume import MAX_GATHER_SECONDS, MAX_GATHERED, Consumer, Delivery, Incoming
 from skipbus.services.syncer.receive import FollowUp, Receiver

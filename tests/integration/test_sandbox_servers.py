@@ -11,8 +11,9 @@ from pathlib import Path
 import pymysql
 import pytest
 
+from sandbox.mariadb import Database, MariaDbServer
 from sandbox.ports import answers
-from sandbox.servers import Database, MariaDbServer, RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.stops_servers
@@ -86,7 +87,7 @@ def test_a_stopped_server_leaves_no_process_and_no_listener(tmp_path: Path) -> N
 
 def test_servers_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys, time; from sandbox.servers import *\n"
+        "import pathlib, sys, time; from sandbox.mariadb import MariaDbServer\n"
         "server = MariaDbServer(pathlib.Path(sys.argv[1]), buffer_pool_mib=32, log_file_mib=16)\n"
         "server.start(); print(server.pid, flush=True); time.sleep(600)"
     )

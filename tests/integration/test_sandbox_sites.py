@@ -15,7 +15,7 @@ import pytest
 from sandbox.cable import Cable, Kind
 from sandbox.federation import Account, Upstream, definitions
 from sandbox.ports import LOOPBACK
-from sandbox.servers import RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.broker.names import queue_name, routing_key
 from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
@@ -50,13 +50,6 @@ class Echo:
                     one.sendall(data)
             except OSError:
                 pass
-
-
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    made = Cable()
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.servers import Database, MariaDbServer, RabbitMqServer
+from sandbox.mariadb import Database, MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
+from sandbox.simulated_peer import fresh_number
 from skipbus.services.syncer.replies import ANSWER_EVERY_SECONDS
+from skipbus.shared.broker.names import queue_name
 from skipbus.shared.clock import now_ms
 from skipbus.shared.protocol.announcements import Announcement, digest, sign_announcement
 from skipbus.shared.protocol.envelopes import EnvelopeType, check_envelope, read_envelope
@@ -27,11 +30,10 @@ from tests.integration.syncer_rig import (
     TIMEOUT_SECONDS,
     Kp,
     Rig,
-    bus_of,
     events,
-    fresh_number,
     signed,
 )
+from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
 
 ISSUED, RETRIEVED, EXPIRED = EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_RETRIEVED, EnvelopeType.KEY_EXPIRED
@@ -39,9 +41,8 @@ ISSUED, RETRIEVED, EXPIRED = EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_RETRIEVED
 
 @pytest.fixture
 def rig(database: Database, rabbitmq: RabbitMqServer, tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, database, rabbitmq.url)
-    yield made
-    made.close()
+    with Rig(tmp_path, database, rabbitmq.url) as made:
+        yield made
 
 
 @pytest.fixture
@@ -75,26 +76,26 @@ def test_heartbeats_do_not_pile_up_for_a_peer_that_is_down(rig: Rig, pair: tuple
     _, bob = pair
     bob.process.stop("syncer")
     time.sleep(6 * HEARTBEAT_SECONDS)
-    with bus_of(rig.rabbitmq_url) as bus:
-        assert bus.depth(bob) == 0
-        assert bus.dead(bob) is None
+    with BrokerAdmin(rig.rabbitmq_url) as bus:
+        assert bus.depth(queue_name(bob.id)) == 0
+        assert bus.dead_letter(bob.id) is None
 
 
 def test_a_kp_tells_of_its_new_announcement_and_asks_for_one_that_it_lacks(rig: Rig) -> None:
-    alice, carol = rig.add("KP_Alice", "KP_Carol"), rig.add_voice("KP_Carol")
+    alice, carol = rig.add("KP_Alice", "KP_Carol"), rig.add_simulated_peer("KP_Carol")
     alice.process.start("syncer")
     wait_log(alice, "broker connected")
-    # A heartbeat of one whom it does not know yet would be refused, and this voice sends only one.
+    # A heartbeat of one whom it does not know yet would be refused, and this peer sends only one.
     wait_log(alice, carol.id)
     newer = Announcement(carol.id, carol.identity.public_key, now_ms() + 1, "newer", ())
     body = sign_announcement(newer, carol.identity)
-    with bus_of(rig.rabbitmq_url) as bus:
-        bus.listen(carol)
+    with BrokerAdmin(rig.rabbitmq_url) as bus:
+        bus.receive_live_for(carol.id)
 
         def next_capabilities() -> Capabilities:
             deadline = time.monotonic() + TIMEOUT_SECONDS
             while time.monotonic() < deadline:
-                if (data := bus.heard(carol)) is None:
+                if (data := bus.heard(carol.id)) is None:
                     time.sleep(0.05)
                     continue
                 envelope = read_envelope(data)
@@ -105,13 +106,13 @@ def test_a_kp_tells_of_its_new_announcement_and_asks_for_one_that_it_lacks(rig: 
             raise AssertionError("no capabilities were heard")
 
         sent = signed(carol, alice, EnvelopeType.HEARTBEAT, pack_heartbeat(500, digest(body), "test"))
-        bus.publish(alice, sent, live=True)
+        bus.send(alice.id, sent, live=True)
         assert next_capabilities() == Capabilities(None, True)
 
-        bus.publish(alice, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False)))
+        bus.send(alice.id, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(body, request=False)))
         wait_for(lambda: rig.announcement(carol.id) == body, timeout_seconds=TIMEOUT_SECONDS)
 
-        bus.publish(alice, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
+        bus.send(alice.id, signed(carol, alice, EnvelopeType.CAPABILITIES, pack_capabilities(None, request=True)))
         assert next_capabilities() == Capabilities(rig.announcement(alice.id), False)
 
         # Within a second of the last one it would not be sent: a real peer would see it in the next heartbeat.
@@ -163,14 +164,14 @@ def test_events_for_a_peer_that_never_ran_wait_until_it_does(rig: Rig) -> None:
 
 
 def test_an_envelope_delivered_twice_has_its_effect_once_and_is_acknowledged_twice(rig: Rig) -> None:
-    bob, carol = rig.add("KP_Bob", "KP_Carol"), rig.add_voice("KP_Carol")
+    bob, carol = rig.add("KP_Bob", "KP_Carol"), rig.add_simulated_peer("KP_Carol")
     bob.process.start("syncer")
     wait_log(bob, "broker connected")
     number, payload = fresh_number(), events(RETRIEVED, 3)
-    with bus_of(rig.rabbitmq_url) as bus:
-        bus.publish(bob, *[signed(carol, bob, RETRIEVED, payload, number=number) for _ in range(2)])
+    with BrokerAdmin(rig.rabbitmq_url) as bus:
+        bus.send(bob.id, *[signed(carol, bob, RETRIEVED, payload, number=number) for _ in range(2)])
         wait_for(lambda: bob.log.count('"event":"events received"') == 2, timeout_seconds=TIMEOUT_SECONDS)
-        assert bus.dead(bob) is None
+        assert bus.dead_letter(bob.id) is None
     assert rig.count(bob, carol, "retrieved") == 3
     assert rig.inbox_size(bob) == 1
     assert '"outcome":"duplicate"' in bob.log
@@ -178,14 +179,14 @@ def test_an_envelope_delivered_twice_has_its_effect_once_and_is_acknowledged_twi
 
 def test_a_peer_cannot_acknowledge_what_was_sent_to_another(rig: Rig) -> None:
     alice, bob = rig.add("KP_Alice", "KP_Bob", "KP_Carol"), rig.add("KP_Bob", "KP_Alice")
-    carol = rig.add_voice("KP_Carol")
+    carol = rig.add_simulated_peer("KP_Carol")
     alice.process.start("syncer")
     rig.tell(alice, bob, ISSUED, 1)
     wait_for(lambda: all(row.sent_ms for row in rig.outbox(alice)), timeout_seconds=TIMEOUT_SECONDS)
     numbers = [row.envelope_no for row in rig.outbox(alice)]
-    with bus_of(rig.rabbitmq_url) as bus:
-        bus.publish(alice, signed(carol, alice, EnvelopeType.KEY_STORED, pack_acknowledgement(numbers)))
-        bus.publish(alice, signed(carol, alice, RETRIEVED, events(RETRIEVED, 1)))
+    with BrokerAdmin(rig.rabbitmq_url) as bus:
+        bus.send(alice.id, signed(carol, alice, EnvelopeType.KEY_STORED, pack_acknowledgement(numbers)))
+        bus.send(alice.id, signed(carol, alice, RETRIEVED, events(RETRIEVED, 1)))
         rig.wait_count(alice, carol, "retrieved", 1)
     assert len(rig.outbox(alice)) == 1
 
@@ -312,14 +313,14 @@ def test_deliveries_are_held_while_the_store_is_away(rig: Rig, pair: tuple[Kp, K
     mariadb.kill()
     try:
         wait_log(bob, '"event":"backend away"')
-        with bus_of(rig.rabbitmq_url) as bus:
-            bus.publish(bob, envelope)
+        with BrokerAdmin(rig.rabbitmq_url) as bus:
+            bus.send(bob.id, envelope)
         time.sleep(3)
     finally:
         mariadb.start()
     rig.wait_count(bob, alice, "inbound_issued", 3)
-    with bus_of(rig.rabbitmq_url) as bus:
-        assert bus.dead(bob) is None
+    with BrokerAdmin(rig.rabbitmq_url) as bus:
+        assert bus.dead_letter(bob.id) is None
     assert bob.log.count('"event":"backend away"') == 1
     assert "Traceback" not in bob.log
 
@@ -332,11 +333,8 @@ def test_a_syncer_waits_for_servers_that_start_after_it(tmp_path: Path, rig: Rig
     alice.process.start("syncer")
     wait_log(alice, '"event":"broker away"')
     rig.tell(alice, alice, ISSUED, 1)
-    try:
-        late.start()
+    with late:
         rig.wait_outbox_empty(alice)
-    finally:
-        late.stop()
 
 
 def test_a_second_syncer_of_a_kp_takes_over_when_the_first_is_killed(rig: Rig, pair: tuple[Kp, Kp]) -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from urllib.request import urlopen
 
 import pytest
 
+from sandbox.client import metric
+from sandbox.mariadb import MariaDbServer
 from sandbox.ports import free_port
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
+from sandbox.simulated_peer import fresh_number
+from skipbus.shared.broker.names import queue_name
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity, fingerprint
@@ -23,12 +26,10 @@ from tests.integration.syncer_rig import (
     TIMEOUT_SECONDS,
     Kp,
     Rig,
-    TestBus,
-    bus_of,
     events,
-    fresh_number,
     signed,
 )
+from tests.system.broker_admin import BrokerAdmin
 from tests.waiting import wait_for
 
 RETRIEVED = EnvelopeType.KEY_RETRIEVED
@@ -37,25 +38,22 @@ RETRIEVED = EnvelopeType.KEY_RETRIEVED
 class Scene:
     """KP_Bob listening, and KP_Carol in the test's hands."""
 
-    def __init__(self, rig: Rig, bus: TestBus, bob: Kp, carol: Kp) -> None:
+    def __init__(self, rig: Rig, bus: BrokerAdmin, bob: Kp, carol: Kp) -> None:
         self.rig, self.bus, self.bob, self.carol = rig, bus, bob, carol
 
     def refused(self, reason: str) -> float:
         """How many envelopes Bob's syncer counts as refused for this reason. Its log leaves some out in a flood."""
         port = self.bob.process.environ["SKIP_METRICS_PORT"]
-        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        found = [line for line in lines if line.startswith(f'skipbus_envelopes_refused_total{{reason="{reason}"')]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+        return sum(metric(port, "skipbus_envelopes_refused_total", reason=reason))
 
     def assert_refused(self, envelope: bytes, reason: str, *, live: bool = False) -> None:
         """It is counted, has no effect and lies in the dead-letter queue, and Carol's next envelope is handled."""
         before, refused_before = self.rig.count(self.bob, self.carol, "retrieved"), self.refused(reason)
-        self.bus.publish(self.bob, envelope, live=live)
-        self.bus.publish(self.bob, signed(self.carol, self.bob, RETRIEVED, events(RETRIEVED, 1)))
+        self.bus.send(self.bob.id, envelope, live=live)
+        self.bus.send(self.bob.id, signed(self.carol, self.bob, RETRIEVED, events(RETRIEVED, 1)))
         self.rig.wait_count(self.bob, self.carol, "retrieved", before + 1)
-        assert self.bus.wait_dead(self.bob) == envelope
-        assert self.bus.dead(self.bob) is None
+        assert self.bus.next_dead(self.bob.id) == envelope
+        assert self.bus.dead_letter(self.bob.id) is None
         assert self.refused(reason) == refused_before + 1
 
 
@@ -63,24 +61,20 @@ class Scene:
 def scene(
     mariadb: MariaDbServer, rabbitmq: RabbitMqServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
-    database = mariadb.create_database("syncer_refusals", user="syncer_refusals")
-    rig = Rig(tmp_path_factory.mktemp("refusals"), database, rabbitmq.url)
-    try:
+    root = tmp_path_factory.mktemp("refusals")
+    with mariadb.databases("syncer_refusals") as (database,), Rig(root, database, rabbitmq.url) as rig:
         bob = rig.add("KP_Bob", "KP_Carol", "KP_Dave*", SKIP_METRICS_PORT=str(free_port()))
-        carol = rig.add_voice("KP_Carol")
+        carol = rig.add_simulated_peer("KP_Carol")
         bob.process.start("syncer")
         wait_for(lambda: "broker connected" in bob.log and "elected" in bob.log, timeout_seconds=TIMEOUT_SECONDS)
-        with bus_of(rabbitmq.url) as bus:
+        with BrokerAdmin(rabbitmq.url) as bus:
             yield Scene(rig, bus, bob, carol)
-    finally:
-        rig.close()
-        mariadb.drop_database(database)
 
 
 @pytest.fixture(autouse=True)
 def _no_dead_letters_of_other_tests(scene: Scene) -> Iterator[None]:
     yield
-    while scene.bus.dead(scene.bob) is not None:
+    while scene.bus.dead_letter(scene.bob.id) is not None:
         pass
 
 
@@ -132,8 +126,8 @@ def test_a_configured_peer_that_never_announced_itself_is_dead_lettered(scene: S
 
 def test_a_peer_that_announced_itself_a_moment_ago_is_no_stranger(scene: Scene) -> None:
     time.sleep(1.1)  # strangers may cause a look into the store once a second
-    newcomer = scene.rig.add_voice("KP_Dave-2")
-    scene.bus.publish(scene.bob, signed(newcomer, scene.bob, RETRIEVED, events(RETRIEVED, 3)))
+    newcomer = scene.rig.add_simulated_peer("KP_Dave-2")
+    scene.bus.send(scene.bob.id, signed(newcomer, scene.bob, RETRIEVED, events(RETRIEVED, 3)))
     scene.rig.wait_count(scene.bob, newcomer, "retrieved", 3)
 
 
@@ -156,7 +150,7 @@ def test_a_malformed_payload_of_a_true_peer_is_dead_lettered(scene: Scene, paylo
 
 def test_a_recorded_heartbeat_cannot_make_a_dead_peer_look_alive(scene: Scene) -> None:
     sent = signed(scene.carol, scene.bob, EnvelopeType.HEARTBEAT, pack_heartbeat(60_000, None, "test"))
-    scene.bus.publish(scene.bob, sent, live=True)
+    scene.bus.send(scene.bob.id, sent, live=True)
     wait_for(lambda: scene.rig.online(scene.bob, scene.carol), timeout_seconds=TIMEOUT_SECONDS)
     heard = scene.rig.peer(scene.bob, scene.carol)
     scene.assert_refused(sent, "replayed", live=True)
@@ -169,8 +163,8 @@ def test_a_recorded_heartbeat_cannot_make_a_dead_peer_look_alive(scene: Scene) -
 def test_a_recorded_envelope_with_events_has_no_second_effect(scene: Scene) -> None:
     before = scene.rig.count(scene.bob, scene.carol, "retrieved")
     recorded = signed(scene.carol, scene.bob, RETRIEVED, events(RETRIEVED, 5))
-    scene.bus.publish(scene.bob, recorded, recorded, recorded)
-    scene.bus.publish(scene.bob, signed(scene.carol, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
+    scene.bus.send(scene.bob.id, recorded, recorded, recorded)
+    scene.bus.send(scene.bob.id, signed(scene.carol, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
     scene.rig.wait_count(scene.bob, scene.carol, "retrieved", before + 6)
 
 
@@ -183,7 +177,7 @@ def test_another_kps_announcement_is_dead_lettered(scene: Scene) -> None:
 def test_a_refusal_is_told_with_its_reason_and_sender(scene: Scene) -> None:
     time.sleep(1.1)  # a second of its own, in which no line is left out
     mallory = Kp(scene.rig.name("KP_Mallory-logged"), Identity.generate())
-    scene.bus.publish(scene.bob, signed(mallory, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
+    scene.bus.send(scene.bob.id, signed(mallory, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
     logged = f'"reason":"unknown_sender","sender":"{mallory.id}"'
     wait_for(lambda: logged in scene.bob.log, timeout_seconds=TIMEOUT_SECONDS)
 
@@ -191,8 +185,8 @@ def test_a_refusal_is_told_with_its_reason_and_sender(scene: Scene) -> None:
 def test_refusals_are_told_in_no_more_than_ten_lines_a_second(scene: Scene) -> None:
     time.sleep(1.1)  # a second of its own
     before, started = scene.bob.log.count("envelope refused"), time.monotonic()
-    scene.bus.publish(scene.bob, *[b"flood %d" % i for i in range(300)])
-    wait_for(lambda: scene.bus.depth(scene.bob) == 0, timeout_seconds=TIMEOUT_SECONDS)
+    scene.bus.send(scene.bob.id, *[b"flood %d" % i for i in range(300)])
+    wait_for(lambda: scene.bus.depth(queue_name(scene.bob.id)) == 0, timeout_seconds=TIMEOUT_SECONDS)
     wait_for(lambda: "not told one by one" in scene.bob.log, timeout_seconds=10)
     # Of the seconds that it took, the first and the last one may have been begun by others' lines.
     seconds = int(time.monotonic() - started) + 2
@@ -200,8 +194,8 @@ def test_refusals_are_told_in_no_more_than_ten_lines_a_second(scene: Scene) -> N
 
 
 def test_a_changed_identity_is_refused_until_an_operator_accepts_it(scene: Scene) -> None:
-    eve = scene.rig.add_voice("KP_Dave-changed")
-    scene.bus.publish(scene.bob, signed(eve, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
+    eve = scene.rig.add_simulated_peer("KP_Dave-changed")
+    scene.bus.send(scene.bob.id, signed(eve, scene.bob, RETRIEVED, events(RETRIEVED, 1)))
     scene.rig.wait_count(scene.bob, eve, "retrieved", 1)
     new = Identity.generate()
     scene.rig.announce(eve.id, new)
@@ -214,7 +208,7 @@ def test_a_changed_identity_is_refused_until_an_operator_accepts_it(scene: Scene
     scene.bob.process.run_skipctl("identity", "accept", eve.id)
 
     def is_accepted() -> bool:
-        scene.bus.publish(scene.bob, signed(eve, scene.bob, RETRIEVED, events(RETRIEVED, 1), identity=new))
+        scene.bus.send(scene.bob.id, signed(eve, scene.bob, RETRIEVED, events(RETRIEVED, 1), identity=new))
         time.sleep(0.5)
         return scene.rig.count(scene.bob, eve, "retrieved") > 1
 

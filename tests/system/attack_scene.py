@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.client import Key, get
-from sandbox.key_provider import KeyProvider
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.key_provider import KeyProvider, peer_status
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from sandbox.simulated_peer import SealedKeys, SimulatedPeer
 from skipbus.shared.broker.names import (
     queue_name,
@@ -21,7 +22,7 @@ from skipbus.shared.broker.names import (
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 from skipbus_testkit.client import Answer
 from tests.system.broker_admin import BrokerAdmin, Tap
-from tests.system.bus_links import introduce_all, metric, peer_status, rejected, sealed_keys, start_all, wait_linked
+from tests.system.bus_links import introduce_all, rejected, sealed_keys, start_all, syncer_metric, wait_linked
 from tests.system.harness import Lab, Place, rows
 from tests.waiting import wait_for
 
@@ -133,7 +134,7 @@ def _flip(body: bytes, position: int) -> bytes:
 
 def rejected_in_all(scene: Scene) -> float:
     """By KP_Bob, for whatever reason."""
-    return metric(scene.bob, "skipbus_envelopes_refused_total")
+    return syncer_metric(scene.bob, "skipbus_envelopes_refused_total")
 
 
 def assert_all_rejected(scene: Scene, bodies: Sequence[bytes]) -> None:
@@ -150,23 +151,18 @@ def attack_scene(
 ) -> Iterator[Scene]:
     """Names are the scene's own, so that tests can share the broker."""
     suffix = secrets.token_hex(3)
+    names = [f"KP_{name}-{suffix}" for name in ("Alice", "Bob", "Carol")]
+    env = {"SKIP_HEARTBEAT_SECONDS": "1"} | env
     with ExitStack() as at_end:
-        places = []
-        for site in ("alice", "bob"):
-            database = mariadb.create_database(f"{site}_{suffix}", user=f"{site}_{suffix}")
-            at_end.callback(mariadb.drop_database, database)
-            places.append(Place(database, rabbitmq.url))
-        lab = Lab(root, places[0].database, rabbitmq.url)
-        at_end.callback(lab.close)
-        names = [f"KP_{name}-{suffix}" for name in ("Alice", "Bob", "Carol")]
-        env = {"SKIP_HEARTBEAT_SECONDS": "1"} | env
+        databases = at_end.enter_context(mariadb.databases("alice", "bob"))
+        places = [Place(database, rabbitmq.url) for database in databases]
+        lab = at_end.enter_context(Lab(root, *places))
         alice = lab.add(names[0], names[1], names[2], at=places[0], env=env)
         bob = lab.add(names[1], names[0], names[2], at=places[1], env=env)
         carol = SimulatedPeer(names[2])
         introduce_all(alice, bob, peers=[carol], stock=stock, peers_stock=carols_stock)
         start_all(alice, bob)
-        admin = BrokerAdmin(rabbitmq.url)
-        at_end.callback(admin.close)
+        admin = at_end.enter_context(BrokerAdmin(rabbitmq.url))
         admin.receive_for(carol)
         at_end.callback(admin.delete_queue, queue_name(carol.id))
         wait_linked(lab, alice, bob)

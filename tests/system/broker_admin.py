@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection
@@ -20,6 +20,7 @@ from sandbox.simulated_peer import SimulatedPeer
 from skipbus.shared.broker.names import (
     ENVELOPES,
     dead_queue_name,
+    live_queue_name,
     live_routing_key,
     queue_name,
     routing_key,
@@ -44,6 +45,12 @@ class BrokerAdmin:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def send(self, target_id: str, *bodies: bytes, live: bool = False) -> None:
         """Puts messages on the way to a key provider, in this order."""
@@ -103,9 +110,9 @@ class BrokerAdmin:
     def delete_queue(self, name: str) -> None:
         self._do(self._channel.queue_delete(name))
 
-    def receive_for(self, voice: SimulatedPeer) -> None:
-        """Makes the queue in which a voice finds what it is sent."""
-        self.make_queue(queue_name(voice.id), routing_key(voice.id), live_routing_key(voice.id))
+    def receive_for(self, peer: SimulatedPeer) -> None:
+        """Makes the queue in which a simulated peer finds what it is sent."""
+        self.make_queue(queue_name(peer.id), routing_key(peer.id), live_routing_key(peer.id))
 
     def take(self, queue: str) -> bytes | None:
         """Takes one message out of a queue."""
@@ -128,12 +135,29 @@ class BrokerAdmin:
             if body is None:
                 time.sleep(0.02)
 
+    def receive_live_for(self, target_id: str) -> None:
+        """Makes the queue in which a key provider without a process finds what is not kept."""
+        self.make_queue(live_queue_name(target_id), live_routing_key(target_id))
+
+    def heard(self, target_id: str) -> bytes | None:
+        """Takes one message out of that queue."""
+        return self.take(live_queue_name(target_id))
+
+    def dead_letter(self, target_id: str) -> bytes | None:
+        """Takes one message that a key provider has refused."""
+        return self.take(dead_queue_name(target_id))
+
+    def next_dead(self, target_id: str, timeout_seconds: float = 10) -> bytes:
+        """The next message that a key provider refuses, waited for."""
+        deadline = time.monotonic() + timeout_seconds
+        while (body := self.dead_letter(target_id)) is None:
+            assert time.monotonic() < deadline, f"nothing was dead-lettered in {timeout_seconds} s"
+            time.sleep(0.05)
+        return body
+
     def dead_letters(self, target_id: str) -> list[bytes]:
         """Takes all that a key provider has refused."""
-        found = []
-        while (body := self.take(dead_queue_name(target_id))) is not None:
-            found.append(body)
-        return found
+        return list(iter(lambda: self.dead_letter(target_id), None))
 
     def wait_dead(self, target_id: str, wanted: bytes, timeout_seconds: float = 15) -> None:
         """Until that very message lies in the key provider's dead-letter queue."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-from urllib.request import urlopen
 
-from sandbox.client import get
-from sandbox.key_provider import BusPeer, KeyProvider
+from sandbox.client import metric
+from sandbox.key_provider import BusPeer, KeyProvider, stock_of
 from sandbox.ports import free_port
 from sandbox.simulated_peer import SealedKeys, SimulatedPeer, seal_keys
 from skipbus.shared.clock import now_ms
@@ -88,28 +86,15 @@ def sealed_keys(
     return seal_keys(source.identity, source_id or source.id, target.system_id, epoch, count)
 
 
-def metric(kp: KeyProvider, name: str, **labels: str) -> float:
+def syncer_metric(kp: KeyProvider, name: str, **labels: str) -> float:
     """The sum of a counter of the syncer over all series that have these labels."""
-    with urlopen(f"http://127.0.0.1:{kp.environ_of['syncer']['SKIP_METRICS_PORT']}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    wanted = [f'{label}="{value}"' for label, value in labels.items()]
-    found = [line for line in lines if line.startswith(name + "{") and all(part in line for part in wanted)]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+    return sum(metric(kp.environ_of["syncer"]["SKIP_METRICS_PORT"], name, **labels))
 
 
 def rejected(kp: KeyProvider, reason: str, sender: str | None = None) -> float:
     """How many envelopes a key provider's syncer has refused for a reason, of that sender if one is named."""
     labels = {"reason": reason} | ({"sender": sender} if sender is not None else {})
-    return metric(kp, "skipbus_envelopes_refused_total", **labels)
-
-
-def peer_status(kp: KeyProvider, peer_id: str) -> dict[str, Any]:
-    """A peer as `/status/sync` shows it."""
-    return dict(get(kp.url, "status", "sync").body["peers"][peer_id])
-
-
-def stock_of(kp: KeyProvider, peer_id: str) -> dict[str, Any]:
-    return dict(peer_status(kp, peer_id)["stock"])
+    return syncer_metric(kp, "skipbus_envelopes_refused_total", **labels)
 
 
 def wait_stock(kp: KeyProvider, peer_id: str, placed: int, timeout_seconds: float = HEALED_SECONDS) -> None:

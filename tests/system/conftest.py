@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import fcntl
-import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sandbox.key_provider import KeyProvider
-from sandbox.servers import MariaDbServer, RabbitMqServer
-from tests.system.harness import Lab
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
+from tests.system.harness import Lab, Place
 
 
 @contextmanager
 def new_lab(root: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Iterator[Lab]:
     """A lab over an empty database of its own."""
-    name = f"system_{secrets.token_hex(6)}"
-    database = mariadb.create_database(name, user=name)
-    lab = Lab(root, database, rabbitmq.url)
-    with ExitStack() as at_end:
-        at_end.callback(mariadb.drop_database, database)
-        at_end.callback(lab.close)
+    with mariadb.databases("system") as (database,), Lab(root, Place(database, rabbitmq.url)) as lab:
         yield lab
 
 

@@ -11,7 +11,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,14 +23,14 @@ import pymysql.cursors
 
 from sandbox.client import Key, get
 from sandbox.key_provider import KeyProvider
+from sandbox.mariadb import Database
 from sandbox.ports import LOOPBACK
-from sandbox.servers import Database
+from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus_testkit.client import Answer
 from tests.system.needles import Needles, private_keys
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
 Store: TypeAlias = "pymysql.connections.Connection[pymysql.cursors.Cursor]"
-ANNOUNCED_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,12 @@ class Place:
 class Lab:
     """Key providers over one store and one broker, unless they are put elsewhere."""
 
-    def __init__(self, root: Path, database: Database, rabbitmq_url: str) -> None:
+    def __init__(self, root: Path, *places: Place) -> None:
+        """Key providers are put at the first place unless another one is named."""
         self.root = root
-        self.database = database
-        self.rabbitmq_url = rabbitmq_url
-        self.places = [Place(database, rabbitmq_url)]
+        self.places = list(places)
+        self.database = places[0].database
+        self.rabbitmq_url = places[0].rabbitmq_url
         self.kps: dict[str, KeyProvider] = {}
         self.handed_out: list[Key] = []
         self.log_dirs: list[Path] = []
@@ -110,11 +110,7 @@ class Lab:
 
     def wait_announced(self, source: KeyProvider, target_id: str) -> None:
         """Wait until `source` can seal to `target_id`."""
-        deadline = time.monotonic() + ANNOUNCED_SECONDS
-        while (answer := get(source.url, "key", remoteSystemID=target_id)).status != 200:
-            assert time.monotonic() < deadline, f"{source.system_id} -> {target_id}: {answer.error}"
-            time.sleep(0.05)
-        self.remember(source, target_id, answer)
+        self.remember(source, target_id, source.wait_key(target_id))
 
     def issue(self, source: KeyProvider, target_id: str, size: str = "256") -> Key:
         answer = get(source.url, "key", remoteSystemID=target_id, size=size)
@@ -156,6 +152,15 @@ class Lab:
             kp.stop_all()
         assert needles.found_in_files(self.logs()) == []
         assert tracebacks(self.logs()) == []
+
+    def __enter__(self) -> Self:
+        """Migrates the stores, once instead of in every process that starts."""
+        for place in self.places:
+            bring_up_to_date(place.database.settings)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def remember(self, source: KeyProvider, target_id: str, answer: Answer) -> Key:
         """What was handed out, so that logs can be searched for it."""

@@ -24,7 +24,6 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.sealing import KeyRecord, SealedWrappingKey, open_wrapping_key
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import read_announcement
-from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.announcements import upsert_bus_announcement
 from skipbus.shared.store.engine import make_engine
 from skipbus_testkit.client import Answer
@@ -68,8 +67,7 @@ class StubLink:
     def announce(self) -> None:
         """Carol's announcement has come."""
         database, body = self.lab.database, self.carol.announcement()
-        password = Secret(database.password)
-        engine = make_engine(MySqlSettings(database.host, database.port, database.user, password, database.database))
+        engine = make_engine(database.settings)
         with engine.begin() as connection:
             upsert_bus_announcement(connection, ALICE, read_announcement(body), body)
         engine.dispose()

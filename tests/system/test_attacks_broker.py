@@ -14,14 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sandbox.client import Key, get
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.key_provider import stock_of
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.broker.names import NOTIFICATIONS, notification_routing_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 from tests.system.attack_scene import Scene, asking, assert_no_answer, attack_scene, placed_by
-from tests.system.bus_links import stock_of, wait_stock
+from tests.system.bus_links import wait_stock
 from tests.system.harness import rows
 from tests.waiting import wait_for
 

@@ -19,8 +19,10 @@ import pytest
 from aio_pika.exceptions import ChannelPreconditionFailed
 
 from sandbox.client import get
+from sandbox.key_provider import peer_status
+from sandbox.mariadb import MariaDbServer
 from sandbox.ports import LOOPBACK
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from sandbox.simulated_peer import SealedKeys
 from skipbus.services.syncer.consume import PREFETCH
 from skipbus.shared.broker.names import (
@@ -37,7 +39,7 @@ from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES, VERSION, EnvelopeType, SignedEnvelope
 from tests.system.attack_scene import Scene, arrived, assert_all_rejected, attack_scene, flipped_bits, rejected_in_all
-from tests.system.bus_links import metric, peer_status, post_sync, rejected, wait_logged, wait_stock
+from tests.system.bus_links import post_sync, rejected, syncer_metric, wait_logged, wait_stock
 from tests.waiting import wait_for
 
 HUGE_BYTES = 100 * 1024 * 1024
@@ -76,13 +78,13 @@ def test_a_replayed_envelope_brings_no_key_back(scene: Scene) -> None:
     load = scene.carols_keys(3)
     envelope = place(scene, load)
     before = scene.issued(scene.bob, scene.carol.id, inbound=True)
-    duplicates = metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
+    duplicates = syncer_metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
     assert scene.at_bob(load.keys[0]).body["key"] == load.keys[0].key
     scene.admin.send(scene.bob_id, envelope, envelope)
     assert post_sync(scene.bob, envelope).status == 202
     wait_for(
         lambda: (
-            metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
+            syncer_metric(scene.bob, "skipbus_envelopes_received_total", type="key.issued", outcome="duplicate")
             == duplicates + 3
         ),
         timeout_seconds=20,

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import pytest
 
 from sandbox.client import get
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.key_provider import stock_of
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from sandbox.simulated_peer import SealedKeys
 from skipbus.shared.broker.names import queue_name
 from skipbus.shared.clock import now_ms
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType, read_envelope
 from tests.system.attack_scene import Scene, attack_scene
-from tests.system.bus_links import rejected, sealed_keys, stock_of, wait_logged
+from tests.system.bus_links import rejected, sealed_keys, wait_logged
 from tests.system.harness import rows
 from tests.waiting import wait_for
 

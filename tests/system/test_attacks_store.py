@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from sandbox.servers import Database, MariaDbServer, RabbitMqServer
+from sandbox.mariadb import Database, MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from tests.system.attack_scene import Scene, attack_scene
 from tests.system.bus_links import wait_stock
 from tests.system.harness import in_background, query

@@ -5,60 +5,86 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.broker.notifications import NotificationKind
 from tests.system.bus_links import sealed_keys
 from tests.system.conftest import new_lab
-from tests.system.harness import Lab, ask
+from tests.system.harness import ask
 from tests.system.stub_link import CAROL, StubLink, stopwatch
 from tests.waiting import wait_for
 
 NewLink: TypeAlias = Callable[..., StubLink]
 
 
-@contextmanager
-def made_link(lab: AbstractContextManager[Lab], make: Callable[[Lab], StubLink]) -> Iterator[StubLink]:
-    with lab as opened, ExitStack() as at_end:
-        link = make(opened)
-        at_end.callback(link.close)
-        link.start()
-        yield link
+def new_links(root: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Iterator[NewLink]:
+    with ExitStack() as at_end:
 
+        def make(**options: Any) -> StubLink:  # noqa: ANN401 -- those of StubLink, handed through
+            made = StubLink(at_end.enter_context(new_lab(root / secrets.token_hex(4), mariadb, rabbitmq)), **options)
+            at_end.callback(made.close)
+            made.start()
+            return made
 
-@pytest.fixture(scope="module")
-def link(
-    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
-) -> Iterator[StubLink]:
-    """Without stock: everything goes on demand."""
-    lab = new_lab(tmp_path_factory.mktemp("link"), mariadb, rabbitmq)
-    with made_link(lab, lambda opened: StubLink(opened, SKIP_SYNC_TIMEOUT="2")) as made:
-        yield made
+        yield make
 
 
 @pytest.fixture
 def new_link(tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer) -> Iterator[NewLink]:
     """A link of this test's own, with its own options."""
-    with ExitStack() as at_end:
+    yield from new_links(tmp_path, mariadb, rabbitmq)
 
-        def make(**options: Any) -> StubLink:  # noqa: ANN401 -- those of StubLink, handed through
-            lab = new_lab(tmp_path, mariadb, rabbitmq)
-            return at_end.enter_context(made_link(lab, lambda opened: StubLink(opened, **options)))
 
-        yield make
+@pytest.fixture(scope="module")
+def shared_link(
+    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
+) -> Iterator[NewLink]:
+    """A link that several tests use."""
+    yield from new_links(tmp_path_factory.mktemp("links"), mariadb, rabbitmq)
+
+
+@pytest.fixture(scope="module")
+def link(shared_link: NewLink) -> StubLink:
+    """Without stock: everything goes on demand."""
+    return shared_link(SKIP_SYNC_TIMEOUT="2")
+
+
+@pytest.fixture(scope="module")
+def patient(shared_link: NewLink) -> StubLink:
+    """Without stock, and with waits that no test sees the end of."""
+    return shared_link(SKIP_SYNC_TIMEOUT="30", SKIP_RETRIEVE_WAIT="20")
+
+
+@pytest.fixture(scope="module")
+def stocked(shared_link: NewLink) -> StubLink:
+    """With stock that Carol has acknowledged."""
+    made = shared_link(stock=40)
+    made.store_all("key.stocked")
+    wait_for(lambda: made.status()["stock"]["placed"] == 40, timeout_seconds=10)
+    return made
+
+
+@pytest.fixture(scope="module")
+def unacknowledged(shared_link: NewLink) -> StubLink:
+    """With stock that Carol never acknowledges."""
+    made = shared_link(stock=10, SKIP_SYNC_TIMEOUT="0.5")
+    made.wait_outbox("key.stocked")
+    wait_for(lambda: made.status()["stock"]["in_flight"] == 10, timeout_seconds=10)
+    return made
 
 
 @pytest.fixture(autouse=True)
 def empty_outbox(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "link" in request.fixturenames:
-        request.getfixturevalue("link").rows("DELETE FROM outbox")
+    for name in {"link", "patient"} & set(request.fixturenames):
+        request.getfixturevalue(name).rows("DELETE FROM outbox")
 
 
 # --- on demand
@@ -137,17 +163,16 @@ def test_many_callers_share_rows_and_each_gets_the_key_that_the_peer_has(link: S
     assert len(link.rows("SELECT 1 FROM wrapping_keys WHERE target_id = %s", CAROL)) == 1
 
 
-def test_a_rejected_envelope_is_answered_at_once_and_its_keys_are_withdrawn(new_link: NewLink) -> None:
-    link = new_link(SKIP_SYNC_TIMEOUT="30")
+def test_a_rejected_envelope_is_answered_at_once_and_its_keys_are_withdrawn(patient: StubLink) -> None:
     seconds = stopwatch()
-    asking = link.asking()
-    ((token, ((key_id, *_),)),) = link.wait_outbox("key.placed")
-    link.notify(NotificationKind.REJECTED, token)
+    asking = patient.asking()
+    ((token, ((key_id, *_),)),) = patient.wait_outbox("key.placed")
+    patient.notify(NotificationKind.REJECTED, token)
     answer = asking.result(20)
     assert seconds() < 5
     assert answer.status == 500
     assert CAROL in answer.error
-    assert link.key_ids("key.withdrawn") == [key_id]
+    assert patient.key_ids("key.withdrawn") == [key_id]
 
 
 def test_a_refusal_that_is_forged_does_not_undo_an_acknowledgement(link: StubLink) -> None:
@@ -159,45 +184,45 @@ def test_a_refusal_that_is_forged_does_not_undo_an_acknowledgement(link: StubLin
     assert link.outbox("key.withdrawn") == []
 
 
-def test_a_peer_that_has_not_announced_itself_is_named_in_the_refusal(new_link: NewLink) -> None:
-    link = new_link()
+def test_a_peer_that_has_not_announced_itself_is_named_in_the_refusal(link: StubLink) -> None:
     link.rows("DELETE FROM bus_announcements")
     wait_for(lambda: not link.status()["announced"], timeout_seconds=15)
     answer = link.ask()
     assert answer.status == 500
     assert f"skipctl peer check {CAROL}" in answer.error
     assert link.outbox("key.placed") == []
+    link.announce()
+    wait_for(lambda: link.status()["announced"], timeout_seconds=15)
 
 
-def test_when_the_api_stops_a_caller_who_waits_is_still_answered(new_link: NewLink) -> None:
-    link = new_link(SKIP_SYNC_TIMEOUT="30")
-    asking = link.asking()
-    ((token, _),) = link.wait_outbox("key.placed")
-    link.alice.processes["api"].terminate()
+def test_when_the_api_stops_a_caller_who_waits_is_still_answered(patient: StubLink) -> None:
+    asking = patient.asking()
+    ((token, _),) = patient.wait_outbox("key.placed")
+    patient.alice.processes["api"].terminate()
     time.sleep(0.5)
-    link.acknowledge(token)
-    link.notify(NotificationKind.STORED, token)
+    patient.acknowledge(token)
+    patient.notify(NotificationKind.STORED, token)
     assert asking.result(10).status == 200
+    patient.alice.stop("api")
+    patient.start()
 
 
 # --- stock
 
 
-def test_stock_is_filled_up_to_its_high_mark_and_opens_at_the_peer(new_link: NewLink) -> None:
+def test_stock_is_filled_up_to_its_high_mark_opens_at_the_peer_and_is_nowhere_in_clear(new_link: NewLink) -> None:
     link = new_link(stock=20)
     rows = link.store_all("key.stocked")
     entries = [entry for _, of_row in rows for entry in of_row]
     assert len(entries) == 20
     wait_for(lambda: link.status()["stock"]["placed"] == 20, timeout_seconds=10)
+    assert_nothing_stands_in_clear(link, [link.opened(entry) for entry in entries])
     answer = link.ask()
     at_peer = {entry[0].hex(): entry for entry in entries}
     assert link.opened(at_peer[answer.body["keyId"]]).hex() == answer.body["key"]
 
 
-def test_nothing_of_a_key_in_stock_stands_in_the_store_in_clear(new_link: NewLink) -> None:
-    link = new_link(stock=4)
-    ((_, entries),) = link.store_all("key.stocked")
-    keys = [link.opened(entry) for entry in entries]
+def assert_nothing_stands_in_clear(link: StubLink, keys: list[bytes]) -> None:
     dump = b"".join(
         bytes(column)
         for table in ("stock", "outbox", "key_records", "wrapping_keys")
@@ -222,33 +247,23 @@ def test_stock_serves_while_peer_and_broker_are_away_and_leaves_an_event_for_the
     assert link.rows("SELECT COUNT(*) FROM stock WHERE placed_ms IS NOT NULL") == ((0,),)
 
 
-def test_stock_that_the_peer_has_not_acknowledged_is_never_given_out(new_link: NewLink) -> None:
-    link = new_link(stock=8, SKIP_SYNC_TIMEOUT="0.5")
-    link.wait_outbox("key.stocked")
-    wait_for(lambda: link.status()["stock"]["in_flight"] == 8, timeout_seconds=10)
-    assert link.ask().status == 500
-    assert link.rows("SELECT COUNT(*) FROM stock") == ((8,),)
+def test_status_shows_the_link_and_its_stock(unacknowledged: StubLink) -> None:
+    shown = unacknowledged.status()
+    assert shown["link"] == "bus"
+    assert shown["stock"] == {"configured": 10, "low": 5, "placed": 0, "in_flight": 10, "held": 0}
+    assert (shown["last_refusal"], shown["last_refusal_at"], shown["withdrawn"]) == ("", None, 0)
 
 
-def test_stock_is_made_anew_at_the_low_mark(new_link: NewLink) -> None:
-    link = new_link(stock=40)
-    link.store_all("key.stocked")
-    wait_for(lambda: link.status()["stock"]["placed"] == 40, timeout_seconds=10)
-    for _ in range(19):
-        assert link.ask().status == 200
-    assert link.outbox("key.stocked") == []
-    assert link.ask().status == 200
-    ((_, entries),) = link.store_all("key.stocked")
-    assert len(entries) == 20
+def test_stock_that_the_peer_has_not_acknowledged_is_never_given_out(unacknowledged: StubLink) -> None:
+    assert unacknowledged.ask().status == 500
+    assert unacknowledged.rows("SELECT COUNT(*) FROM stock") == ((10,),)
 
 
-def test_a_peer_that_never_acknowledges_gets_no_more_than_the_high_mark(new_link: NewLink) -> None:
-    link = new_link(stock=10)
-    link.wait_outbox("key.stocked")
+def test_a_peer_that_never_acknowledges_gets_no_more_than_the_high_mark(unacknowledged: StubLink) -> None:
     for _ in range(5):
-        link.notify(NotificationKind.STOCK)
+        unacknowledged.notify(NotificationKind.STOCK)
         time.sleep(1)
-    assert len(link.key_ids("key.stocked")) == 10
+    assert len(unacknowledged.key_ids("key.stocked")) == 10
 
 
 def test_two_api_processes_never_give_out_the_same_key(new_link: NewLink) -> None:
@@ -261,14 +276,20 @@ def test_two_api_processes_never_give_out_the_same_key(new_link: NewLink) -> Non
     assert len(link.key_ids("key.issued")) >= 200
 
 
-def test_another_size_than_the_default_goes_on_demand_and_leaves_the_stock_alone(new_link: NewLink) -> None:
-    link = new_link(stock=8)
-    link.store_all("key.stocked")
-    wait_for(lambda: link.status()["stock"]["placed"] == 8, timeout_seconds=10)
-    asking = link.asking(size="512")
-    link.store_all("key.placed")
+def test_another_size_than_the_default_goes_on_demand_and_leaves_the_stock_alone(stocked: StubLink) -> None:
+    asking = stocked.asking(size="512")
+    stocked.store_all("key.placed")
     assert asking.result(10).status == 200
-    assert link.status()["stock"]["placed"] == 8
+    assert stocked.rows("SELECT COUNT(*) FROM stock WHERE placed_ms IS NOT NULL") == ((40,),)
+
+
+def test_stock_is_made_anew_at_the_low_mark(stocked: StubLink) -> None:
+    for _ in range(19):
+        assert stocked.ask().status == 200
+    assert stocked.outbox("key.stocked") == []
+    assert stocked.ask().status == 200
+    ((_, entries),) = stocked.store_all("key.stocked")
+    assert len(entries) == 20
 
 
 def test_a_copy_that_was_moved_to_another_peer_does_not_open_and_is_withdrawn(new_link: NewLink) -> None:
@@ -301,14 +322,13 @@ def test_stock_with_less_than_half_of_its_life_left_is_not_given_out(new_link: N
 # --- retrieval
 
 
-def test_a_key_that_is_asked_for_before_it_has_come_is_answered_when_it_comes(new_link: NewLink) -> None:
-    link = new_link(SKIP_RETRIEVE_WAIT="20")
-    load = sealed_keys(link.carol, link.alice, link.lab.places[0])
-    asking = link.retrieving(load.records[0][0])
+def test_a_key_that_is_asked_for_before_it_has_come_is_answered_when_it_comes(patient: StubLink) -> None:
+    load = sealed_keys(patient.carol, patient.alice, patient.lab.places[0])
+    asking = patient.retrieving(load.records[0][0])
     time.sleep(0.5)
     assert not asking.done()
-    link.bring(load)
-    link.notify(NotificationKind.ARRIVED, load.records[0][0])
+    patient.bring(load)
+    patient.notify(NotificationKind.ARRIVED, load.records[0][0])
     seconds = stopwatch()
     answer = asking.result(10)
     assert seconds() < 3
@@ -343,7 +363,7 @@ def test_a_key_that_is_there_is_answered_at_once_and_only_once(link: StubLink) -
 
 
 def test_waiting_for_keys_keeps_nobody_else_from_the_store(new_link: NewLink) -> None:
-    link = new_link(SKIP_RETRIEVE_WAIT="10")
+    link = new_link(SKIP_RETRIEVE_WAIT="4")
     waiting = [link.retrieving(secrets.token_bytes(16)) for _ in range(60)]
     time.sleep(0.5)
     load = sealed_keys(link.carol, link.alice, link.lab.places[0])
@@ -375,14 +395,3 @@ def test_a_caller_without_a_proven_name_gets_nothing_with_a_peer_that_has_a_list
         answer = ask(link.alice, target)
         assert answer.status == 400
         assert "may ask for" in answer.error
-
-
-def test_status_shows_the_link_and_its_stock(new_link: NewLink) -> None:
-    link = new_link(stock=6)
-    link.wait_outbox("key.stocked")
-    wait_for(lambda: link.status()["stock"]["in_flight"] == 6, timeout_seconds=10)
-    shown = link.status()
-    assert shown["link"] == "bus"
-    assert shown["stock"] == {"configured": 6, "low": 3, "placed": 0, "in_flight": 6, "held": 0}
-    assert (shown["last_refusal"], shown["last_refusal_at"], shown["withdrawn"]) == ("", None, 0)
-    assert shown["clock_skew_seconds"] is None

@@ -21,13 +21,8 @@ REQUEST = b"GET /capabilities HTTP/1.1\r\nHost: kp\r\n\r\n"
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[TlsApi]:
-    made = TlsApi(tmp_path)
-    made.prepare()
-    made.start()
-    try:
+    with TlsApi(tmp_path) as made:
         yield made
-    finally:
-        made.stop()
 
 
 def connected(api: TlsApi) -> socket.socket:

@@ -19,13 +19,15 @@ import pytest
 
 from sandbox.client import get
 from sandbox.key_provider import ROLES, KeyProvider
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus_testkit.client import Answer
 from tests.system.encryptors import Encryptors
 from tests.system.harness import (
     ALICE,
     BOB,
     Lab,
+    Place,
     RawConnection,
     in_background,
     log_lines,
@@ -74,8 +76,8 @@ def assert_answers_without_servers(kp: KeyProvider) -> None:
 # --- processes
 
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("system_id", [ALICE, BOB])
+# Keys go both ways, so that each is killed at one of the two key providers.
+@pytest.mark.parametrize(("system_id", "role"), [(ALICE, "api"), (BOB, "syncer"), (ALICE, "janitor")])
 def test_a_killed_process_heals_and_no_answered_key_is_lost(
     shared_lab: Lab, alice: KeyProvider, bob: KeyProvider, system_id: str, role: str
 ) -> None:
@@ -240,7 +242,7 @@ def test_both_servers_may_be_down_and_come_back_in_any_order(
 def test_key_providers_may_start_before_their_servers(tmp_path: Path) -> None:
     mariadb = MariaDbServer(tmp_path / "mysql", buffer_pool_mib=32, log_file_mib=16)
     rabbitmq = RabbitMqServer(tmp_path / "rabbitmq")
-    lab = Lab(tmp_path / "lab", mariadb.dsn, rabbitmq.url)
+    lab = Lab(tmp_path / "lab", Place(mariadb.dsn, rabbitmq.url))
     alice, bob = lab.add(ALICE, BOB), lab.add(BOB, ALICE)
     try:
         for kp in (alice, bob):
@@ -306,7 +308,7 @@ def ended(kp: KeyProvider, signal_number: signal.Signals) -> dict[str, int | Non
 
 def test_ctrl_c_ends_every_process_with_0_while_both_servers_are_down(tmp_path: Path) -> None:
     mariadb, rabbitmq = MariaDbServer(tmp_path / "mysql"), RabbitMqServer(tmp_path / "rabbitmq")
-    lab = Lab(tmp_path / "lab", mariadb.dsn, rabbitmq.url)
+    lab = Lab(tmp_path / "lab", Place(mariadb.dsn, rabbitmq.url))
     kp = lab.add(ALICE, BOB)
     kp.start_all()
     wait_for(lambda: answers_capabilities(kp), timeout_seconds=20)
@@ -357,14 +359,15 @@ def end_api(kp: KeyProvider) -> int | None:
 # --- keyrings and configurations that cannot be used
 
 
-def refusal(kp: KeyProvider, role: str) -> tuple[int | None, str]:
-    """Exit code and log of a process that must not start."""
-    child = kp.start(role)
+def refusals(kp: KeyProvider, *roles: str) -> list[tuple[int | None, str]]:
+    """Exit codes and logs of processes that must not start. They are started at the same time."""
+    children = {role: kp.start(role) for role in roles}
     try:
-        wait_for(lambda: not child.running, timeout_seconds=15)
+        wait_for(lambda: not any(child.running for child in children.values()), timeout_seconds=15)
     finally:
-        child.kill()
-    return child.returncode, kp.log_of(role).read_text()
+        for child in children.values():
+            child.kill()
+    return [(child.returncode, kp.log_of(role).read_text()) for role, child in children.items()]
 
 
 def make_keyring(kp: KeyProvider) -> None:
@@ -411,11 +414,10 @@ BAD_KEYRINGS = [
 def test_a_keyring_that_cannot_be_used_ends_every_process_with_its_reason(
     tmp_path: Path, mariadb: MariaDbServer, spoil: Callable[[KeyProvider], None], reason: str
 ) -> None:
-    kp = Lab(tmp_path, mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/").add("KP_Unstarted", BOB)
+    kp = Lab(tmp_path, Place(mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/")).add("KP_Unstarted", BOB)
     spoil(kp)
     before = sorted(kp.keyring_dir.rglob("*"))
-    for role in ROLES:
-        code, log = refusal(kp, role)
+    for code, log in refusals(kp, *ROLES):
         assert code not in (0, None)
         assert reason in log
         assert "Traceback" not in log
@@ -429,8 +431,7 @@ def test_a_new_identity_under_a_known_name_is_refused_until_the_keyring_is_back(
     alice.stop_all()
     lost = alice.keyring_dir.rename(alice.root / "lost")
     alice.run_skipctl("keyring", "init")
-    for role in ("api", "janitor"):
-        code, log = refusal(alice, role)
+    for code, log in refusals(alice, "api", "janitor"):
         assert code == 1
         assert "the store knows KP_Alice by the identity" in log
     assert bob.is_healthy()
@@ -443,9 +444,8 @@ def test_a_new_identity_under_a_known_name_is_refused_until_the_keyring_is_back(
 
 def test_a_bad_configuration_ends_every_process_with_2_and_all_reasons(tmp_path: Path, mariadb: MariaDbServer) -> None:
     bad = {"SKIP_PORT": "high", "SKIP_NONSENSE": "1", "SKIP_KEY_TTL_SECONDS": "0"}
-    kp = Lab(tmp_path, mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/").add("KP_Unstarted", BOB, env=bad)
-    for role in ROLES:
-        code, log = refusal(kp, role)
+    kp = Lab(tmp_path, Place(mariadb.dsn, "amqp://nobody:nothing@127.0.0.1:1/")).add("KP_Unstarted", BOB, env=bad)
+    for code, log in refusals(kp, *ROLES):
         assert code == 2
         for name in ("SKIP_PORT", "SKIP_NONSENSE", "SKIP_KEY_TTL_SECONDS"):
             assert name in log

@@ -13,7 +13,8 @@ import pytest
 
 from sandbox.client import Key, get
 from sandbox.key_provider import KeyProvider
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import KeyringError
 from tests.system.conftest import new_lab
@@ -179,26 +180,22 @@ def small_mariadb(tmp_path: Path) -> MariaDbServer:
 def test_neither_store_nor_broker_nor_logs_hold_a_key(
     tmp_path: Path, small_mariadb: MariaDbServer, rabbitmq: RabbitMqServer
 ) -> None:
-    small_mariadb.start()
-    try:
-        with new_lab(tmp_path, small_mariadb, rabbitmq) as lab:
-            # Debug logs say most, and development is another renderer.
-            alice, bob = lab.add_pair(SKIP_DEBUG="true")
-            sizes = ("128", "256", "512")
-            keys = [lab.issue(source, target, size=size) for size in sizes for source, target in both(alice, bob) * 10]
-            needles = lab.needles()
-            assert needles.found_in(dump(lab)) == []
-            for key in keys[::2]:
-                lab.assert_retrievable(key)
-            assert needles.found_in(dump(lab)) == []
-            files = [file for root in (small_mariadb.root, rabbitmq.root) for file in root.rglob("*") if file.is_file()]
-            only_keys = Needles()
-            for key in lab.handed_out:
-                only_keys.add_key(key.key_id, bytes.fromhex(key.key))
-            assert only_keys.found_in_files(files) == []
-            assert needles.found_in_files([*lab.logs(), small_mariadb.log, rabbitmq.log]) == []
-    finally:
-        small_mariadb.stop()
+    with small_mariadb, new_lab(tmp_path, small_mariadb, rabbitmq) as lab:
+        # Debug logs say most, and development is another renderer.
+        alice, bob = lab.add_pair(SKIP_DEBUG="true")
+        sizes = ("128", "256", "512")
+        keys = [lab.issue(source, target, size=size) for size in sizes for source, target in both(alice, bob) * 10]
+        needles = lab.needles()
+        assert needles.found_in(dump(lab)) == []
+        for key in keys[::2]:
+            lab.assert_retrievable(key)
+        assert needles.found_in(dump(lab)) == []
+        files = [file for root in (small_mariadb.root, rabbitmq.root) for file in root.rglob("*") if file.is_file()]
+        only_keys = Needles()
+        for key in lab.handed_out:
+            only_keys.add_key(key.key_id, bytes.fromhex(key.key))
+        assert only_keys.found_in_files(files) == []
+        assert needles.found_in_files([*lab.logs(), small_mariadb.log, rabbitmq.log]) == []
 
 
 def both(alice: KeyProvider, bob: KeyProvider) -> list[tuple[KeyProvider, str]]:

@@ -21,8 +21,9 @@ import pytest
 
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
+from sandbox.mariadb import MariaDbServer
 from sandbox.ports import LOOPBACK
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from tests.system.conftest import new_lab
 from tests.system.harness import (
     ALICE,

@@ -10,14 +10,13 @@ from sqlalchemy import Engine
 
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
-from sandbox.servers import Database
+from sandbox.mariadb import Database
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity
 from skipbus.shared.peer_directory import PIN_REREAD_MS
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
-from skipbus.shared.settings import MySqlSettings, Secret
 from skipbus.shared.store.announcements import upsert_announcement
 from skipbus.shared.store.engine import make_engine
 from skipbus.shared.store.pinned_identities import update_pin
@@ -35,7 +34,7 @@ class Thief:
 
     @classmethod
     def with_access_to(cls, database: Database) -> Thief:
-        mysql = MySqlSettings(database.host, database.port, database.user, Secret(database.password), database.database)
+        mysql = database.settings
         start_ms = now_ms() - 60_000
         span = EpochSpan(start_ms, start_ms + 3_600_000, start_ms + 7_200_000)
         epoch = PublicEpoch(new_epoch_id(), span, HybridPrivateKey.generate().public_bytes())

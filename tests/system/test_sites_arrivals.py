@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sandbox.client import get
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from tests.system.attack_scene import Scene, attack_scene
 from tests.system.harness import RawConnection, request_bytes
 

@@ -10,60 +10,56 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sandbox.client import get
-from sandbox.key_provider import BusPeer, KeyProvider
-from sandbox.servers import MariaDbServer, RabbitMqServer
-from tests.system.bus_links import HEALED_SECONDS, introduce_all, peer_status, start_all, wait_linked, wait_stock
+from sandbox.key_provider import BusPeer, KeyProvider, peer_status
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
+from tests.system.bus_links import HEALED_SECONDS, introduce_all, start_all, wait_linked, wait_stock
 from tests.system.encryptors import Encryptors
 from tests.system.harness import Lab, Place, in_background, rows
 from tests.waiting import wait_for
 
 NAMES = ("KP_A", "KP_B", "KP_C", "KP_D", "KP_E")
+HUB, BY_HTTPS = ("KP_Hub", "KP_Far"), ("KP_West", "KP_East")
 STOCK = 10
-ENV = {"SKIP_HEARTBEAT_SECONDS": "1"}
+# Each key that was given out is asked for again in the end: the wait for one that is on its way is short.
+ENV = {"SKIP_HEARTBEAT_SECONDS": "1", "SKIP_RETRIEVE_WAIT": "0.2"}
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMqServer]:
+    """A broker with a virtual host for each key provider, federated with those of its own group."""
+    made = RabbitMqServer(tmp_path_factory.mktemp("broker"))
+    upstreams = {
+        name: [made.upstream(other, vhost=other) for other in group if other != name]
+        for group in (NAMES, HUB)
+        for name in group
+    }
+    made.federate(upstreams | {name: [] for name in BY_HTTPS})
+    with made:
+        yield made
 
 
 @contextmanager
-def new_places(mariadb: MariaDbServer, broker: RabbitMqServer, names: Sequence[str]) -> Iterator[list[Place]]:
-    """A database and a virtual host for each."""
-    suffix = secrets.token_hex(3)
-    with ExitStack() as at_end:
-        places = []
-        for name in names:
-            account = f"{name.lower()}_{suffix}"
-            database = mariadb.create_database(account, user=account)
-            at_end.callback(mariadb.drop_database, database)
-            places.append(Place(database, broker.url_of(name)))
-        yield places
-
-
-@contextmanager
-def new_broker(root: Path, names: Sequence[str], *, federated: bool = True) -> Iterator[RabbitMqServer]:
-    """A broker with a virtual host for each, federated with all others or with none."""
-    broker = RabbitMqServer(root / "broker")
-    others = {name: [broker.upstream(other, vhost=other) for other in names if other != name] for name in names}
-    broker.federate(others if federated else {name: [] for name in names})
-    try:
-        broker.start()
-        yield broker
-    finally:
-        broker.stop()
+def new_lab(root: Path, mariadb: MariaDbServer, broker: RabbitMqServer, names: Sequence[str]) -> Iterator[Lab]:
+    """A place for each, with a database and a virtual host of its own."""
+    with mariadb.databases(*names) as databases:
+        places = [Place(database, broker.url_of(name)) for name, database in zip(names, databases, strict=True)]
+        with Lab(root, *places) as lab:
+            yield lab
 
 
 @pytest.fixture(scope="class")
-def mesh(tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer) -> Iterator[Lab]:
-    root = tmp_path_factory.mktemp("mesh")
-    with new_broker(root, NAMES) as broker, new_places(mariadb, broker, NAMES) as places, ExitStack() as at_end:
-        lab = Lab(root, places[0].database, places[0].rabbitmq_url)
-        at_end.callback(lab.close)
+def mesh(tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, broker: RabbitMqServer) -> Iterator[Lab]:
+    with new_lab(tmp_path_factory.mktemp("mesh"), mariadb, broker, NAMES) as lab:
         kps = [
             lab.add(name, *(other for other in NAMES if other != name), at=place, env=ENV)
-            for name, place in zip(NAMES, places, strict=True)
+            for name, place in zip(NAMES, lab.places, strict=True)
         ]
         introduce_all(*kps, stock=STOCK)
         start_all(*kps)
@@ -116,15 +112,11 @@ class TestFiveKeyProvidersInOneMesh:
 
 
 @pytest.fixture(scope="class")
-def hub_lab(tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer) -> Iterator[Lab]:
-    root = tmp_path_factory.mktemp("hub")
-    names = ("KP_Hub", "KP_Far")
-    with new_broker(root, names) as broker, new_places(mariadb, broker, names) as places, ExitStack() as at_end:
-        lab = Lab(root, places[0].database, places[0].rabbitmq_url)
-        at_end.callback(lab.close)
+def hub_lab(tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, broker: RabbitMqServer) -> Iterator[Lab]:
+    with new_lab(tmp_path_factory.mktemp("hub"), mariadb, broker, HUB) as lab:
         hub = lab.add("KP_Hub", "KP_Near", "KP_Far", env=ENV)
         near = lab.add("KP_Near", "KP_Hub", env=ENV)
-        far = lab.add("KP_Far", "KP_Hub", at=places[1], env=ENV)
+        far = lab.add("KP_Far", "KP_Hub", at=lab.places[1], env=ENV)
         introduce_all(hub, far, stock=STOCK)
         near.make_files()
         start_all(hub, near, far)
@@ -172,16 +164,12 @@ class TestHubWithBothKindsOfLink:
 
 
 @pytest.fixture(scope="class")
-def https_lab(tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer) -> Iterator[Lab]:
-    root = tmp_path_factory.mktemp("https")
-    names = ("KP_West", "KP_East")
-    with ExitStack() as at_end:
-        broker = at_end.enter_context(new_broker(root, names, federated=False))
-        places = at_end.enter_context(new_places(mariadb, broker, names))
-        lab = Lab(root, places[0].database, places[0].rabbitmq_url)
-        at_end.callback(lab.close)
-        west = lab.add("KP_West", "KP_East", at=places[0], env=ENV)
-        east = lab.add("KP_East", "KP_West", at=places[1], env=ENV)
+def https_lab(
+    tmp_path_factory: pytest.TempPathFactory, mariadb: MariaDbServer, broker: RabbitMqServer
+) -> Iterator[Lab]:
+    with new_lab(tmp_path_factory.mktemp("https"), mariadb, broker, BY_HTTPS) as lab:
+        west = lab.add("KP_West", "KP_East", at=lab.places[0], env=ENV)
+        east = lab.add("KP_East", "KP_West", at=lab.places[1], env=ENV)
         introduce_all(west, east, stock=STOCK, by_https=True)
         start_all(west, east)
         wait_linked(lab, west, east)
@@ -246,23 +234,25 @@ class TestPeersReachedByHttps:
         wait_stock(west, "KP_East", STOCK)
 
 
+@contextmanager
+def two_stores(
+    root: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer, *sides: str
+) -> Iterator[tuple[Lab, KeyProvider, KeyProvider]]:
+    """Two key providers that are not started, each with its own store. Their names are the test's own."""
+    one, other = (f"KP_{side}-{secrets.token_hex(3)}" for side in sides)
+    with (
+        mariadb.databases(*sides) as (near, far),
+        Lab(root, Place(near, rabbitmq.url), Place(far, rabbitmq.url)) as lab,
+    ):
+        here = lab.add(one, other, at=lab.places[0], env=ENV)
+        yield lab, here, lab.add(other, one, at=lab.places[1], env=ENV)
+
+
 def test_a_block_that_identity_show_prints_is_all_that_the_other_side_needs(
     tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
 ) -> None:
     """Two operators, each with his own store, paste what the other's `skipctl identity show` printed."""
-    suffix = secrets.token_hex(3)
-    names = [f"KP_{side}-{suffix}" for side in ("Left", "Right")]
-    with ExitStack() as at_end:
-        databases = [mariadb.create_database(f"{side}_{suffix}", user=f"{side}_{suffix}") for side in ("left", "right")]
-        for database in databases:
-            at_end.callback(mariadb.drop_database, database)
-        places = [Place(database, rabbitmq.url) for database in databases]
-        lab = Lab(tmp_path, databases[0], rabbitmq.url)
-        at_end.callback(lab.close)
-        kps = [
-            lab.add(name, other, at=place, env=ENV)
-            for name, other, place in zip(names, names[::-1], places, strict=True)
-        ]
+    with two_stores(tmp_path, mariadb, rabbitmq, "Left", "Right") as (lab, *kps):
         for kp in kps:
             kp.make_files()
             kp.run_skipctl("db", "upgrade")
@@ -273,8 +263,8 @@ def test_a_block_that_identity_show_prints_is_all_that_the_other_side_needs(
             kp.environ["SKIP_CONFIG_FILE"] = str(file)
         start_all(*kps)
         wait_linked(lab, *kps)
-        lab.assert_retrievable(lab.issue(kps[0], names[1]))
-        lab.assert_retrievable(lab.issue(kps[1], names[0], "512"))
+        lab.assert_retrievable(lab.issue(kps[0], kps[1].system_id))
+        lab.assert_retrievable(lab.issue(kps[1], kps[0].system_id, "512"))
 
 
 def pasted(shown: str) -> str:
@@ -286,17 +276,7 @@ def pasted(shown: str) -> str:
 def test_a_peer_that_presents_another_identity_than_the_configured_one_is_refused_loudly(
     tmp_path: Path, mariadb: MariaDbServer, rabbitmq: RabbitMqServer
 ) -> None:
-    suffix = secrets.token_hex(3)
-    names = [f"KP_{side}-{suffix}" for side in ("True", "False")]
-    with ExitStack() as at_end:
-        databases = [mariadb.create_database(f"{side}_{suffix}", user=f"{side}_{suffix}") for side in ("t", "f")]
-        for database in databases:
-            at_end.callback(mariadb.drop_database, database)
-        places = [Place(database, rabbitmq.url) for database in databases]
-        lab = Lab(tmp_path, databases[0], rabbitmq.url)
-        at_end.callback(lab.close)
-        here = lab.add(names[0], names[1], at=places[0], env=ENV)
-        there = lab.add(names[1], names[0], at=places[1], env=ENV)
+    with two_stores(tmp_path, mariadb, rabbitmq, "True", "False") as (_, here, there):
         for kp in (here, there):
             kp.make_files()
         there.link_by_bus(BusPeer(here.system_id, here.identity, 0))

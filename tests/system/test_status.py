@@ -12,7 +12,7 @@ import pytest
 
 from sandbox.client import Key, get
 from sandbox.key_provider import KeyProvider
-from sandbox.servers import RabbitMqServer
+from sandbox.rabbitmq import RabbitMqServer
 from tests.system.harness import ALICE, BOB, Lab, ask, log_lines
 from tests.waiting import wait_for
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from sandbox.servers import MariaDbServer, RabbitMqServer
+from sandbox.mariadb import MariaDbServer
+from sandbox.rabbitmq import RabbitMqServer
 from sandbox.simulated_peer import SimulatedPeer
 from skipbus.shared.broker.names import live_routing_key, queue_name, routing_key
 from skipbus.shared.clock import now_ms

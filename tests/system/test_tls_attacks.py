@@ -36,12 +36,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
         "SKIP_TLS_HANDSHAKE_TIMEOUT_SECONDS": str(HANDSHAKE_TIMEOUT_SECONDS),
         "SKIP_MAX_CONNECTIONS": str(MAX_CONNECTIONS),
     }
-    made = TlsApi(tmp_path_factory.mktemp("tls"), narrow)
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path_factory.mktemp("tls"), narrow) as made:
+        yield made
 
 
 def client_context(api: TlsApi) -> ssl.SSLContext:

@@ -25,59 +25,52 @@ NEW_KEY = "ab" * 32
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[TlsApi]:
     """A test's own."""
-    made = TlsApi(tmp_path)
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
-    """One for tests that leave it as they found it."""
-    made = TlsApi(tmp_path_factory.mktemp("shared"))
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    """One for tests that leave it with files that it has read and can use."""
+    with TlsApi(tmp_path_factory.mktemp("shared")) as made:
+        yield made
 
 
 def read_again(api: TlsApi) -> int:
     return len(api.lines("tls files read again"))
 
 
-def test_a_key_that_is_added_is_served_within_seconds_and_a_connection_goes_on(api: TlsApi) -> None:
-    context = ssl.create_default_context(cafile=str(api.tls.ca_file))
-    context.load_cert_chain(api.tls.client_cert_file, api.tls.client_key_file)
+def test_a_key_that_is_added_is_served_within_seconds_and_a_connection_goes_on(shared: TlsApi) -> None:
+    context = ssl.create_default_context(cafile=str(shared.tls.ca_file))
+    context.load_cert_chain(shared.tls.client_cert_file, shared.tls.client_key_file)
     with (
-        socket.create_connection((LOOPBACK, api.port), timeout=10) as raw,
+        socket.create_connection((LOOPBACK, shared.port), timeout=10) as raw,
         context.wrap_socket(raw, server_hostname="localhost") as kept,
     ):
         kept.sendall(REQUEST.replace("Connection: close\r\n", "").encode())
         assert kept.recv(4096).startswith(b"HTTP/1.1 200 ")
-        output = api.kp.run_skipctl("psk", "add", "new-router", "--server", "192.0.2.1")
+        output = shared.kp.run_skipctl("psk", "add", "new-router", "--server", "192.0.2.1")
         key = output.rsplit(maxsplit=1)[-1]
-        wait_for(lambda: s_client(api.port, *api.psk("new-router", key)).served, timeout_seconds=5)
+        wait_for(lambda: s_client(shared.port, *shared.psk("new-router", key)).served, timeout_seconds=5)
         kept.sendall(REQUEST.encode())
         assert kept.recv(4096).startswith(b"HTTP/1.1 200 ")
-    assert key not in api.kp.log_of("api").read_text()
+    assert key not in shared.kp.log_of("api").read_text()
 
 
-def test_a_key_that_is_removed_is_refused(api: TlsApi) -> None:
-    arguments = api.psk()
-    assert s_client(api.port, *arguments).served
-    api.kp.run_skipctl("psk", "remove", api.tls.psk_identity)
-    wait_for(lambda: not s_client(api.port, *arguments).served, timeout_seconds=5)
-    api.kp.run_skipctl("psk", "add", api.tls.psk_identity)
+def test_a_key_that_is_removed_is_refused(shared: TlsApi) -> None:
+    arguments = shared.psk()
+    assert s_client(shared.port, *arguments).served
+    shared.kp.run_skipctl("psk", "remove", shared.tls.psk_identity)
+    wait_for(lambda: not s_client(shared.port, *arguments).served, timeout_seconds=5)
+    shared.kp.run_skipctl("psk", "add", shared.tls.psk_identity)
+    wait_for(lambda: s_client(shared.port, *shared.psk()).served, timeout_seconds=5)
 
 
-def test_sighup_reads_at_once(api: TlsApi) -> None:
-    before = read_again(api)
-    api.kp.processes["api"].send(signal.SIGHUP)
-    wait_for(lambda: read_again(api) == before + 1, timeout_seconds=3)
-    assert api.kp.processes["api"].running
+def test_sighup_reads_at_once(shared: TlsApi) -> None:
+    before = read_again(shared)
+    shared.kp.processes["api"].send(signal.SIGHUP)
+    wait_for(lambda: read_again(shared) == before + 1, timeout_seconds=3)
+    assert shared.kp.processes["api"].running
 
 
 def test_a_bad_file_is_reported_and_the_old_keys_stay(api: TlsApi) -> None:
@@ -140,16 +133,12 @@ def test_no_file_whatever_is_in_it_ends_the_service(shared: TlsApi, name: str, o
 
 def test_sighup_to_the_parent_reaches_every_worker(tmp_path: Path) -> None:
     api = TlsApi(tmp_path, {"SKIP_API_WORKERS": "2"})
-    api.prepare()
-    try:
-        api.start()
+    with api:
         wait_for(lambda: len(api.lines("listening", tls=True)) == 2, timeout_seconds=20)
         api.kp.run_skipctl("psk", "add", "new-router")
         api.kp.processes["api"].send(signal.SIGHUP)
         wait_for(lambda: len({line["pid"] for line in api.lines("tls files read again")}) == 2, timeout_seconds=5)
         assert all(line["psk_identities"] == 2 for line in api.lines("tls files read again"))
-    finally:
-        api.stop()
 
 
 def test_a_renewed_certificate_is_shown_to_new_connections(api: TlsApi, tmp_path: Path) -> None:
@@ -206,8 +195,7 @@ def test_a_caller_gets_keys_only_for_the_remote_systems_of_its_identity(tmp_path
     stranger = api.tls.psk_file.read_text().split("stranger:")[1].strip()
     tls = api.tls
     certificate = ("--cacert", str(tls.ca_file), "--cert", str(tls.client_cert_file), "--key", str(tls.client_key_file))
-    try:
-        api.start()
+    with api:
         # There is no store: 500 means that the caller was let through.
         for remote, status in (("KP_Bob", 500), ("KP_Carol", 400)):
             request = f"GET /key?remoteSystemID={remote} HTTP/1.1\r\nHost: kp\r\nConnection: close\r\n\r\n"
@@ -222,8 +210,6 @@ def test_a_caller_gets_keys_only_for_the_remote_systems_of_its_identity(tmp_path
         refused = api.lines("request", status=400)
         assert {line["identity"] for line in refused} == {tls.psk_identity, "stranger", "CN=client; DNS:client"}
         assert all("may ask for" in line["reason"] for line in refused)
-    finally:
-        api.stop()
 
 
 BREAK_THE_WAY_TO_OPENSSL = "import _ssl\n_ssl.__file__ = '/nowhere/_ssl.so'\n"
@@ -235,9 +221,7 @@ def test_without_a_way_to_openssl_one_mode_is_off_and_the_rest_is_served(tmp_pat
     (broken / "sitecustomize.py").write_text(BREAK_THE_WAY_TO_OPENSSL)
     api = TlsApi(tmp_path / "kp")
     api.kp.environ["PYTHONPATH"] = f"{broken}:{api.kp.environ['PYTHONPATH']}"
-    api.prepare()
-    try:
-        api.start()
+    with api:
         (line,) = api.lines("psk not in full")
         assert api.warnings() == [line["reason"]]
         for version in ("-tls1_2", "-tls1_3"):
@@ -250,8 +234,6 @@ def test_without_a_way_to_openssl_one_mode_is_off_and_the_rest_is_served(tmp_pat
         assert served == (sys.version_info >= (3, 13))
         said = "TLS 1.3 with pre-shared keys is off" if served else "pre-shared keys are off"
         assert line["reason"].startswith(said)
-    finally:
-        api.stop()
 
 
 def own_address() -> str:
@@ -270,16 +252,12 @@ def answers(address: str, port: int) -> bool:
 @pytest.mark.parametrize("allowed", ["", "1"], ids=["refused", "allowed"])
 def test_the_plain_port_leaves_this_host_only_when_that_is_allowed(tmp_path: Path, allowed: str) -> None:
     api = TlsApi(tmp_path, {"SKIP_HOST": "0.0.0.0", "SKIP_ALLOW_PLAINTEXT": allowed})  # noqa: S104 -- what is tested
-    api.prepare()
-    try:
-        api.start()
+    with api:
         warned = [line["event"] for line in log_lines(api.kp, "api") if line["level"] == "warning"]
         assert answers(LOOPBACK, api.kp.port)
         assert answers(own_address(), api.kp.port) == bool(allowed)
         assert ("keys are served without TLS" if allowed else "plain port on loopback only") in warned
         assert curl(api.port, "-k", *curl_files(api)).served
-    finally:
-        api.stop()
 
 
 def curl_files(api: TlsApi) -> tuple[str, ...]:
@@ -292,6 +270,5 @@ def test_another_key_provider_cannot_join_the_tls_port_but_a_second_process_can(
     assert other.kp.start("api").wait() == 1
     assert "SKIP_TLS_PORT" in other.lines("cannot run")[0]["reason"]
     second = TlsApi(tmp_path / "second", {"SKIP_TLS_PORT": str(api.port), "SKIP_PORT": str(api.kp.port)})
-    second.prepare()
-    second.start()
-    second.stop()
+    with second:
+        pass

@@ -21,12 +21,8 @@ LEAK_MIB = 0.5
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[TlsApi]:
     """One with pre-shared keys."""
-    made = TlsApi(tmp_path)
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path) as made:
+        yield made
 
 
 def handshakes_a_second(api: TlsApi) -> float:

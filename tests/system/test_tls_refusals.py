@@ -30,12 +30,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
         "SKIP_HEADER_TIMEOUT_SECONDS": "1",
         "SKIP_MAX_CONNECTIONS_PER_ADDRESS": str(MAX_PER_ADDRESS),
     }
-    made = TlsApi(tmp_path_factory.mktemp("tls"), impatient)
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path_factory.mktemp("tls"), impatient) as made:
+        yield made
 
 
 def rejected(api: TlsApi, *arguments: str) -> tuple[str, str]:
@@ -283,8 +279,7 @@ def test_the_end_of_a_certificate_is_announced_in_the_log_and_in_health(tmp_path
     for name in ("ca.pem", "ca.key", "rsa.pem", "rsa.key", "ecdsa.pem", "ecdsa.key", "client.pem", "client.key"):
         (api.tls.folder / name).unlink()
     api.kp.run_skipctl("cert", "init", str(api.tls.folder), "--days", "5")
-    try:
-        api.start()
+    with api:
         ends = (datetime.now(UTC) + timedelta(days=5)).strftime("%Y-%m-%d")
         warnings = api.warnings()
         assert [sum(name in text for text in warnings) for name in ("/rsa.pem", "/ecdsa.pem", "/ca.pem")] == [1, 1, 1]
@@ -292,5 +287,3 @@ def test_the_end_of_a_certificate_is_announced_in_the_log_and_in_health(tmp_path
         assert any("ca.pem (CN=skipbus lab)" in text for text in warnings)
         assert all("expires in 4 days" in text and ends in text for text in warnings)
         assert [line["reason"] for line in api.lines("certificate ends")] == warnings
-    finally:
-        api.stop()

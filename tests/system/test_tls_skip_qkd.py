@@ -98,26 +98,20 @@ def test_skip_qkd_with_a_certificate_of_another_authority_is_refused(tmp_path: P
     api.prepare()
     api.kp.run_skipctl("cert", "init", str(tmp_path / "foreign"))
     foreign = {"cert_file": f"{tmp_path}/foreign/client.pem", "key_file": f"{tmp_path}/foreign/client.key"}
-    try:
-        api.start()
+    with api:
         result = skip_qkd(api.tls.address, "capabilities", mtls=mtls(api.tls) | foreign)
         assert result.returncode == 1
         assert "unknown ca" in result.stderr
         assert api.refusal(0)["reason"] == "bad client certificate: unable to get local issuer certificate"
-    finally:
-        api.stop()
 
 
 def test_skip_qkd_s_mode_with_pre_shared_keys_gives_up_before_it_has_sent_a_byte(tmp_path: Path) -> None:
     api = TlsApi(tmp_path)
     api.prepare()
     key = {"identity": api.tls.psk_identity, "psk": api.tls.psk_hex}
-    try:
-        api.start()
+    with api:
         result = skip_qkd(api.tls.address, "capabilities", psk=key)
         assert result.returncode == 1
         assert "Cannot set verify_mode to CERT_NONE when check_hostname is enabled" in result.stderr
         wait_for(lambda: api.refusals() == 1, timeout_seconds=5)
         assert api.refusal(0)["reason"] == "the client ended the connection during the handshake"
-    finally:
-        api.stop()

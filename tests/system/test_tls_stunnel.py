@@ -19,12 +19,8 @@ from tests.system.tls_api import TlsApi, curl, expired_certificate, renegotiate,
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
     """The api whose plain port is behind it."""
-    made = TlsApi(tmp_path_factory.mktemp("tls"))
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path_factory.mktemp("tls")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module", params=["rsa", "ecdsa"])
@@ -32,11 +28,8 @@ def stunnel(
     api: TlsApi, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[tuple[Stunnel, str]]:
     """One for each of the two certificates: it can show one only."""
-    made = Stunnel(api.kp, tmp_path_factory.mktemp("stunnel"), server=request.param)
-    try:
-        yield made.start(), request.param
-    finally:
-        made.stop()
+    with Stunnel(api.kp, tmp_path_factory.mktemp("stunnel"), server=request.param) as made:
+        yield made, request.param
 
 
 @pytest.mark.parametrize("suite", PSK_SUITES)

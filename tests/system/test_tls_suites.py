@@ -47,24 +47,16 @@ WEAK_SUITES = [
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
     """Pre-shared keys and client certificates on one port."""
-    made = TlsApi(tmp_path_factory.mktemp("tls"))
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path_factory.mktemp("tls")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def psk_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsApi]:
     """Pre-shared keys and no certificate at all."""
     no_certificates = dict.fromkeys(("SKIP_TLS_CERT_FILE", "SKIP_TLS_KEY_FILE", "SKIP_TLS_CLIENT_CA_FILE"), "")
-    made = TlsApi(tmp_path_factory.mktemp("psk"), no_certificates)
-    made.prepare()
-    try:
-        yield made.start()
-    finally:
-        made.stop()
+    with TlsApi(tmp_path_factory.mktemp("psk"), no_certificates) as made:
+        yield made
 
 
 @pytest.mark.parametrize("suite", PSK_SUITES + MORE_PSK_SUITES)

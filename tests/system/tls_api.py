@@ -28,8 +28,9 @@ from cryptography.x509.oid import NameOID
 
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider
+from sandbox.mariadb import Database
 from sandbox.ports import LOOPBACK, free_port
-from sandbox.servers import Database
+from sandbox.processes import Startable
 from sandbox.tls_files import TlsFiles
 from tests.system.harness import log_lines
 from tests.waiting import wait_for
@@ -52,7 +53,7 @@ class Seen:
         return self.body is not None and "localSystemID" in self.body
 
 
-class TlsApi:
+class TlsApi(Startable):
     """One api process on a TLS port. Its store is not there."""
 
     def __init__(self, root: Path, env: Mapping[str, str] | None = None) -> None:
@@ -93,11 +94,12 @@ class TlsApi:
             place = folder.relative_to(self.kp.root)
             shutil.copytree(source / place, target / place)
 
-    def start(self) -> TlsApi:
+    def start(self) -> None:
         """Returns once the TLS port is served."""
+        if not self.kp.keyring_dir.exists():
+            self.prepare()
         self.kp.start("api")
         wait_for(lambda: bool(self.lines("listening", tls=True)), timeout_seconds=20)
-        return self
 
     def stop(self) -> None:
         """Ends it; no key stands in its log."""
