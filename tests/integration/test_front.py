@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -21,6 +22,8 @@ from tests.system.tls_api import TlsApi, s_client
 
 # A check that fails or succeeds is noticed in half a second; this is ample for a loaded machine.
 NOTICED_SECONDS = 2.0
+# What a connection to a host that does not answer costs (`timeout connect`).
+CONNECT_SECONDS = 0.5
 
 
 @asynccontextmanager
@@ -44,15 +47,6 @@ async def serving(port: int, name: bytes) -> AsyncIterator[None]:
             writer.transport.abort()
 
 
-@contextmanager
-def front(root: Path, api_a: int, api_b: int) -> Iterator[Front]:
-    made = Front(root, [api_a, api_b])
-    try:
-        yield made.start()
-    finally:
-        made.stop()
-
-
 async def ask(made: Front, seconds: float = 10.0) -> bytes:
     """The answer to one line, over a connection of its own."""
     async with asyncio.timeout(seconds):
@@ -67,7 +61,7 @@ async def ask(made: Front, seconds: float = 10.0) -> bytes:
 async def test_connections_go_to_each_api_in_turn(tmp_path: Path) -> None:
     a, b = free_port(), free_port()
     async with serving(a, b"A"), serving(b, b"B"):
-        with front(tmp_path, a, b) as made:
+        with Front(tmp_path, [a, b]) as made:
             answers = [await ask(made) for _ in range(6)]
     assert sorted(answers) == [b"A:x\n"] * 3 + [b"B:x\n"] * 3
 
@@ -75,7 +69,7 @@ async def test_connections_go_to_each_api_in_turn(tmp_path: Path) -> None:
 async def test_an_api_that_is_down_is_left_out_until_it_is_back(tmp_path: Path) -> None:
     a, b = free_port(), free_port()
     async with serving(b, b"B"):
-        with front(tmp_path, a, b) as made:
+        with Front(tmp_path, [a, b]) as made:
             assert [await ask(made) for _ in range(8)] == [b"B:x\n"] * 8
             async with serving(a, b"A"):
                 await asyncio.sleep(NOTICED_SECONDS)
@@ -87,16 +81,47 @@ async def test_the_end_of_an_api_costs_new_connections_nothing(tmp_path: Path) -
     a, b = free_port(), free_port()
     async with AsyncExitStack() as outer, serving(b, b"B"):
         async with serving(a, b"A"):
-            made = outer.enter_context(front(tmp_path, a, b))
+            made = outer.enter_context(Front(tmp_path, [a, b]))
             assert {await ask(made) for _ in range(4)} == {b"A:x\n", b"B:x\n"}
         assert [await ask(made) for _ in range(6)] == [b"B:x\n"] * 6
+
+
+@contextmanager
+def silent(port: int) -> Iterator[None]:
+    """A host that does not answer: the kernel drops what asks for a connection."""
+    with ExitStack() as at_end:
+        listener = at_end.enter_context(socket.create_server((LOOPBACK, port), backlog=0))
+        for _ in range(3):
+            waiting = at_end.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield
+
+
+async def test_only_the_first_connection_waits_for_an_api_that_has_become_silent(tmp_path: Path) -> None:
+    """The first one takes the api out, long before the next check would."""
+    a, b = free_port(), free_port()
+    async with AsyncExitStack() as outer, serving(b, b"B"):
+        async with serving(a, b"A"):
+            made = outer.enter_context(Front(tmp_path, [a, b]))
+            assert {await ask(made) for _ in range(4)} == {b"A:x\n", b"B:x\n"}
+        outer.enter_context(silent(a))
+        waited = [await seconds_of(ask(made)) for _ in range(8)]
+    assert sum(seconds > CONNECT_SECONDS / 2 for seconds in waited) <= 1, waited
+
+
+async def seconds_of(asking: Awaitable[bytes]) -> float:
+    """How long it takes until B has answered."""
+    started = time.monotonic()
+    assert await asking == b"B:x\n"
+    return time.monotonic() - started
 
 
 async def test_connections_wait_while_no_api_is_there(tmp_path: Path) -> None:
     a, b = free_port(), free_port()
     async with AsyncExitStack() as outer:
         async with serving(a, b"A"), serving(b, b"B"):
-            made = outer.enter_context(front(tmp_path, a, b))
+            made = outer.enter_context(Front(tmp_path, [a, b]))
             assert {await ask(made) for _ in range(4)} == {b"A:x\n", b"B:x\n"}
         # Between two checks, and when both are known to be down.
         for pause in (0.0, NOTICED_SECONDS):
@@ -111,7 +136,7 @@ async def test_connections_wait_while_no_api_is_there(tmp_path: Path) -> None:
 async def test_an_operator_sees_the_apis_in_its_metrics(tmp_path: Path) -> None:
     a, b = free_port(), free_port()
     async with serving(a, b"A"):
-        with front(tmp_path, a, b) as made:
+        with Front(tmp_path, [a, b]) as made:
             await asyncio.sleep(NOTICED_SECONDS)
             text = await asyncio.to_thread(read_metrics, made)
     assert re.search(r'haproxy_server_status\{proxy="apis",server="api-a",state="UP"\} 1', text)
@@ -126,21 +151,12 @@ def read_metrics(made: Front) -> str:
 @pytest.fixture
 def apis(tmp_path: Path) -> Iterator[list[TlsApi]]:
     """Two real ones of one key provider, with the same keys and certificates."""
-    made = []
-    try:
-        for name in ("a", "b"):
-            (tmp_path / name).mkdir()
-            made.append(TlsApi(tmp_path / name))
-            made[-1].prepare()
-            made[-1].start()
-        yield made
-    finally:
-        for one in made:
-            one.stop()
+    with TlsApi(tmp_path / "a") as one, TlsApi(tmp_path / "b") as other:
+        yield [one, other]
 
 
 def test_tls_ends_in_the_api_and_checks_leave_no_line_in_its_log(apis: list[TlsApi], tmp_path: Path) -> None:
-    with front(tmp_path, *(api.port for api in apis)) as made:
+    with Front(tmp_path, [api.port for api in apis]) as made:
         # Long enough for a few checks.
         time.sleep(3 * NOTICED_SECONDS)
         for arguments in (["-tls1_3", *apis[0].certificate()], ["-tls1_2", *apis[0].psk()]):
