@@ -10,10 +10,11 @@ speak for a KP of the other. ``refresh`` blocks; readers use a snapshot that is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
@@ -31,6 +32,7 @@ from skipbus.shared.store.pinned_identities import Pin
 
 # Only operators change pins. During a conflict they are read at every refresh.
 PIN_REREAD_MS = 10_000
+T = TypeVar("T")
 
 log = get_logger("shared.peer_directory")
 
@@ -86,8 +88,17 @@ class PeerDirectory:
 
     def refresh(self, now_ms: int) -> None:
         """Reads what changed in the store since the last call. Raises StoreUnavailable, StoreRefused."""
+        self.refresh_with(now_ms, lambda _connection: None)
+
+    def refresh_with(self, now_ms: int, query: Callable[[Connection], T]) -> T:
+        """``refresh``, after another query in the same transaction, whose result is returned.
+
+        An idle process spends most of its time on round trips to the store, so that what is read every second is read
+        together.
+        """
         with self._refreshing:
             with driver_errors(), self._engine.begin() as connection:
+                result = query(connection)
                 presented = self._presented.store(connection, now_ms)
                 snapshot, pins_read_ms = self._read(connection, now_ms)
             # Only after the commit: an uncommitted pin must not be used.
@@ -95,6 +106,7 @@ class PeerDirectory:
             for one in presented:
                 one.stored = True
             self._reporter.report(snapshot.conflicts, now_ms)
+        return result
 
     def get(self, system_id: str) -> Announcement | None:
         """The KP's announcement, if it is verified and has the pinned identity."""

@@ -67,7 +67,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     engine = make_engine(settings.mysql, pool_size=_CONNECTIONS, lean=True)
     remote_ids = RemoteSystemIds(settings.remote_system_ids, local_id)
     directory = PeerDirectory(engine, local_id, remote_ids, keyring.pins, settings.peers)
-    peers = PeerWatch(settings, engine, keyring, directory)
+    peers = PeerWatch(settings, keyring, directory)
 
     wake_up = asyncio.Event()
     consumer, publisher = Consumer(local_id), Publisher()

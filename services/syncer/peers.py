@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from skipbus.services.syncer import metrics
 from skipbus.shared.clock import now_ms
@@ -22,7 +22,6 @@ from skipbus.shared.liveness import PeerStatus, peer_status
 from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings
-from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import PeerLiveness, fetch_liveness, upsert_clock_skew
 
@@ -34,9 +33,8 @@ _log = get_logger("peers")
 class PeerWatch:
     """Keeps the directory fresh, and logs when a peer comes, is late or goes. Of one event loop."""
 
-    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
+    def __init__(self, settings: Settings, keyring: Keyring, directory: PeerDirectory) -> None:
         self._settings = settings
-        self._engine = engine
         self._keyring = keyring
         self._directory = directory
         self._statuses: dict[str, PeerStatus] = {}
@@ -57,13 +55,13 @@ class PeerWatch:
     def _read(self) -> list[PeerLiveness]:
         if not self.ready.is_set():
             bring_up_to_date(self._settings.mysql)
-        local_id = self._settings.local_system_id
-        with driver_errors(), self._engine.begin() as connection:
-            self.clocks.record(connection)
-            rows = fetch_liveness(connection, local_id)
-        self._directory.refresh(now_ms())
+        rows = self._directory.refresh_with(now_ms(), self._read_liveness)
         check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
         return rows
+
+    def _read_liveness(self, connection: Connection) -> list[PeerLiveness]:
+        self.clocks.record(connection)
+        return fetch_liveness(connection, self._settings.local_system_id)
 
     def _compare(self, rows: Mapping[str, PeerLiveness], at_ms: int) -> None:
         statuses = {peer: _status(rows.get(peer), at_ms) for peer in self._directory.peers()}
