@@ -60,7 +60,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         keyring.pins,
         settings.peers,
     )
-    view = StoreView(settings, engine, keyring, directory)
+    view = StoreView(settings, keyring, directory)
     store = StoreLink(settings, keyring, directory, make_queue_engine(settings.mysql))
     bus = BusLink(settings, keyring, directory, engine, store) if settings.bus_peers else None
     tls = Tls(settings)

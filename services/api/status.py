@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from aiohttp import web
-from sqlalchemy import Engine
+from sqlalchemy import Connection
 
 from skipbus.services.api.http.access_log import Entry
 from skipbus.services.api.http.responses import json_response
@@ -23,7 +23,6 @@ from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
 from skipbus.shared.liveness import peer_status
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings, project_version
-from skipbus.shared.store.engine import driver_errors
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
 from skipbus.shared.store.processes import ProcessSeen, fetch_processes
@@ -46,9 +45,8 @@ class Reading:
 class StoreView:
     """What this process knows of the store."""
 
-    def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, directory: PeerDirectory) -> None:
+    def __init__(self, settings: Settings, keyring: Keyring, directory: PeerDirectory) -> None:
         self._settings = settings
-        self._engine = engine
         self._keyring = keyring
         self._directory = directory
         self._schema_checked = False
@@ -73,13 +71,14 @@ class StoreView:
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
-        local_id = self._settings.local_system_id
-        with driver_errors(), self._engine.connect() as connection:
-            peers, processes = fetch_peer_rows(connection, local_id), fetch_processes(connection, local_id)
-        reading = Reading(now_ms(), tuple(peers), tuple(processes))
-        self._directory.refresh(now_ms())
+        reading = self._directory.refresh_with(now_ms(), self._read)
         check_pinned_identity(self._keyring, self._directory.pin(self._keyring.system_id))
         self.reading = reading
+
+    def _read(self, connection: Connection) -> Reading:
+        local_id = self._settings.local_system_id
+        peers, processes = fetch_peer_rows(connection, local_id), fetch_processes(connection, local_id)
+        return Reading(now_ms(), tuple(peers), tuple(processes))
 
 
 class StatusPages:
