@@ -738,6 +738,22 @@ async def test_where_the_events_are_refused_no_key_is_committed(
     assert bob.claim(issued.key_id, alice).key == issued.key
 
 
+async def test_where_the_event_is_refused_no_key_is_deleted_and_it_can_be_claimed_later(
+    store: Store, kps: list[KeyProvider]
+) -> None:
+    alice, bob, _ = kps
+    (issued,) = alice.issue(bob)
+    store.rows("ALTER TABLE outbox RENAME TO outbox_away")
+    queue = queue_of(bob.claim_batch, queue_engine(bob.settings))
+    request = ClaimRequest(bytes.fromhex(issued.key_id), "KP_Alice", "")
+    async with closing(queue):
+        with pytest.raises(StoreRefused):
+            await queue.submit(request)
+        assert store.count("key_records") == 1
+        store.rows("ALTER TABLE outbox_away RENAME TO outbox")
+        assert (await queue.submit(request)).key == issued.key
+
+
 async def test_a_key_that_cannot_be_inserted_is_refused_alone_and_the_one_with_its_key_id_stays(
     store: Store, kps: list[KeyProvider], monkeypatch: pytest.MonkeyPatch
 ) -> None:
