@@ -11,19 +11,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from sandbox.client import get
 from sandbox.key_provider import ROLES
+from sandbox.ports import answers
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("only_demo")
 
 CLONE = Path(__file__).resolve().parents[2]
 DEMO_DIR = CLONE / ".demo"
+PARTS = (*ROLES, "mysql", "rabbitmq")
 
 
 def start_demo(tmp_path: Path, **wishes: str) -> subprocess.Popen[str]:
@@ -63,18 +67,38 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def all_pids() -> list[int]:
+def pids_of(part: str) -> list[int]:
+    """The pids of a kind of server, or of a role at both key providers, by the state file."""
     now = state()
-    of_kps = [pid for kp in now["kps"].values() for pids in kp["processes"].values() for pid in pids]
-    return [*of_kps, now["mysql"][0]["pid"], now["rabbitmq"][0]["pid"]]
+    if part in ROLES:
+        return [int(pid) for kp in now["kps"].values() for pid in kp["processes"][part]]
+    return [int(server["pid"]) for server in now[part]]
 
 
-def pid_of(part: tuple[str, ...]) -> int:
-    """The pid of a server, or of a process of a key provider, by its way through the state file."""
-    entry = state()
-    if len(part) == 1:
-        return int(entry[part[0]][0]["pid"])
-    return int(entry["kps"][part[0]]["processes"][part[1]][0])
+def all_pids() -> list[int]:
+    return [pid for part in PARTS for pid in pids_of(part)]
+
+
+def server_ports() -> list[int]:
+    now = state()
+    return [int(one["port"]) for one in now["mysql"]] + [urlsplit(one["url"]).port or 0 for one in now["rabbitmq"]]
+
+
+def assert_what_is_killed_comes_back(part: str, source: str = "KP_Alice", target: str = "KP_Bob") -> None:
+    """All of one kind at the same time, and the key that was answered before is not lost."""
+    urls = {name: kp["http"] for name, kp in state()["kps"].items()}
+    issued = get(urls[source], "key", remoteSystemID=target)
+    assert issued.status == 200, issued.error
+    old = set(pids_of(part))
+    for pid in old:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not old & set(pids_of(part)) and all(map(is_alive, pids_of(part))), timeout_seconds=10)
+    wait_for(everything_is_healthy, timeout_seconds=30)
+    # Key providers are healthy without a broker, and one that is told to end while it starts takes its time.
+    wait_for(lambda: all(map(answers, server_ports())), timeout_seconds=60)
+    retrieved = get(urls[target], "key", issued.body["keyId"], remoteSystemID=source)
+    assert (retrieved.status, retrieved.error) == (200, "")
+    assert retrieved.body == issued.body
 
 
 def wait_until_ready(demo: subprocess.Popen[str]) -> None:
@@ -85,23 +109,44 @@ def wait_until_ready(demo: subprocess.Popen[str]) -> None:
     wait_for(ready, timeout_seconds=90)
 
 
-@pytest.fixture(scope="class")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """One demo for the tests that only look at it or let it heal."""
-    process = start_demo(tmp_path_factory.mktemp("demo"))
+@contextmanager
+def running_demo(tmp_path: Path, **wishes: str) -> Iterator[subprocess.Popen[str]]:
+    """A demo that is ready, until the end of the block."""
+    process = start_demo(tmp_path, **wishes)
     try:
         wait_until_ready(process)
         yield process
     finally:
-        process.terminate()
-        finish(process)
+        if process.poll() is None:
+            process.terminate()
+            finish(process)
 
 
-PARTS = [
-    *[(kp, role) for kp in ("KP_Alice", "KP_Bob") for role in ROLES],
-    ("mysql",),
-    ("rabbitmq",),
-]
+def assert_a_signal_ends(
+    demo: subprocess.Popen[str], folder: Path, number: signal.Signals, within_seconds: float
+) -> None:
+    """The exit code is 0, and no process, no folder and no state file is left."""
+    pids = all_pids()
+    started = time.monotonic()
+    demo.send_signal(number)
+    output = finish(demo)
+    assert demo.returncode == 0, output
+    assert time.monotonic() - started < within_seconds
+    assert not any(is_alive(pid) for pid in pids)
+    assert list(folder.iterdir()) == []
+    assert not DEMO_DIR.exists()
+
+
+@pytest.fixture(scope="class")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="class")
+def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """One demo for the tests that look at it or let it heal. The last of them ends it."""
+    with running_demo(folder) as process:
+        yield process
 
 
 @pytest.mark.usefixtures("demo")
@@ -124,21 +169,15 @@ class TestWhileItRuns:
         assert second.returncode == 2
         assert everything_is_healthy()
 
-    @pytest.mark.parametrize("part", PARTS, ids="/".join)
-    def test_what_is_killed_comes_back_and_no_answered_key_is_lost(self, part: tuple[str, ...]) -> None:
-        alice, bob = (state()["kps"][name]["http"] for name in ("KP_Alice", "KP_Bob"))
-        issued = get(alice, "key", remoteSystemID="KP_Bob")
-        assert issued.status == 200, issued.error
-        old = pid_of(part)
-        os.kill(old, signal.SIGKILL)
-        wait_for(lambda: pid_of(part) != old and is_alive(pid_of(part)), timeout_seconds=10)
-        wait_for(everything_is_healthy, timeout_seconds=30)
-        retrieved = get(bob, "key", issued.body["keyId"], remoteSystemID="KP_Alice")
-        assert (retrieved.status, retrieved.error) == (200, "")
-        assert retrieved.body == issued.body
+    @pytest.mark.parametrize("part", PARTS)
+    def test_what_is_killed_comes_back_and_no_answered_key_is_lost(self, part: str) -> None:
+        assert_what_is_killed_comes_back(part)
+
+    def test_sigterm_ends_it_cleanly_and_leaves_nothing(self, demo: subprocess.Popen[str], folder: Path) -> None:
+        assert_a_signal_ends(demo, folder, signal.SIGTERM, within_seconds=20)
 
 
-def test_once_tells_the_story_without_a_whole_key_and_leaves_nothing(tmp_path: Path) -> None:
+def assert_once_tells_the_story_without_a_whole_key_and_leaves_nothing(tmp_path: Path) -> None:
     demo = start_demo(tmp_path, ONCE="1")
     output = finish(demo)
     assert demo.returncode == 0, output
@@ -152,32 +191,19 @@ def test_once_tells_the_story_without_a_whole_key_and_leaves_nothing(tmp_path: P
     assert not DEMO_DIR.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_ends_it_cleanly_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    demo = start_demo(tmp_path)
-    wait_until_ready(demo)
-    pids = all_pids()
-    started = time.monotonic()
-    demo.send_signal(number)
-    output = finish(demo)
-    assert demo.returncode == 0, output
-    assert time.monotonic() - started < 20
-    assert not any(is_alive(pid) for pid in pids)
-    assert list(tmp_path.iterdir()) == []
-    assert not DEMO_DIR.exists()
+def test_ctrl_c_ends_it_cleanly_and_leaves_nothing(tmp_path: Path) -> None:
+    with running_demo(tmp_path) as demo:
+        assert_a_signal_ends(demo, tmp_path, signal.SIGINT, within_seconds=20)
 
 
-def test_a_killed_demo_takes_its_processes_along_and_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_a_killed_demo_takes_its_processes_along_and_the_next_one_with_once_tells_the_story(tmp_path: Path) -> None:
     demo = start_demo(tmp_path)
     wait_until_ready(demo)
     pids = all_pids()
     demo.kill()
     finish(demo)
     wait_for(lambda: not any(is_alive(pid) for pid in pids), timeout_seconds=10)
-    following = start_demo(tmp_path, ONCE="1")
-    output = finish(following)
-    assert following.returncode == 0, output
-    assert list(tmp_path.iterdir()) == []
+    assert_once_tells_the_story_without_a_whole_key_and_leaves_nothing(tmp_path)
 
 
 @pytest.mark.parametrize("port_base", ["x", "80", "65531"])

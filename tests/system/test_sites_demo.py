@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sandbox.client import get
-from sandbox.key_provider import ROLES
 from tests.system.test_demo import (
     DEMO_DIR,
-    everything_is_healthy,
+    PARTS,
+    all_pids,
+    assert_a_signal_ends,
+    assert_what_is_killed_comes_back,
     finish,
     is_alive,
+    running_demo,
     start_demo,
     state,
-    wait_until_ready,
 )
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("only_demo")
 
 ALICE, BOB = "KP_Alice", "KP_Bob"
-PARTS = [
-    *[(kp, role) for kp in (ALICE, BOB) for role in ROLES],
-    *[(kind, n) for kind in ("mysql", "rabbitmq") for n in (0, 1)],
-]
-
-
-def start_sites(tmp_path: Path, **wishes: str) -> subprocess.Popen[str]:
-    return start_demo(tmp_path, TOPOLOGY="sites", **wishes)
-
-
-def pid_of(part: tuple[str, str | int]) -> int:
-    """The pid of a server, or of a process of a key provider, by its way through the state file."""
-    name, which = part
-    if isinstance(which, int):
-        return int(state()[name][which]["pid"])
-    return int(state()["kps"][name]["processes"][which][0])
-
-
-def all_pids() -> list[int]:
-    return [pid_of(part) for part in PARTS]
 
 
 def exchange(source: str, target: str, size: str) -> None:
@@ -59,15 +39,15 @@ def exchange(source: str, target: str, size: str) -> None:
 
 
 @pytest.fixture(scope="class")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """One demo for the tests that only look at it or let it heal."""
-    process = start_sites(tmp_path_factory.mktemp("demo"))
-    try:
-        wait_until_ready(process)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="class")
+def demo(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """One demo for the tests that look at it or let it heal. The last of them ends it."""
+    with running_demo(folder, TOPOLOGY="sites") as process:
         yield process
-    finally:
-        process.terminate()
-        finish(process)
 
 
 @pytest.mark.usefixtures("demo")
@@ -96,42 +76,23 @@ class TestWhileItRuns:
             wish.unlink()
         wait_for(lambda: get(url, "key", remoteSystemID=BOB, size="128").status == 200, timeout_seconds=20)
 
-    @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part[0]}-{part[1]}")
-    def test_what_is_killed_comes_back_and_no_answered_key_is_lost(self, part: tuple[str, str | int]) -> None:
-        alice, bob = (state()["kps"][name]["http"] for name in (ALICE, BOB))
+    @pytest.mark.parametrize("part", PARTS)
+    def test_what_is_killed_comes_back_and_no_answered_key_is_lost(self, part: str) -> None:
+        alice = state()["kps"][ALICE]["http"]
         wait_for(lambda: get(alice, "key", remoteSystemID=BOB).status == 200, timeout_seconds=30)
-        issued = get(alice, "key", remoteSystemID=BOB)
-        assert issued.status == 200, issued.error
-        old = pid_of(part)
-        os.kill(old, signal.SIGKILL)
-        wait_for(lambda: pid_of(part) != old and is_alive(pid_of(part)), timeout_seconds=10)
-        wait_for(everything_is_healthy, timeout_seconds=30)
-        retrieved = get(bob, "key", issued.body["keyId"], remoteSystemID=ALICE)
-        assert (retrieved.status, retrieved.error) == (200, "")
-        assert retrieved.body == issued.body
+        assert_what_is_killed_comes_back(part)
         wait_for(lambda: get(alice, "key", remoteSystemID=BOB, size="128").status == 200, timeout_seconds=40)
+
+    def test_ctrl_c_ends_it_cleanly_and_leaves_nothing(self, demo: subprocess.Popen[str], folder: Path) -> None:
+        assert_a_signal_ends(demo, folder, signal.SIGINT, within_seconds=25)
 
 
 def test_once_tells_of_the_cut_and_the_healing_and_leaves_nothing(tmp_path: Path) -> None:
-    demo = start_sites(tmp_path, ONCE="1")
+    demo = start_demo(tmp_path, TOPOLOGY="sites", ONCE="1")
     output = finish(demo, timeout_seconds=150)
     assert demo.returncode == 0, output
     assert re.search(r"is cut.*from stock.*from stock.*healed.*stock full again", output, re.DOTALL), output
     assert re.search(r"\b[0-9a-f]{33,}", output) is None
-    assert list(tmp_path.iterdir()) == []
-    assert not DEMO_DIR.exists()
-
-
-def test_ctrl_c_ends_it_cleanly_and_leaves_nothing(tmp_path: Path) -> None:
-    demo = start_sites(tmp_path)
-    wait_until_ready(demo)
-    pids = all_pids()
-    started = time.monotonic()
-    demo.send_signal(signal.SIGINT)
-    output = finish(demo)
-    assert demo.returncode == 0, output
-    assert time.monotonic() - started < 25
-    assert not any(is_alive(pid) for pid in pids)
     assert list(tmp_path.iterdir()) == []
     assert not DEMO_DIR.exists()
 
