@@ -694,7 +694,7 @@ async def test_where_nobody_can_look_whether_keys_were_given_out_their_callers_a
 
 
 async def test_a_claim_whose_connection_is_killed_while_it_waits_is_tried_again(
-    store: Store, kps: list[KeyProvider], database: Database
+    store: Store, kps: list[KeyProvider]
 ) -> None:
     alice, bob, _ = kps
     (issued,) = alice.issue(bob)
@@ -702,7 +702,7 @@ async def test_a_claim_whose_connection_is_killed_while_it_waits_is_tried_again(
     waiting = "SELECT id FROM information_schema.processlist WHERE info LIKE '%%FOR UPDATE' AND db = %s"
 
     def waits() -> list[tuple[Any, ...]]:
-        return store.rows(waiting, database.database)
+        return store.rows(waiting, store.database.database)
 
     async with closing(queue):
         with store.connect() as holder, holder.cursor() as cursor:
