@@ -64,7 +64,7 @@ RETRYABLE = frozenset(
 
 
 # What an operator can put right, by the server's error code.
-_HINTS: dict[int | None, str] = {
+_ADVICE: dict[int | None, str] = {
     ER.ACCESS_DENIED_ERROR: "the account: check MYSQL_USER and MYSQL_PASSWORD",
     ER.DBACCESS_DENIED_ERROR: "the account for this database: check its grants and MYSQL_DATABASE",
     ER.BAD_DB_ERROR: "an unknown database: check MYSQL_DATABASE",
@@ -154,4 +154,4 @@ def translated(error: BaseException) -> StoreUnavailable | StoreRefused:
         return StoreConflict(f"another transaction was in the way ({told})")
     if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
         return StoreUnavailable(f"the store cannot be used now ({told})")
-    return StoreRefused(f"the store refused {_HINTS.get(code, 'a statement')} ({told})")
+    return StoreRefused(f"the store refused {_ADVICE.get(code, 'a statement')} ({told})")
