@@ -371,10 +371,16 @@ LINE = b"x" * 1000
 
 
 def stop_reading(pipe: Pipe) -> None:
-    """Puts lines until the pipe and the queue are full."""
+    """Puts lines until the pipe and the queue are full, and the thread that writes is blocked."""
     deadline = time.monotonic() + 10
-    while pipe.queue.dropped_lines < 100:
+    full = False
+    while not full:
+        for _ in range(200):
+            pipe.queue.put(LINE)
+        time.sleep(0.1)  # the thread takes what it can
+        dropped = pipe.queue.dropped_lines
         pipe.queue.put(LINE)
+        full = pipe.queue.dropped_lines > dropped
         assert time.monotonic() < deadline
 
 
