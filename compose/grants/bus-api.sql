@@ -3,3 +3,4 @@ GRANT SELECT, UPDATE, DELETE ON :database.outbox TO :account;
 GRANT SELECT, INSERT, DELETE ON :database.stock TO :account;
 GRANT SELECT, DELETE ON :database.stock_held TO :account;
 GRANT SELECT ON :database.bus_announcements TO :account;
+GRANT SELECT, INSERT, UPDATE ON :database.leases TO :account;

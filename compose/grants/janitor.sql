@@ -10,3 +10,4 @@ GRANT SELECT, INSERT, UPDATE ON :database.pinned_identities TO :account;
 GRANT SELECT, INSERT, UPDATE, DELETE ON :database.processes TO :account;
 GRANT SELECT, DELETE ON :database.stock_held TO :account;
 GRANT SELECT, DELETE ON :database.withdrawn_keys TO :account;
+GRANT SELECT, INSERT, UPDATE ON :database.leases TO :account;

@@ -7,3 +7,4 @@ GRANT SELECT, INSERT, UPDATE ON :database.peers TO :account;
 GRANT SELECT, INSERT, UPDATE ON :database.announcements TO :account;
 GRANT SELECT, INSERT, UPDATE ON :database.pinned_identities TO :account;
 GRANT SELECT, INSERT, UPDATE ON :database.processes TO :account;
+GRANT SELECT, INSERT, UPDATE ON :database.leases TO :account;

@@ -73,7 +73,7 @@ class Janitor:
         self._settings = settings
         self._engine = engine
         self._stopping = stopping
-        self._election = Election(settings.mysql, f"janitor {settings.local_system_id}")
+        self._election = Election(engine, f"janitor {settings.local_system_id}")
         self._epochs = EpochKeeper(settings, engine, keyring)
         self._zeroizer = Zeroizer(engine, settings.local_system_id, self._go_on)
         self._elected = self._listed = False
@@ -118,8 +118,8 @@ class Janitor:
         self._ticks += 1
 
     def _is_elected(self) -> bool:
-        held = self._election.held()
-        elected = held or self._election.acquire()
+        held = self._election.elected
+        elected = self._election.tick()
         if not held:
             # Another janitor may have been elected in between, and have made epochs.
             self._listed = False

@@ -1,6 +1,6 @@
 """Which of several syncers of one KP sends the outbox and heartbeats, and the sequence numbers that it may use.
 
-The elected one holds a MySQL lock. The election saves work and carries no guarantee: rows are locked while they are
+The elected one holds a lease. The election saves work and carries no guarantee: rows are locked while they are
 numbered, and a peer handles an envelope once however often it comes. Numbers are unique and growing, also after a
 restart, a takeover and the loss of the store: peers reject a heartbeat whose number does not grow, and ignore an
 envelope whose number they have seen. So the elected syncer notes in the store up to which number it may use, before it
@@ -20,7 +20,6 @@ from sqlalchemy import Engine
 from skipbus.services.syncer import metrics
 from skipbus.shared.errors import BackendError
 from skipbus.shared.logging import get_logger
-from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store import peers
 from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors
@@ -96,14 +95,19 @@ class Reservation:
 class Leader:
     """Asks once a second whether this syncer is the elected one. Each election begins a new ``term``."""
 
-    def __init__(self, mysql: MySqlSettings, local_id: str, reservation: Reservation) -> None:
+    def __init__(self, engine: Engine, local_id: str, reservation: Reservation) -> None:
         self._reservation = reservation
-        self._election = Election(mysql, f"syncer {local_id}")
-        self.elected = False
+        self._election = Election(engine, f"syncer {local_id}")
+        self._noted = False
         self.term = 0
 
+    @property
+    def elected(self) -> bool:
+        """Whether this syncer is the elected one. It finds out by its own clock that its lease is over."""
+        return self._noted and self._election.elected
+
     async def tick(self) -> None:
-        """Holds on to the lock or tries to get it. Raises StoreUnavailable, StoreRefused: then it is not held."""
+        """Holds on to the lease or tries to get it. Raises StoreUnavailable, StoreRefused: then it is not elected."""
         elected = False
         try:
             elected = await asyncio.to_thread(self._try)
@@ -111,26 +115,26 @@ class Leader:
             self._note(elected)
 
     def close(self) -> None:
-        """Gives the lock up for another syncer. Blocks."""
-        if self.elected:
+        """Gives the lease back for another syncer. Blocks."""
+        if self._noted:
             with contextlib.suppress(BackendError):
                 self._reservation.give_back()
         self._election.release()
 
     def _try(self) -> bool:
-        held = self._election.held()
-        if not held and not self._election.acquire():
+        held = self._election.elected
+        if not self._election.tick():
             return False
         # Before anything is sent in this term: a peer would take numbers that were used before for a recording.
-        if held and self.elected:
+        if held and self._noted:
             self._reservation.renew()
         else:
             self._reservation.take_over()
         return True
 
     def _note(self, elected: bool) -> None:
-        if elected != self.elected:
+        if elected != self._noted:
             self.term += elected
             _log.info("elected" if elected else "not elected")
-        self.elected = elected
+        self._noted = elected
         metrics.ELECTED.set(elected)

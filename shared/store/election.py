@@ -1,66 +1,131 @@
-"""One of several: a named MySQL lock, held by a connection of its own for as long as that lives.
+"""Which of several processes does a thing that one alone should do: the holder of a lease.
 
-The lock goes with its connection, so a process that dies or is cut off gives it up without anybody's help.
-The holder must ask ``held`` before each piece of work that two must not do at once. What is done
-under it is safe to do twice all the same: the lock saves work, it does not carry a guarantee.
+Rules: a holder renews its lease every 2 s and relies on it for 5 s after the last renewal that succeeded. Another
+process takes the lease over when it has seen it unchanged for 6 s, or immediately where the holder has given it back
+or was a process of this host that has ended. A holder that was stopped or cut off finds out by its own clock that its
+time is over. Clocks of two hosts are never compared. What is done under a lease must be safe to do twice: a process
+may be stopped between the question whether it is elected and what it does then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
 
-from pymysql.connections import Connection
+from sqlalchemy import Engine
 
-from skipbus.shared.errors import BackendError
-from skipbus.shared.settings import MySqlSettings
-from skipbus.shared.store.engine import connect, driver_errors
+from skipbus.shared.errors import BackendError, StoreConflict
+from skipbus.shared.store.engine import driver_errors
+from skipbus.shared.store.leases import (
+    Lease,
+    fetch_lease,
+    give_back_lease,
+    insert_lease,
+    renew_lease,
+    take_over_lease,
+)
+
+RENEW_SECONDS = 2.0
+VALID_SECONDS = 5.0
+# Longer than a lease is valid for its holder, so that there are not two of them even if a commit takes a second.
+SILENCE_SECONDS = 6.0
 
 
 class Election:
-    """Blocking; meant for one thread. ``name`` may have any length, the server's limit is 64."""
+    """One candidate. ``tick`` blocks, and is for one thread at a time."""
 
-    def __init__(self, mysql: MySqlSettings, name: str) -> None:
-        self._mysql = mysql
-        # Lock names are the whole server's: the database's name keeps two stores on one server apart.
-        digest = hashlib.sha384(f"{mysql.database}\0{name}".encode()).hexdigest()
-        self._lock = f"skipbus:{digest[:48]}"
-        self._connection: Connection | None = None
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        silence_seconds: float = SILENCE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``name`` is at most 128 characters; ``clock`` is monotonic, in seconds.
 
-    def acquire(self) -> bool:
-        """Tries once, without waiting. Raises StoreUnavailable or StoreRefused."""
-        if self._connection is None:
-            self._connection = connect(self._mysql)
-        try:
-            return self._ask("SELECT GET_LOCK(%s, 0)") == 1
-        except BackendError:
-            self._drop()
-            raise
+        A holder that has not renewed its lease for ``silence_seconds`` loses it to this candidate.
+        """
+        self._engine = engine
+        self._name = name
+        self._silence_seconds = silence_seconds
+        self._clock = clock
+        self._holder = _this_process()
+        self._valid_until = self._renew_at = self._seen_at = clock()
+        self._seen: Lease | None = None
 
-    def held(self) -> bool:
-        """Whether the lock is still ours; False too when the store cannot be asked."""
-        if self._connection is None:
-            return False
-        try:
-            return self._ask("SELECT IS_USED_LOCK(%s) = CONNECTION_ID()") == 1
-        except BackendError:
-            self._drop()
-            return False
+    @property
+    def elected(self) -> bool:
+        """Whether this candidate holds the lease now, by its own clock and without asking the store."""
+        return self._clock() < self._valid_until
+
+    def tick(self) -> bool:
+        """To be called every second: renews the lease or tries to get it. Whether this candidate is elected.
+
+        Raises StoreUnavailable or StoreRefused; an elected candidate stays so until its lease is over.
+        """
+        # Before the statement: the lease counts from when it was asked for.
+        now = self._clock()
+        if not self.elected or now >= self._renew_at:
+            try:
+                has_it = self._ask(now)
+            except StoreConflict:  # another candidate was faster; the next tick sees what became of it
+                return self.elected
+            self._valid_until = now + VALID_SECONDS if has_it else now
+            self._renew_at = now + RENEW_SECONDS
+        return self.elected
 
     def release(self) -> None:
-        """Gives the lock up, by closing its connection."""
-        self._drop()
+        """Gives the lease back, so that another candidate need not wait."""
+        if self.elected:
+            self._valid_until = self._clock()
+            with contextlib.suppress(BackendError), driver_errors(), self._engine.begin() as connection:
+                give_back_lease(connection, self._name, self._holder)
 
-    def _ask(self, question: str) -> object:
-        if self._connection is None:
-            return None
-        with driver_errors(), self._connection.cursor() as cursor:
-            cursor.execute(question, (self._lock,))
-            row = cursor.fetchone()
-            return row[0] if row else None
+    def _ask(self, now: float) -> bool:
+        """One transaction. Only what it has committed counts."""
+        with driver_errors(), self._engine.begin() as connection:
+            if renew_lease(connection, self._name, self._holder):
+                return True
+            found = fetch_lease(connection, self._name)
+            if found is None:
+                found = insert_lease(connection, self._name)
+            if found != self._seen:
+                self._seen, self._seen_at = found, now
+            is_free = not found.holder or now - self._seen_at >= self._silence_seconds or _has_ended(found.holder)
+            return is_free and take_over_lease(connection, self._name, self._holder, found)
 
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):  # the server frees the lock when the socket closes
-                connection.close()
+
+def _this_process() -> str:
+    """Names this process, and says enough of it to find out on the same host whether it lives."""
+    return f"{_host()} {os.getpid()} {secrets.token_hex(8)}"
+
+
+def _host() -> str:
+    """The running kernel and the namespace of process ids: a pid means the same to all who have both in common."""
+    try:
+        return (
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            + " "
+            + str(Path("/proc/self/ns/pid").readlink())
+        )
+    except OSError:
+        # Not Linux, or a hardened container: nothing is known of other processes, so leases run out by time alone.
+        return f"{secrets.token_hex(16)} -"
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the holder was a process of this host that is there no more."""
+    host, pid, _ = holder.rsplit(" ", 2)
+    if host != _host():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, and belongs to another user
+        return False
+    return False

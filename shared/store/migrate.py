@@ -1,4 +1,4 @@
-"""Brings the store's schema up to this release, by Alembic, under a MySQL lock.
+"""Brings the store's schema up to this release, by Alembic, under a lease.
 
 Any number of processes may start at once: one migrates, the others wait and find nothing left to do. A store that is
 at the current revision is only read, so accounts without the right to change tables can start. A store that is *newer*
@@ -11,25 +11,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from pymysql.constants import ER
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.schema import CreateTable
+from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from skipbus.shared.errors import OperatorError, StoreUnavailable
+from skipbus.shared.errors import BackendError, OperatorError, StoreUnavailable
 from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import MySqlSettings
+from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors, make_engine
+from skipbus.shared.store.schema import LEASES
 
 if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
 # The newest revision in migrations/; a test compares them.
-HEAD_REVISION = "0002"
+HEAD_REVISION = "0003"
 _SCRIPTS = Path(__file__).parent / "migrations"
-_LOCK_WAIT_SECONDS = 60
+_LEASE_WAIT_SECONDS = 60
+_LEASE_POLL_SECONDS = 0.2
+_LEASE_SILENCE_SECONDS = 30
 
 _log = get_logger("migrate")
 
@@ -85,10 +92,13 @@ def upgrade_store(mysql: MySqlSettings) -> bool:
         return False
     if not is_known(found):
         raise StoreNewer(f"the store has the schema of a newer release (revision {found})")
-    engine = make_engine(mysql, pool_size=1)
+    engine = make_engine(mysql)
     try:
-        with driver_errors(), engine.connect() as connection, _migration_lock(connection, mysql.database):
-            return _upgrade(connection)
+        with driver_errors():
+            with engine.begin() as connection:
+                connection.execute(CreateTable(LEASES, if_not_exists=True))
+            with _migration_lease(engine), engine.connect() as connection:
+                return _upgrade(connection)
     finally:
         engine.dispose()
 
@@ -138,19 +148,34 @@ def _scripts() -> ScriptDirectory:
 
 
 @contextlib.contextmanager
-def _migration_lock(connection: Connection, database: str) -> Iterator[None]:
-    # Statements that change tables commit, so no transaction could keep two migrations apart: a lock does.
-    name = f"skipbus:migrate:{database}"[:64]
-    lock = {"name": name, "seconds": _LOCK_WAIT_SECONDS}
-    # Below the connection's own read timeout, so that waiting is not mistaken for a dead server.
-    for _ in range(_LOCK_WAIT_SECONDS // 5):
-        if connection.execute(text("SELECT GET_LOCK(:name, 5)"), lock).scalar() == 1:
-            break
-    else:
-        raise StoreUnavailable(f"another process has been migrating the store for {_LOCK_WAIT_SECONDS} s")
+def _migration_lease(engine: Engine) -> Iterator[None]:
+    """Waits for the lease of migrations, and renews it until the block ends. Raises StoreUnavailable after a minute."""
+    # Statements that change tables commit, so no transaction could keep two migrations apart; and a cluster holds back
+    # all other statements while they run, a renewal too.
+    election = Election(engine, "migration", silence_seconds=_LEASE_SILENCE_SECONDS)
+    done = Event()
+    renewals = Thread(target=_renew, args=(election, done), name="migration lease", daemon=True)
+    wait_for_lease = Retrying(
+        retry=retry_if_result(lambda elected: not elected),
+        wait=wait_fixed(_LEASE_POLL_SECONDS),
+        stop=stop_after_delay(_LEASE_WAIT_SECONDS),
+        retry_error_callback=_raise_busy,
+    )
+    wait_for_lease(election.tick)
+    renewals.start()
     try:
-        connection.commit()
         yield
     finally:
-        with contextlib.suppress(Exception):  # the lock goes with the connection in any case
-            connection.execute(text("SELECT RELEASE_LOCK(:name)"), lock)
+        done.set()
+        renewals.join()
+        election.release()
+
+
+def _renew(election: Election, done: Event) -> None:
+    while not done.wait(1.0):
+        with contextlib.suppress(BackendError):
+            election.tick()
+
+
+def _raise_busy(_state: RetryCallState) -> bool:
+    raise StoreUnavailable(f"another process has been migrating the store for {_LEASE_WAIT_SECONDS} s")

@@ -216,3 +216,13 @@ PROCESSES = Table(
     Column("detail", mysql.VARCHAR(255), nullable=False, server_default=""),
     **_TABLE,
 )
+
+# What only one of several processes does, and which one does it; see ``election``.
+LEASES = Table(
+    "leases",
+    METADATA,
+    Column("name", mysql.VARCHAR(128, charset="utf8mb4", collation="utf8mb4_bin"), primary_key=True),
+    Column("holder", mysql.VARCHAR(128, charset="ascii", collation="ascii_bin"), nullable=False),
+    Column("renewals", mysql.BIGINT(unsigned=True), nullable=False),
+    **_TABLE,
+)

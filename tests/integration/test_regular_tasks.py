@@ -95,7 +95,7 @@ async def test_stock_that_grows_too_old_is_dropped_and_its_age_is_not_asked_for_
         RABBITMQ_URL="amqp://guest:guest@localhost/",
     )
     changes = list[bool]()
-    leader = Leader(settings.mysql, KP, Reservation(store.engine, KP, SequenceNumbers()))
+    leader = Leader(store.engine, KP, Reservation(store.engine, KP, SequenceNumbers()))
     watch = StockWatch(settings, store.engine, leader, lambda: changes.append(True))
     try:
         stocked(store, 1, now_ms() + 70_000)

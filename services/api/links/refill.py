@@ -156,7 +156,7 @@ class StockKeeper:
         self._engine = engine
         self._maker = maker
         self._on_made = on_made
-        self._election = Election(settings.mysql, f"stock {self._local_id}")
+        self._election = Election(engine, f"stock {self._local_id}")
         self._elected = False
         self._stocks = {peer.system_id: PeerStock(peer.stock) for peer in settings.bus_peers if peer.stock > 0}
         self._held: dict[str, int] = {}
@@ -260,7 +260,7 @@ class StockKeeper:
         return _Reading(levels, held, time.monotonic() - started, self._is_elected())
 
     def _is_elected(self) -> bool:
-        elected = bool(self._stocks) and (self._election.held() or self._election.acquire())
+        elected = bool(self._stocks) and self._election.tick()
         if elected != self._elected:
             _log.info("elected" if elected else "not elected")
         self._elected = elected

@@ -1,4 +1,4 @@
-"""Alembic's entry point: migrations run on the connection that ``skipbus.shared.store.migrate`` holds the lock with."""
+"""Alembic's entry point: migrations run on the connection that ``skipbus.shared.store.migrate`` gives it."""
 
 from __future__ import annotations
 
