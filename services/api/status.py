@@ -144,12 +144,13 @@ class StatusPages:
         return faults
 
     def _process_states(self, reading: Reading) -> dict[str, str]:
+        """For each role what its processes have said lately. Several may run, and one of them does the work."""
         limit_ms = max(self._settings.heartbeat_seconds * _PROCESS_LATE_INTERVALS, 3) * 1000
-        states = {"syncer": "missing", "janitor": "missing"}
-        for seen in sorted(reading.processes, key=lambda process: process.seen_ms):
-            if now_ms() - seen.seen_ms <= limit_ms:
-                states[seen.role] = seen.detail or "ok"
-        return states
+        states: dict[str, list[str]] = {"syncer": [], "janitor": []}
+        for seen in sorted(reading.processes, key=lambda process: process.seen_ms, reverse=True):
+            if seen.role in states and now_ms() - seen.seen_ms <= limit_ms:
+                states[seen.role].append(seen.detail)
+        return {role: min(said, key=_rank, default="missing") for role, said in states.items()}
 
     def _peer(self, name: str, row: PeerRow | None, at_ms: int) -> dict[str, object]:
         row = row or PeerRow(name, "", None, 0, 0, 0, 0, 0, 0, 0)
@@ -171,6 +172,11 @@ class StatusPages:
         # Keys count as issued here when the peer has acknowledged them, and most that are withdrawn never were.
         counts = _counts(row.issued, row.retrieved, row.expired, 0) | {"withdrawn": row.withdrawn}
         return shown | counts | {"inbound": inbound}
+
+
+def _rank(state: str) -> int:
+    """The best state first: a standby says nothing of what the elected process does."""
+    return {"ok": 0, "standby": 2}.get(state, 1)
 
 
 def _seconds(ms: int | None) -> float | None:

@@ -77,7 +77,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     applier, log = Applier(engine, local_id, {p.system_id for p in settings.bus_peers}), RejectionLog()
     peer_rejections = PeerRejections(applier, notifier, log)
     numbers, https_peers = SequenceNumbers(), _https_peers(settings, stop)
-    leader = Leader(settings.mysql, local_id, Reservation(engine, local_id, numbers))
+    leader = Leader(engine, local_id, Reservation(engine, local_id, numbers))
     transport = Transport(publisher, keyring.identity, local_id, numbers, https_peers, peer_rejections.record)
     sender = Sender(Outbox(settings, engine, numbers), leader, peers, transport, wake_up, stop)
     replies = Replies(transport, functools.partial(_fetch_announcement, engine, local_id))
@@ -95,8 +95,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         notifier.notify(NotificationKind.STOCK)
         wake_up.set()
 
+    async def elect() -> None:
+        await leader.tick()
+        # In this order: /health must not call a process a standby that has just been elected.
+        await signs.tick()
+
     stock = StockWatch(settings, engine, leader, on_stock_change)
-    signs = SignsOfLife(engine, local_id, broker, publisher)
+    signs = SignsOfLife(settings, engine, broker, publisher, leader)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)
 
     try:
@@ -104,7 +109,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             tasks.create_task(every(stop, _TICK_SECONDS, "store", peers.tick), name="peers")
             # The first reading of the peers brings the schema up to date, so everything else waits for it.
             if await _either(peers.ready, stop):
-                tasks.create_task(_quietly(stop, _TICK_SECONDS, "election", leader.tick), name="election")
+                tasks.create_task(_quietly(stop, _TICK_SECONDS, "election", elect), name="election")
                 tasks.create_task(sender.run(), name="outbox")
                 if settings.bus_peers:
                     # Where there are none the account has no right to the table of stock either.
@@ -112,9 +117,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 tasks.create_task(heartbeats.run(stop), name="heartbeats")
                 tasks.create_task(receiver.run(), name="receive")
                 tasks.create_task(replies.run(), name="replies")
-                tasks.create_task(
-                    _quietly(stop, settings.heartbeat_seconds, "signs of life", signs.give), name="signs of life"
-                )
     finally:
         for https_peer in https_peers.values():
             await https_peer.close()

@@ -11,6 +11,7 @@ import asyncio
 import os
 import random
 import socket
+import time
 
 from sqlalchemy import Engine
 
@@ -80,24 +81,39 @@ class Heartbeats:
 
 
 class SignsOfLife:
-    """Writes to the store, for /health, that this process works and whether it has the broker."""
+    """Writes to the store, for /health, what this process does: ``ok`` for the elected syncer, if it has the broker."""
 
-    def __init__(self, engine: Engine, local_id: str, broker: BrokerConnection, publisher: Publisher) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, broker: BrokerConnection, publisher: Publisher, leader: Leader
+    ) -> None:
+        self._local_id = settings.local_system_id
+        self._seconds = settings.heartbeat_seconds
         self._engine = engine
-        self._local_id = local_id
         self._broker = broker
         self._publisher = publisher
+        self._leader = leader
         self._instance = f"{socket.gethostname()}:{os.getpid()}"
+        self._written, self._due_at = "", 0.0
 
-    async def give(self) -> None:
-        """One sign. Raises StoreUnavailable, StoreRefused."""
+    async def tick(self) -> None:
+        """To be called every second: writes every ``heartbeat_seconds``, and immediately after a change.
+
+        Raises StoreUnavailable, StoreRefused.
+        """
+        state, now = self._state(), time.monotonic()
+        if state != self._written or now >= self._due_at:
+            await asyncio.to_thread(self._write, state)
+            self._written, self._due_at = state, now + self._seconds
+
+    def _state(self) -> str:
         up = self._broker.up.is_set() and not self._publisher.silent
         fault = self._broker.fault
         metrics.BUS_UP.set(up)
         metrics.QUEUE_WITHOUT_LEADER.set(isinstance(fault, QueueWithoutLeader))
-        detail = "ok" if up else str(fault) if isinstance(fault, NeedsOperator) else "broker away"
-        await asyncio.to_thread(self._write, detail)
+        if not up:
+            return str(fault) if isinstance(fault, NeedsOperator) else "broker away"
+        return "ok" if self._leader.elected else "standby"
 
-    def _write(self, detail: str) -> None:
+    def _write(self, state: str) -> None:
         with driver_errors(), self._engine.begin() as connection:
-            upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), detail)
+            upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), state)
