@@ -6,7 +6,6 @@ Durability is as production must have it (`innodb_flush_log_at_trx_commit=1`).
 from __future__ import annotations
 
 import getpass
-import os
 import secrets
 import shutil
 import subprocess
@@ -143,6 +142,14 @@ class MariaDbServer(Server):
             return False
         return True
 
+    def share_accounts(self, other: MariaDbServer) -> None:
+        """Use the passwords of another node of the same cluster; before the start."""
+        self.password, self._admin_password = other.password, other._admin_password
+
+    def _user(self) -> str:
+        """Whom the server runs as. It runs as root only where that is requested explicitly."""
+        return getpass.getuser()
+
     def _command(self) -> list[str]:
         by_flavour = {
             # MySQL's own default up to 16 processors: on a small machine, four threads that clear away what a janitor
@@ -153,7 +160,7 @@ class MariaDbServer(Server):
         return [
             self.program,
             "--no-defaults",
-            *_as_root_user(),
+            f"--user={self._user()}",
             f"--datadir={self.datadir}",
             # Relative to the data folder: the path of a Unix socket may have only 107 bytes.
             "--socket=server.sock",
@@ -202,18 +209,18 @@ class MariaDbServer(Server):
             return [
                 self.program,
                 "--no-defaults",
-                *_as_root_user(),
+                f"--user={self._user()}",
                 "--initialize-insecure",
                 f"--datadir={self.datadir}",
             ]
         return [
             find_program("mariadb-install-db", "mysql_install_db"),
             "--no-defaults",
-            f"--user={getpass.getuser()}",
+            f"--user={self._user()}",
             f"--datadir={self.datadir}",
             # No account without a password, not even for the moment until the init file has run.
             "--auth-root-authentication-method=socket",
-            f"--auth-root-socket-user={getpass.getuser()}",
+            f"--auth-root-socket-user={self._user()}",
             "--skip-test-db",
         ]
 
@@ -221,8 +228,3 @@ class MariaDbServer(Server):
 def _flavour(program: str) -> Literal["mariadb", "mysql"]:
     version = subprocess.run([program, "--no-defaults", "--version"], capture_output=True, text=True, check=True)
     return "mariadb" if "mariadb" in version.stdout.lower() else "mysql"
-
-
-def _as_root_user() -> list[str]:
-    """The server runs as root only when that is requested explicitly; started by another user it stays that user."""
-    return ["--user=root"] if os.geteuid() == 0 else []
