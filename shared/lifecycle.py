@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from skipbus.shared.errors import BackendError, OperatorError
+from skipbus.shared.errors import BackendError, OperatorError, StoreUnavailable
 from skipbus.shared.logging import get_logger
 from skipbus.shared.metrics import TaskAge
 
@@ -112,32 +112,86 @@ def next_tick(now: float, seconds: float) -> float:
 
 
 async def _pause_until(stop: asyncio.Event, when: float) -> bool:
+    return not await _is_set(stop, when)
+
+
+async def _is_set(event: asyncio.Event, until: float) -> bool:
+    """Waits for the event, at most until that loop time; whether it is set."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(when):
-            await stop.wait()
-    return not stop.is_set()
+        async with asyncio.timeout_at(until):
+            await event.wait()
+    return event.is_set()
 
 
-async def every(stop: asyncio.Event, seconds: float, what: str, action: Callable[[], Awaitable[None]]) -> None:
-    """Runs ``action`` every ``seconds``, at a tick, until ``stop``.
+async def every(
+    stop: asyncio.Event,
+    seconds: float,
+    what: str,
+    action: Callable[[], Awaitable[None]],
+    *,
+    quiet: bool = False,
+    wake: asyncio.Event | None = None,
+) -> None:
+    """Runs ``action`` every ``seconds``, at a tick, until ``stop``; and when ``wake`` is set, which it clears before.
 
-    An unavailable backend is logged once, and once when it is back; any other error ends the task.
+    A backend that fails is logged once, and once when it is back; any other error ends the task. ``quiet`` is for tasks
+    of a process in which another one logs an unavailable store for all: StoreUnavailable is logged at debug only. The
+    task's age, which the probes read, is that of its last success in any case.
     """
-    away, age = False, TaskAge(what, seconds)
-    while not stop.is_set():
-        age.tried()
+    task, loop = _RegularTask(what, seconds, quiet=quiet), asyncio.get_running_loop()
+    waking = asyncio.create_task(_set_at_stop(stop, wake), name=f"wake {what}") if wake else None
+    due_at, woken = 0.0, False
+    try:
+        while not stop.is_set():
+            if wake:
+                wake.clear()
+            await task.attempt(action)
+            # A wake-up does not put off the next tick.
+            if not woken:
+                due_at = next_tick(loop.time(), seconds)
+            woken = await _is_set(wake or stop, due_at)
+    finally:
+        if waking:
+            waking.cancel()
+
+
+async def _set_at_stop(stop: asyncio.Event, wake: asyncio.Event) -> None:
+    await stop.wait()
+    wake.set()
+
+
+class _RegularTask:
+    """One regular task: its attempts, and whether its backend is away."""
+
+    def __init__(self, what: str, seconds: float, *, quiet: bool) -> None:
+        self._what = what
+        self._quiet = quiet
+        self._age = TaskAge(what, seconds)
+        self._away = False
+
+    async def attempt(self, action: Callable[[], Awaitable[None]]) -> None:
+        """Raises what is not a BackendError."""
+        self._age.tried()
         try:
             await action()
         except BackendError as error:
-            if not away:
-                _log.warning("backend away", what=what, reason=str(error))
-            away = True
+            self._note_away(error)
         else:
-            if away:
-                _log.info("backend back", what=what)
-            away = False
-            age.done()
-        await pause_to_tick(stop, seconds)
+            self._note_done()
+
+    def _note_away(self, error: BackendError) -> None:
+        if self._quiet and isinstance(error, StoreUnavailable):
+            _log.debug("store away", what=self._what, reason=str(error))
+            return
+        if not self._away:
+            _log.warning("backend away", what=self._what, reason=str(error))
+        self._away = True
+
+    def _note_done(self) -> None:
+        if self._away:
+            _log.info("backend back", what=self._what)
+        self._away = False
+        self._age.done()
 
 
 async def stop_group(stop: asyncio.Event) -> NoReturn:

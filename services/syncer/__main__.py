@@ -9,7 +9,6 @@ import asyncio
 import functools
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -32,9 +31,8 @@ from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.notifications import FOR_SYNCER, NotificationKind, Notifier
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.crypto.keyring import Keyring
-from skipbus.shared.errors import StoreUnavailable
 from skipbus.shared.lifecycle import every, run_service
-from skipbus.shared.logging import configure_logging, get_logger
+from skipbus.shared.logging import configure_logging
 from skipbus.shared.metrics import serve_metrics
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
@@ -49,8 +47,6 @@ _TICK_SECONDS = 1.0
 # One each for peers, outbox, inbox, stock, replies and signs of life, so that none waits for another's statement, and
 # two for envelopes that are read to be sent again.
 _CONNECTIONS = 8
-
-_log = get_logger("syncer")
 
 
 def main() -> int:
@@ -109,11 +105,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             tasks.create_task(every(stop, _TICK_SECONDS, "store", peers.tick), name="peers")
             # The first reading of the peers brings the schema up to date, so everything else waits for it.
             if await _either(peers.ready, stop):
-                tasks.create_task(_quietly(stop, _TICK_SECONDS, "election", elect), name="election")
+                tasks.create_task(every(stop, _TICK_SECONDS, "election", elect, quiet=True), name="election")
                 tasks.create_task(sender.run(), name="outbox")
                 if settings.bus_peers:
                     # Where there are none the account has no right to the table of stock either.
-                    tasks.create_task(_quietly(stop, _TICK_SECONDS, "stock", stock.tick), name="stock")
+                    tasks.create_task(every(stop, _TICK_SECONDS, "stock", stock.tick, quiet=True), name="stock")
                 tasks.create_task(heartbeats.run(stop), name="heartbeats")
                 tasks.create_task(receiver.run(), name="receive")
                 tasks.create_task(replies.run(), name="replies")
@@ -147,18 +143,6 @@ async def _either(ready: asyncio.Event, stop: asyncio.Event) -> bool:
     for task in waiting:
         task.cancel()
     return not stop.is_set()
-
-
-async def _quietly(stop: asyncio.Event, seconds: float, what: str, action: Callable[[], Awaitable[None]]) -> None:
-    """``every``, but without a log line when the store is away: ``peers`` logs that, once for all."""
-
-    async def attempt() -> None:
-        try:
-            await action()
-        except StoreUnavailable as error:
-            _log.debug("store away", what=what, reason=str(error))
-
-    await every(stop, seconds, what, attempt)
 
 
 if __name__ == "__main__":

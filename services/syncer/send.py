@@ -9,7 +9,6 @@ To a peer with an endpoint one envelope is sent at a time, and after one that co
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Collection
 
@@ -21,8 +20,8 @@ from skipbus.services.syncer.peers import PeerWatch
 from skipbus.services.syncer.transport import Outcome, OutgoingEnvelope, Transport
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS
-from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
-from skipbus.shared.lifecycle import next_tick
+from skipbus.shared.errors import BackendError
+from skipbus.shared.lifecycle import every, next_tick
 from skipbus.shared.logging import get_logger
 
 TICK_SECONDS = 1.0
@@ -68,7 +67,6 @@ class Sender:
         self._term = 0
         self._read_at = 0.0
         self._tick_at = 0.0
-        self._refused = False
 
     def wake(self) -> None:
         """There are new rows in the outbox."""
@@ -86,39 +84,11 @@ class Sender:
 
     async def run(self) -> None:
         """Until ``stop``; then what is on its way is still sent."""
-        waking = asyncio.create_task(self._wake_at_stop(), name="wake outbox")
-        try:
-            async with self._tasks:
-                while not self._stop.is_set():
-                    await self._round_quietly()
-                    await self._pause()
-        finally:
-            waking.cancel()
-
-    async def _wake_at_stop(self) -> None:
-        await self._stop.wait()
-        self._wake_up.set()
-
-    async def _pause(self) -> None:
-        """Until there are new rows, or the next tick."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._tick_at):
-                await self._wake_up.wait()
-
-    async def _round_quietly(self) -> None:
-        """One round. That the store is away is logged by ``peers``, once for all."""
-        try:
-            await self._round()
-            self._refused = False
-        except StoreUnavailable as error:
-            _log.debug("store away", what="outbox", reason=str(error))
-        except StoreRefused as error:
-            if not self._refused:
-                _log.warning("backend away", what="outbox", reason=str(error))
-            self._refused = True
+        async with self._tasks:
+            await every(self._stop, TICK_SECONDS, "outbox", self._round, quiet=True, wake=self._wake_up)
 
     async def _round(self) -> None:
-        self._wake_up.clear()
+        """Raises StoreUnavailable, StoreRefused."""
         now = asyncio.get_running_loop().time()
         due = now >= self._tick_at
         if due:
@@ -152,14 +122,17 @@ class Sender:
         self._term, self._read_at = term, now
 
     async def _send_new_rows(self) -> None:
-        more = True
-        while more and not self._stop.is_set():
+        """Until the next tick, so that a long backlog delays nothing that follows from time."""
+        loop, more = asyncio.get_running_loop(), True
+        while more and loop.time() < self._tick_at and not self._stop.is_set():
             numbered, more = await asyncio.to_thread(self._outbox.number_new_rows)
             for one in numbered:
                 queue = self._queue_of(one.envelope.peer_id)
                 queue.add(one)
                 if one.idle:
                     self._send(queue, [one])
+        if more:
+            self.wake()
 
     async def _tick(self) -> None:
         """What follows from time alone: what is due again, what is recorded, what was abandoned or is pointless."""

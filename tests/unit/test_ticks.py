@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Awaitable, Callable
 
 import pytest
+import structlog.testing
 import uvloop
+from prometheus_client import CollectorRegistry
 
+from skipbus.shared.errors import BackendError, StoreRefused, StoreUnavailable
 from skipbus.shared.lifecycle import TICK_SECONDS, every, next_tick, pause_to_tick
+from skipbus.shared.metrics import _TASKS
 
 
 @pytest.mark.parametrize("seconds", [1.0, 2.5, 5.0, 15.0])
@@ -61,3 +67,64 @@ async def test_a_stop_does_not_wait_for_the_beat() -> None:
     started = time.monotonic()
     assert not await pause_to_tick(stop, 5.0)
     assert time.monotonic() - started < 1.0
+
+
+async def run_some(action: Callable[[], Awaitable[None]], *, what: str, rounds: int, quiet: bool) -> None:
+    """Runs a regular task so many times."""
+    stop, left = asyncio.Event(), rounds
+
+    async def attempt() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            stop.set()
+        await action()
+
+    async with asyncio.timeout(10):
+        await every(stop, 0.001, what, attempt, quiet=quiet)
+
+
+def done_age(what: str) -> float:
+    """Time since a regular task has succeeded, as a probe reads it."""
+    registry = CollectorRegistry()
+    registry.register(_TASKS)
+    age = registry.get_sample_value("skipbus_task_done_age_seconds", {"task": what})
+    assert age is not None
+    return age
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("error", [StoreUnavailable("away"), StoreRefused("no grant")])
+async def test_a_task_that_fails_each_time_has_not_succeeded_for_the_probes(error: BackendError, quiet: bool) -> None:
+    async def fail() -> None:
+        raise error
+
+    what = f"test of ages {error} {quiet}"
+    with structlog.testing.capture_logs() as lines:
+        await run_some(fail, what=what, rounds=3, quiet=quiet)
+    assert done_age(what) == math.inf
+    # ``quiet`` leaves the absence of the store, and nothing else, to the task that logs it for all.
+    warnings = [line for line in lines if line["log_level"] == "warning"]
+    assert len(warnings) == (0 if quiet and isinstance(error, StoreUnavailable) else 1)
+
+
+async def test_a_task_that_succeeds_is_young() -> None:
+    async def succeed() -> None:
+        pass
+
+    await run_some(succeed, what="test of ages", rounds=2, quiet=True)
+    assert done_age("test of ages") < 10
+
+
+async def test_a_task_that_is_woken_runs_before_its_tick_and_ends_at_stop() -> None:
+    stop, wake, runs = asyncio.Event(), asyncio.Event(), asyncio.Queue[None]()
+
+    async def note() -> None:
+        runs.put_nowait(None)
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        tasks.create_task(every(stop, 60.0, "test of waking", note, wake=wake))
+        for _ in range(3):
+            await runs.get()
+            wake.set()
+        stop.set()
