@@ -67,7 +67,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 
 class Janitor:
-    """One tick in each second: be elected, keep epochs, zeroize; every 15 seconds also sweep and prune."""
+    """One tick in each second: be elected, zeroize, keep epochs; every 15 seconds also sweep and prune."""
 
     def __init__(self, settings: Settings, engine: Engine, keyring: Keyring, stopping: Callable[[], bool]) -> None:
         self._settings = settings
@@ -103,19 +103,21 @@ class Janitor:
             self._report()
         if not self._is_elected():
             return
-        self._epochs.tend(now_ms(), list_files=self._ticks % _LIST_EPOCHS_EVERY_TICKS == 0 or not self._listed)
-        self._listed = True
+        # Counted first: a sweep that fails is not due again at the next tick.
+        ticks, self._ticks = self._ticks, self._ticks + 1
         local_id = self._settings.local_system_id
         with driver_errors(), self._engine.connect() as connection:
             expired = fetch_expired_exists(connection, local_id, now_ms())
             digest = fetch_announcement_digest(connection, local_id)
-        self._epochs.announce(now_ms(), digest)
+        # Before the epochs: a keyring that cannot be written must not keep expired keys in the store.
         if expired:
             self._zeroized.inc(self._zeroizer.zeroize_own(now_ms()))
-        if self._ticks % _SWEEP_EVERY_TICKS == 0:
+        self._epochs.tend(now_ms(), list_files=ticks % _LIST_EPOCHS_EVERY_TICKS == 0 or not self._listed)
+        self._listed = True
+        self._epochs.announce(now_ms(), digest)
+        if ticks % _SWEEP_EVERY_TICKS == 0:
             self._zeroized.inc(self._zeroizer.zeroize_abandoned(now_ms()))
             prune(self._engine, local_id, now_ms(), self._go_on)
-        self._ticks += 1
 
     def _is_elected(self) -> bool:
         held = self._election.elected

@@ -13,6 +13,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.keyring import Keyring, PrivateEpoch
+from skipbus.shared.errors import StoreRefused
 from skipbus.shared.settings.peers import identity_line
 from tests.integration.key_providers import Store, settings_for
 
@@ -45,6 +46,37 @@ async def test_a_janitor_zeroizes_at_each_tick_what_has_expired(store: Store, ke
             await janitor.tick()
             assert store.count("key_records") == 1
         assert store.rows("SELECT items FROM outbox") == [(1,), (1,), (1,)]
+    finally:
+        janitor.close()
+
+
+async def test_a_janitor_zeroizes_though_its_keyring_cannot_be_written(store: Store, keyring: Keyring) -> None:
+    janitor = janitor_of(store, keyring)
+    (keyring.path / "epochs").rmdir()
+    (keyring.path / "epochs").touch()
+    recorded(store, now_ms() - 1)
+    try:
+        with pytest.raises(OSError, match="epochs"):
+            await janitor.tick()
+        assert store.count("key_records") == 0
+    finally:
+        janitor.close()
+
+
+async def test_a_sweep_that_the_store_refuses_is_not_repeated_each_second(store: Store, keyring: Keyring) -> None:
+    janitor = janitor_of(store, keyring)
+    try:
+        await janitor.tick()
+        janitor._ticks = 15
+        store.rows("RENAME TABLE withdrawn_keys TO elsewhere")
+        try:
+            with pytest.raises(StoreRefused):
+                await janitor.tick()
+            recorded(store, now_ms() - 1)
+            await janitor.tick()
+        finally:
+            store.rows("RENAME TABLE elsewhere TO withdrawn_keys")
+        assert store.count("key_records") == 0
     finally:
         janitor.close()
 
