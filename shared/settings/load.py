@@ -21,6 +21,7 @@ from skipbus.shared.settings.model import (
     TlsSettings,
 )
 from skipbus.shared.settings.peers import PeerSettings, read_peers
+from skipbus.shared.settings.secret import Secret
 from skipbus.shared.settings.sources import ENVIRONMENT, ProblemError, Raw, Sources, read_sources
 from skipbus.shared.settings.values import parse, shown
 
@@ -60,11 +61,21 @@ def _read_options(sources: Sources, origins: dict[str, str]) -> dict[str, Any]:
     for option in OPTIONS:
         try:
             raw = sources.find(option) or _default(option)
-            values[option.path] = _parse(option, raw)
+            values[option.path] = _parse(option, raw) if raw.name != option.file_variable else _of_file(option, sources)
             origins[option.variable] = raw.origin
         except ProblemError as problem:
             sources.problems.append(str(problem))
     return values
+
+
+def _of_file(option: Option, sources: Sources) -> Secret:
+    """A secret that is read from its file now, and that can be read again."""
+
+    def read() -> Secret:
+        value = _parse(option, sources.secret_in_file(option))
+        return Secret(value.reveal(), read)
+
+    return read()
 
 
 def _default(option: Option) -> Raw:
@@ -73,7 +84,7 @@ def _default(option: Option) -> Raw:
     return Raw(option.default, option.variable, "default")
 
 
-def _parse(option: Option, raw: Raw) -> object:
+def _parse(option: Option, raw: Raw) -> Any:  # noqa: ANN401 -- the value of a field
     try:
         return parse(option.hint, raw.text)
     except ValueError as error:

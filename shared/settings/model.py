@@ -26,6 +26,7 @@ from skipbus.shared.settings.values import (
     Environment,
     Folder,
     Host,
+    Hosts,
     LogLevel,
     OneFile,
     Password,
@@ -33,6 +34,7 @@ from skipbus.shared.settings.values import (
     SystemId,
     TwoFiles,
     Wait,
+    split_address,
     wants,
 )
 
@@ -51,11 +53,25 @@ class Setting:
 class MySqlSettings:
     """How this process reaches the store."""
 
-    host: Annotated[Host, Setting("MYSQL_HOST", "mysql.host", "127.0.0.1", "the store's host")]
-    port: Annotated[Port, Setting("MYSQL_PORT", "mysql.port", "3306", "the store's port")]
+    host: Annotated[
+        Hosts,
+        Setting(
+            "MYSQL_HOST",
+            "mysql.host",
+            "127.0.0.1",
+            "the store's host; for a cluster several, `db1,db2:3307`: the first that serves is used until it fails",
+        ),
+    ]
+    port: Annotated[Port, Setting("MYSQL_PORT", "mysql.port", "3306", "the store's port, of hosts that name none")]
     user: Annotated[AccountName, Setting("MYSQL_USER", "mysql.user", None, "this process's account at the store")]
     password: Annotated[Password, Setting("MYSQL_PASSWORD", "mysql.password", None, "the account's password")]
     database: Annotated[DatabaseName, Setting("MYSQL_DATABASE", "mysql.database", None, "the store's database")]
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """The store's servers, in the order in which they are tried."""
+        split = (split_address(part.strip()) for part in self.host.split(","))
+        return tuple((host, port or self.port) for host, port in split)
 
 
 # fmt: off

@@ -6,7 +6,9 @@ and serialising raise, so that a secret cannot leave the process by accident.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+from collections.abc import Callable
 from typing import NoReturn
 
 HIDDEN = "***"
@@ -15,11 +17,20 @@ HIDDEN = "***"
 class Secret:
     """A text that shows as `***` everywhere but in `reveal()`."""
 
-    __slots__ = ("_text",)
+    __slots__ = ("_reread", "_text")
     _text: str
+    _reread: Callable[[], Secret] | None
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, reread: Callable[[], Secret] | None = None) -> None:
+        """``reread`` reads the file again that the secret came from; it may raise any exception."""
         object.__setattr__(self, "_text", text)
+        object.__setattr__(self, "_reread", reread)
+
+    def current(self) -> Secret:
+        """What its file holds now: credentials are changed while a process runs. Itself where that cannot be read."""
+        with contextlib.suppress(Exception):
+            return self._reread() if self._reread is not None else self
+        return self
 
     def reveal(self) -> str:
         """Returns the text itself. Call it where the text is used, and keep the answer nowhere."""

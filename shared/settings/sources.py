@@ -53,7 +53,7 @@ class Sources:
     def find(self, option: Option) -> Raw | None:
         """The option's text; None if it is given nowhere. Raises `ProblemError`."""
         if option.secret and option.file_variable in self.environ:
-            return self._secret_in_file(option)
+            return self.secret_in_file(option)
         for name in (option.variable, EARLIER_NAMES.get(option.variable, "")):
             if name in self.environ:
                 if not self.environ[name]:
@@ -90,7 +90,8 @@ class Sources:
         is_one_table = any(place.startswith(f"{PEERS_PLACE}.") for place in self.toml)
         return None if is_one_table else self.toml.get(PEERS_PLACE, [])
 
-    def _secret_in_file(self, option: Option) -> Raw:
+    def secret_in_file(self, option: Option) -> Raw:
+        """The text of the file that the option's variable names. Raises `ProblemError`."""
         name = option.file_variable
         if option.variable in self.environ:
             raise ProblemError(f"{option.variable} and {name} are both set. Remove one of them.")

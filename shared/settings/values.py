@@ -119,6 +119,33 @@ def _host(text: str) -> str:
     return text
 
 
+def split_address(text: str) -> tuple[str, int | None]:
+    """A host, and the port if there is one: `db1`, `db1:3306`, `10.0.0.1`, `2001:db8::1`, `[2001:db8::1]:3306`.
+
+    Raises ValueError.
+    """
+    host, colon, port = text.rpartition(":")
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        colon, port = rest[:1], rest[1:]
+        if not bracket or (rest and colon != ":"):
+            raise ValueError
+        ipaddress.IPv6Address(host)
+    elif not colon or ":" in host:
+        host, colon = text, ""
+    number = int(port) if colon and port.isascii() and port.isdigit() else None
+    if bool(colon) != (number is not None) or (number is not None and not 1 <= number <= 65535):
+        raise ValueError
+    return _host(host), number
+
+
+def _hosts(text: str) -> str:
+    addresses = [split_address(part.strip()) for part in text.split(",")]
+    if len(set(addresses)) != len(addresses):
+        raise ValueError("a server is named twice")
+    return text
+
+
 def _matching(pattern: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text) or not text.isprintable():
@@ -174,6 +201,9 @@ Wait = Annotated[float, Meta(ge=0.1, le=300)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 SystemId = Annotated[str, Text("an id of 1 to 64 printable ASCII characters such as KP_Alice", validate_system_id)]
 Host = Annotated[str, Text("a host name or an IP address, without a port", _host)]
+Hosts = Annotated[
+    str, Text("a host name or IP address, or several with commas between them; each may have a :port", _hosts)
+]
 AccountName = Annotated[str, Text("a name of 1 to 80 printable characters", _matching(r"(?s:.){1,80}"))]
 DatabaseName = Annotated[
     str, Text("a name of 1 to 64 letters, digits, '_', '$' or '-'", _matching(r"[A-Za-z0-9_$-]{1,64}"))

@@ -1,35 +1,28 @@
-"""Connections to the store: MySQL >= 8.4 or MariaDB >= 10.11, by PyMySQL and SQLAlchemy.
+"""Engines for the store, by PyMySQL and SQLAlchemy: MySQL >= 8.4 or MariaDB >= 10.11. How driver errors become ours.
 
-Owns how a connection is set up (READ COMMITTED, strict, UTC, bounded waits) and how driver errors become
-ours. READ COMMITTED because a claim must not lock gaps: two callers who race for one key wait for that
-row and for nothing else. Knows no table.
+``servers`` makes the connections: READ COMMITTED, because a claim must not lock gaps: two callers who race for one key
+wait for that row and for nothing else. Knows no table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pymysql
 from pymysql.connections import Connection
 from pymysql.constants import CR, ER
 from sqlalchemy import URL, ClauseElement, Engine, create_engine
 from sqlalchemy.dialects.mysql import pymysql as pymysql_dialect
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.event import listens_for
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from skipbus.shared.errors import StoreConflict, StoreRefused, StoreUnavailable
 from skipbus.shared.settings import MySqlSettings
-
-CONNECT_TIMEOUT_SECONDS = 3
-STATEMENT_TIMEOUT_SECONDS = 10
-LOCK_WAIT_SECONDS = 3
-
-_SESSION = (
-    "SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
-    f"innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}"
-)
-_ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
+from skipbus.shared.store.servers import NODE_NOT_READY, STATEMENT_TIMEOUT_SECONDS, servers_of
 
 # Two transactions met, on one server or on two nodes of a cluster; the connection goes on.
 CONFLICTS = frozenset(
@@ -58,9 +51,15 @@ RETRYABLE = frozenset(
         1969,  # MariaDB: the same
         4031,  # MySQL: the server disconnected an idle client
         1317,  # query execution was interrupted
-        1047,  # a Galera node that is not part of its cluster now
+        NODE_NOT_READY,
+        1836,  # MySQL: the server is read-only
+        3100,  # MySQL Group Replication: this member cannot commit now
     }
 )
+
+
+# The connection is whole, but the server it leads to is no longer one to write to.
+_UNFIT = frozenset({ER.OPTION_PREVENTS_STATEMENT, ER.SERVER_SHUTDOWN, NODE_NOT_READY, 1836})
 
 
 # What an operator can put right, by the server's error code.
@@ -73,25 +72,10 @@ _ADVICE: dict[int | None, str] = {
 }
 
 
-def connect(settings: MySqlSettings) -> Connection:
+def connect(settings: MySqlSettings) -> Connection[Any]:
     """A connection of one's own, autocommit off. Raises StoreUnavailable or StoreRefused."""
     with driver_errors():
-        connection: Connection = pymysql.connect(
-            host=settings.host,
-            port=settings.port,
-            user=settings.user,
-            password=settings.password.reveal(),
-            database=settings.database,
-            charset="utf8mb4",
-            autocommit=False,
-            connect_timeout=CONNECT_TIMEOUT_SECONDS,
-            read_timeout=STATEMENT_TIMEOUT_SECONDS,
-            write_timeout=STATEMENT_TIMEOUT_SECONDS,
-            init_command=_SESSION,
-        )
-        with connection.cursor() as cursor:
-            cursor.execute(_ISOLATION)
-        return connection
+        return servers_of(settings).connect()
 
 
 def make_engine(settings: MySqlSettings, pool_size: int = 2, *, lean: bool = False) -> Engine:
@@ -101,7 +85,7 @@ def make_engine(settings: MySqlSettings, pool_size: int = 2, *, lean: bool = Fal
     rolled back once more after a commit. For callers who end every transaction and who try again after
     StoreUnavailable: the first one to meet a server that was away gets that, and all connections are made anew.
     """
-    return create_engine(
+    engine = create_engine(
         URL.create("mysql+pymysql", database=settings.database),
         creator=lambda: connect(settings),
         pool_size=pool_size,
@@ -111,6 +95,8 @@ def make_engine(settings: MySqlSettings, pool_size: int = 2, *, lean: bool = Fal
         pool_reset_on_return=None if lean else "rollback",
         hide_parameters=True,
     )
+    listens_for(engine, "handle_error")(_leave_unfit_server)
+    return engine
 
 
 def make_queue_engine(settings: MySqlSettings) -> Engine:
@@ -130,6 +116,13 @@ def driver_sql(statement: ClauseElement, columns: Collection[str] | None = None)
     ``columns`` are those that an INSERT has values for.
     """
     return str(statement.compile(dialect=pymysql_dialect.dialect(paramstyle="pyformat"), column_keys=columns))
+
+
+def _leave_unfit_server(context: ExceptionContext) -> None:
+    """Has the pool replace connections to a server that answers but cannot be used now: another one may serve."""
+    error = context.original_exception
+    if error.args and error.args[0] in _UNFIT:
+        context.is_disconnect = True
 
 
 @contextmanager
