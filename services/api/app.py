@@ -21,6 +21,7 @@ from skipbus.shared.logging import get_logger, log_correlation_id, new_correlati
 
 _log = get_logger("app")
 _KEY_PREFIX = "/key/"
+_HEALTH = "/health"
 Handler = Callable[[Entry, str], Awaitable[web.Response]]
 
 
@@ -34,7 +35,7 @@ class Application:
             "/capabilities": skip.get_capabilities,
             "/key": skip.get_key,
             "/entropy": skip.get_entropy,
-            "/health": status.get_health,
+            _HEALTH: status.get_health,
             "/status/sync": status.get_status_sync,
         }
         # While the process drains, each answer closes its connection.
@@ -75,7 +76,8 @@ class Application:
             if handler is None and (not path.startswith(_KEY_PREFIX) or _is_below_a_key(raw_path)):
                 raise RouteError(404, "there is no such path (see draft-cisco-skip-02, Table 2)")
             entry.route = "/key" if handler is None else path
-        _check_method(request, "GET")
+        # Probes of orchestrators ask with HEAD; the draft's methods are GET alone.
+        _check_method(request, *(("GET", "HEAD") if path == _HEALTH else ("GET",)))
         if handler is not None:
             return handler(entry, query)
         return self._get_key_by_id(entry, query, path[len(_KEY_PREFIX) :])
@@ -99,13 +101,13 @@ def _is_below_a_key(raw_path: str) -> bool:
     return any(raw_path.split("/", 3)[3:])
 
 
-def _check_method(request: web.BaseRequest, allowed: str) -> None:
+def _check_method(request: web.BaseRequest, *allowed: str) -> None:
     if request.version < HttpVersion10:
         # The parser reads a request line without a version as HTTP/0.9, which has neither status nor headers.
         raise RouteError(400, "the request is not well-formed HTTP: its first line names no version")
-    if request.method != allowed:
-        raise RouteError(405, f"only {allowed} is supported", Allow=allowed)
-    if allowed == "POST":
+    if request.method not in allowed:
+        raise RouteError(405, f"only {' and '.join(allowed)} is supported", Allow=", ".join(allowed))
+    if request.method == "POST":
         return
     if request.body_exists:
         raise RouteError(413, "GET takes no body here")

@@ -118,8 +118,8 @@ def test_a_body_or_an_expectation_is_refused_as_described(alice: KeyProvider, pa
 
 @pytest.mark.parametrize("path", sorted(API["paths"]))
 def test_another_method_is_a_405_that_names_the_right_one(alice: KeyProvider, path: str) -> None:
-    (method,) = (name.upper() for name in API["paths"][path])
+    methods = ", ".join(name.upper() for name in API["paths"][path])
     target = path.replace("{keyId}", UNKNOWN_KEY)
     answer = ask(alice, target, method="DELETE")
     assert answer.status == 405
-    assert answer.headers["allow"] == method
+    assert answer.headers["allow"] == methods

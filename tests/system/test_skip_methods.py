@@ -181,7 +181,7 @@ def test_a_path_below_a_key_does_not_take_the_key(shared_lab: Lab, alice: KeyPro
 
 @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
 @pytest.mark.parametrize(
-    "path", ["/capabilities", "/key?remoteSystemID=KP_Bob", "/key/" + "ab" * 16, "/entropy", "/health"]
+    "path", ["/capabilities", "/key?remoteSystemID=KP_Bob", "/key/" + "ab" * 16, "/entropy", "/status/sync"]
 )
 def test_any_method_but_get_is_405_with_allow(alice: KeyProvider, method: str, path: str) -> None:
     answer = ask(alice, path, method=method)
@@ -189,6 +189,14 @@ def test_any_method_but_get_is_405_with_allow(alice: KeyProvider, method: str, p
     assert answer.headers["allow"] == "GET"
     assert answer.headers["content-type"] == JSON
     assert method == "HEAD" or set(answer.json) == {"error"}
+
+
+def test_health_answers_head_without_a_body_and_refuses_other_methods(alice: KeyProvider) -> None:
+    answer = ask(alice, "/health", method="HEAD")
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["content-type"] == JSON
+    answer = ask(alice, "/health", method="POST")
+    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
 
 
 def test_a_wrong_method_neither_issues_nor_takes_a_key(shared_lab: Lab, alice: KeyProvider) -> None:

@@ -188,7 +188,7 @@ def test_a_foreign_signature_a_changed_byte_and_another_target_are_refused(link:
 def test_sync_is_post_only_and_everything_else_is_not(link: StubLink, method: str) -> None:
     answer = ask(link.alice, "/sync", method=method)
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
-    for path in ("/key", "/capabilities", "/entropy", "/health", "/status/sync", "/key/00"):
+    for path in ("/key", "/capabilities", "/entropy", "/status/sync", "/key/00"):
         other = ask(link.alice, path, method="POST")
         assert (other.status, other.headers["allow"]) == (405, "GET")
 
