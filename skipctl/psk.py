@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import ipaddress
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -60,13 +61,19 @@ def _add(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def router_lines(identity: str, key: bytes, server: str, port: int) -> list[str]:
     """The lines for IOS XE, in configuration mode."""
-    family = "ipv6" if ":" in server else "ipv4"
     return [
         "! IOS XE, in configuration mode. The key is shown this once.",
         f"crypto skip-client {_PROFILE}",
-        f" server {family} {server} port {port}",
+        f" server {_server_keyword(server)} {server} port {port}",
         f" psk id {identity} key hex {key.hex()}",
     ]
+
+
+def _server_keyword(server: str) -> str:
+    try:
+        return f"ipv{ipaddress.ip_address(server).version}"
+    except ValueError:
+        return "fqdn"
 
 
 def _list(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -93,7 +100,8 @@ def _remove(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _file_and_port(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[Path, int]:
     if arguments.file is not None:
-        return arguments.file, _DEFAULT_PORT
+        port = environ.get("SKIP_TLS_PORT", "")
+        return arguments.file, int(port) if port.isascii() and port.isdigit() else _DEFAULT_PORT
     tls = load_settings(environ).tls
     if not tls.psk_files:
         raise OperatorError("no file of pre-shared keys is configured: set SKIP_TLS_PSK_FILE, or give --file")

@@ -37,6 +37,14 @@ def test_an_ipv6_server_is_written_as_one(tmp_path: Path, capsys: pytest.Capture
     assert " server ipv6 2001:db8::7 port 8443" in capsys.readouterr().out
 
 
+def test_a_server_that_is_named_is_written_as_a_name_and_the_port_is_the_configured_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKIP_TLS_PORT", "9443")
+    assert psk(tmp_path / "psk.txt", "add", "r", "--server", "kp1.example.net") == 0
+    assert " server fqdn kp1.example.net port 9443" in capsys.readouterr().out
+
+
 def test_list_shows_identities_and_no_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "psk.txt"
     for name in ("router-1", "router-2"):
