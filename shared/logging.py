@@ -123,6 +123,8 @@ def configure_logging(settings: Settings, service: str) -> None:
     threading.excepthook = _log_uncaught_in_thread
     log_queue.start()
     atexit.register(log_queue.close)
+    if settings.service_links:
+        get_logger("settings").info("variables ignored, an orchestrator set them", names=settings.service_links)
 
 
 def get_logger(name: str) -> FilteringBoundLogger:

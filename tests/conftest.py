@@ -9,7 +9,9 @@ Tests run in several processes at once (pytest-xdist), a file of tests in one of
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -56,6 +58,15 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMqServe
         return
     with RabbitMqServer(root) as server:
         yield server
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every account of this host may enter, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory(prefix="skipbus-open-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 @pytest.fixture

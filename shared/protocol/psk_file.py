@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from skipbus.shared.errors import OperatorError
-from skipbus.shared.settings.values import read_regular_file, shown
+from skipbus.shared.settings.values import CLOSE_MOUNT, is_open_to_others, read_regular_file, shown
 
 MAX_IDENTITY_BYTES = 127
 MIN_KEY_BITS = 256
@@ -56,9 +56,10 @@ def read_psk_file(path: Path) -> PskKeys:
         raise PskFileError(f"{path}: cannot be read ({error.strerror}); name a file that this user can read") from error
     except ValueError as error:
         raise PskFileError(f"{path}: {error}") from error
-    if mode & 0o007:
+    if is_open_to_others(str(path), mode):
         raise PskFileError(
-            f"{path}: is open to every user of this host; close it with chmod o-rwx, and change the keys in it"
+            f"{path}: is open to every user of this host; close it with chmod o-rwx, and change the keys in it; "
+            + CLOSE_MOUNT
         )
     return parse_psk_file(octets, str(path))
 

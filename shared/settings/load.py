@@ -22,7 +22,7 @@ from skipbus.shared.settings.model import (
 )
 from skipbus.shared.settings.peers import PeerSettings, read_peers
 from skipbus.shared.settings.secret import Secret
-from skipbus.shared.settings.sources import ENVIRONMENT, ProblemError, Raw, Sources, read_sources
+from skipbus.shared.settings.sources import ENVIRONMENT, ProblemError, Raw, Sources, read_sources, service_links
 from skipbus.shared.settings.values import parse, shown
 
 # An announcement has a public key for every epoch of a key's lifetime, so their number has to stay sane.
@@ -52,7 +52,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     sources.problems.extend(_check_together(values))
     if sources.problems:
         raise ConfigurationError(tuple(sources.problems))
-    return _assemble(values, origins)
+    return _assemble(values | {"service_links": tuple(sorted(service_links(environ)))}, origins)
 
 
 def _read_options(sources: Sources, origins: dict[str, str]) -> dict[str, Any]:

@@ -103,7 +103,10 @@ class TlsSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a process is configured with. `origins` says where each value came from."""
+    """Everything that a process is configured with.
+
+    `origins` says where each value came from, `service_links` which variables an orchestrator has set and are ignored.
+    """
 
     environment: Annotated[Environment, Setting("SKIP_ENV", "environment", "production",
         "production writes JSON log lines, development readable ones; without it FLASK_ENV is read")]
@@ -153,6 +156,7 @@ class Settings:
     config_file: str | None = None
     peers: Mapping[str, PeerSettings] = field(default_factory=dict, hash=False)
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    service_links: tuple[str, ...] = field(default=(), compare=False)
 
     def link_of(self, system_id: str) -> Link:
         """How this key provider reaches a peer. A peer without a table of its own is in the same store."""

@@ -6,6 +6,7 @@ that does. Each problem is one text that names the variable or the file, what is
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,9 +24,18 @@ from skipbus.shared.settings.model import (
     known_names,
     remote_number,
 )
-from skipbus.shared.settings.values import read_regular_file, shown, suggestion, toml_types
+from skipbus.shared.settings.values import (
+    CLOSE_MOUNT,
+    is_open_to_others,
+    read_regular_file,
+    shown,
+    suggestion,
+    toml_types,
+)
 
 ENVIRONMENT = "environment"
+_LINK_URL = re.compile(r"(tcp|udp|sctp)://[^/]+:[0-9]+$")
+_LINK_NAME = re.compile(r".+_SERVICE_(HOST|PORT(_.+)?)|.+_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 
 
 class ProblemError(Exception):
@@ -113,8 +123,21 @@ class Sources:
         return Raw(str(value).lower() if isinstance(value, bool) else str(value), name, f"TOML {self.toml_path}")
 
 
+def service_links(environ: Mapping[str, str]) -> frozenset[str]:
+    """Variables that an orchestrator sets for its own services: they are no settings, whatever their names.
+
+    For a service `mysql` it sets `MYSQL_SERVICE_HOST`, `MYSQL_PORT=tcp://10.96.12.7:3306`, `MYSQL_PORT_3306_TCP_ADDR`
+    and others like these.
+    """
+    linked = {name for name, value in environ.items() if name.endswith("_PORT") and _LINK_URL.match(value)}
+    named = {name for name in environ if _LINK_NAME.fullmatch(name)}
+    return frozenset(name for name in linked | named if name.startswith("SKIP_") or name in known_names())
+
+
 def read_sources(environ: Mapping[str, str]) -> Sources:
     """Reads the TOML file, if one is named, and notes every name that means nothing here."""
+    ignored = service_links(environ)
+    environ = {name: value for name, value in environ.items() if name not in ignored}
     sources = Sources(environ)
     sources.problems.extend(_unknown_variables(environ))
     if CONFIG_FILE in environ:
@@ -130,8 +153,10 @@ def read_sources(environ: Mapping[str, str]) -> Sources:
 def _read_secret(path: str) -> str:
     octets, mode = read_regular_file(path)
     # Any account of the host could have read it, or could replace it.
-    if mode & 0o007:
-        raise ValueError("is open to every user of this host. Close it with chmod o-rwx, and change the secret.")
+    if is_open_to_others(path, mode):
+        raise ValueError(
+            f"is open to every user of this host. Close it with chmod o-rwx, and change the secret; {CLOSE_MOUNT}."
+        )
     try:
         text = octets.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:

@@ -25,6 +25,10 @@ from skipbus.shared.protocol.system_ids import validate_system_id
 from skipbus.shared.settings.secret import Secret
 
 NO_FILE = "none"
+CLOSE_MOUNT = (
+    "where an orchestrator mounts it, set the mount's own option: `mode: 0400` and `uid` (Compose), `defaultMode: 0400`"
+    " or `fsGroup` with 0440 (Kubernetes)"
+)
 _MAX_FILE_OCTETS = 1 << 20
 _MAX_SHOWN = 80
 _SIMILAR = 0.6
@@ -111,6 +115,14 @@ def read_regular_file(path: str) -> tuple[bytes, int]:
     if len(octets) > _MAX_FILE_OCTETS:
         raise ValueError("is larger than 1 MiB. Name the right file.")
     return octets, mode
+
+
+def is_open_to_others(path: str, mode: int) -> bool:
+    """Whether any account of this host can open a file of this mode: not where a folder above it keeps them out.
+
+    Orchestrators mount secrets with mode 0444, in a folder that only the container can enter. Raises OSError.
+    """
+    return bool(mode & 0o007) and all(folder.stat().st_mode & 0o001 for folder in Path(path).resolve().parents)
 
 
 def _host(text: str) -> str:

@@ -436,9 +436,9 @@ def make_fifo(path: Path) -> str:
     ],
 )
 def test_a_secret_file_that_cannot_be_trusted_is_refused_without_its_content(
-    tmp_path: Path, make: Callable[[Path], str], says: str, environment: str
+    open_folder: Path, make: Callable[[Path], str], says: str, environment: str
 ) -> None:
-    path = make(tmp_path / "p")
+    path = make(open_folder / "p")
     environ = without("MYSQL_PASSWORD", MYSQL_PASSWORD_FILE=path, SKIP_ENV=environment)
     (problem,) = problems_of(environ)
     assert problem.startswith(f"MYSQL_PASSWORD_FILE: '{path}' {says}")
@@ -801,3 +801,50 @@ def test_an_error_of_skipctl_is_one_sentence_with_exit_code_1(tmp_path: Path) ->
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("skipctl: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+SERVICE_LINKS = {
+    "MYSQL_PORT": "tcp://10.96.12.7:3306",
+    "SKIP_PORT": "tcp://10.96.12.8:8080",
+    "SKIP_METRICS_PORT": "tcp://10.96.12.8:9464",
+    "SKIP_SERVICE_HOST": "10.96.12.8",
+    "SKIP_SERVICE_PORT_HTTPS": "8443",
+    "SKIP_API_SERVICE_HOST": "10.96.12.9",
+    "SKIP_API_SERVICE_PORT": "8080",
+    "SKIP_API_PORT": "tcp://10.96.12.9:8080",
+    "SKIP_API_PORT_8080_TCP": "tcp://10.96.12.9:8080",
+    "SKIP_API_PORT_8080_TCP_PROTO": "tcp",
+    "SKIP_API_PORT_8080_TCP_PORT": "8080",
+    "SKIP_API_PORT_8080_TCP_ADDR": "10.96.12.9",
+}
+
+
+def test_variables_that_an_orchestrator_sets_for_its_services_are_no_settings() -> None:
+    plain = load_settings(REQUIRED)
+    linked = load_settings(REQUIRED | SERVICE_LINKS | {"OTHER_SERVICE_HOST": "10.96.12.10"})
+    assert linked == plain
+    assert linked.service_links == tuple(sorted(SERVICE_LINKS))
+    assert linked.mysql.port == 3306
+
+
+def test_a_port_that_is_no_link_is_still_refused() -> None:
+    with pytest.raises(ConfigurationError, match="MYSQL_PORT is 'http:"):
+        load_settings(REQUIRED | {"MYSQL_PORT": "http://10.96.12.7:3306"})
+
+
+def test_a_secret_in_a_file_is_read_again_and_a_file_that_is_gone_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    settings = load_settings(without("MYSQL_PASSWORD", MYSQL_PASSWORD_FILE=private_file(file, "first\n")))
+    private_file(file, "second\n")
+    assert settings.mysql.password.reveal() == "first"
+    assert settings.mysql.password.current().reveal() == "second"
+    file.unlink()
+    assert settings.mysql.password.current().reveal() == "first"
+
+
+def test_a_secret_that_everybody_could_read_is_accepted_where_a_folder_keeps_them_out(open_folder: Path) -> None:
+    environ = without("MYSQL_PASSWORD", MYSQL_PASSWORD_FILE=private_file(open_folder / "p", "secret\n", 0o444))
+    with pytest.raises(ConfigurationError, match="defaultMode: 0400"):
+        load_settings(environ)
+    open_folder.chmod(0o750)
+    assert load_settings(environ).mysql.password.reveal() == "secret"

@@ -80,12 +80,20 @@ def test_all_faults_are_told_together() -> None:
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o666])
-def test_a_file_that_others_may_open_is_refused(tmp_path: Path, mode: int) -> None:
-    path = tmp_path / "psk.txt"
+def test_a_file_that_others_may_open_is_refused(open_folder: Path, mode: int) -> None:
+    path = open_folder / "psk.txt"
     path.write_text(f"cisco:{KEY}\n")
     path.chmod(mode)
     with pytest.raises(PskFileError, match="open to every user of this host"):
         read_psk_file(path)
+
+
+def test_a_file_in_a_folder_that_others_cannot_enter_is_read_whatever_its_mode(open_folder: Path) -> None:
+    path = open_folder / "psk.txt"
+    path.write_text(f"cisco:{KEY}\n")
+    path.chmod(0o444)
+    open_folder.chmod(0o750)
+    assert len(read_psk_file(path)) == 1
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
