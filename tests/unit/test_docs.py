@@ -172,7 +172,7 @@ def openapi() -> dict[str, Any]:
 
 def test_openapi_describes_the_paths_of_the_http_api_page() -> None:
     described = {(m.upper(), path) for path, item in openapi()["paths"].items() for m in item}
-    listed = re.findall(r"^\| \[`(GET|POST) (\S+)`\]", (DOCS / "http-api.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| \[`(GET|HEAD|POST) (\S+)`\]", (DOCS / "http-api.md").read_text(), re.MULTILINE)
     assert described == set(listed)
 
 
