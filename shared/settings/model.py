@@ -20,7 +20,7 @@ from skipbus.shared.settings.secret import Secret
 from skipbus.shared.settings.values import (
     NO_FILE,
     AccountName,
-    AmqpUrl,
+    AmqpUrls,
     Count,
     DatabaseName,
     Environment,
@@ -115,8 +115,8 @@ class Settings:
         "this key provider's own id")]
     remote_system_ids: tuple[str, ...]
     mysql: MySqlSettings
-    rabbitmq_url: Annotated[AmqpUrl, Setting("RABBITMQ_URL", "rabbitmq.url", "amqp://guest:guest@127.0.0.1:5672/",
-        "the broker, with this process's account; amqps:// for TLS")]
+    rabbitmq_url: Annotated[AmqpUrls, Setting("RABBITMQ_URL", "rabbitmq.url", "amqp://guest:guest@127.0.0.1:5672/",
+        "the broker, with this process's account; amqps:// for TLS; for a cluster several, tried in turn")]
     keyring_dir: Annotated[Folder, Setting("SKIP_KEYRING_DIR", "keyring.dir", "/var/lib/skipbus/keyring",
         "the folder of this key provider's private keys")]
     key_ttl_seconds: Annotated[int, Meta(ge=1, le=604_800), Setting("SKIP_KEY_TTL_SECONDS", "keys.ttl_seconds", "3600",

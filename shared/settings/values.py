@@ -192,18 +192,26 @@ def _password(text: str) -> Secret:
     return Secret(text)
 
 
-def _amqp_url(text: str) -> Secret:
+def split_urls(text: str) -> list[str]:
+    """The URLs of a list with commas. A password may hold a comma, but not one with a scheme behind it."""
+    return re.split(r",(?=amqps?://)", text)
+
+
+def _amqp_urls(text: str) -> Secret:
     if not text.isprintable() or " " in text:
         raise ValueError("the URL holds a blank or a control character")
+    if not all(map(_is_amqp_url, split_urls(text))):
+        raise ValueError("the URL cannot be read as amqp:// or amqps:// with a host")
+    return Secret(text)
+
+
+def _is_amqp_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        usable = parts.scheme in {"amqp", "amqps"} and bool(parts.hostname) and parts.port != 0
+        return parts.scheme in {"amqp", "amqps"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        usable = False
-    if not usable:
         # Without its cause: urlsplit quotes what it could not read, which may be the password.
-        raise ValueError("the URL cannot be read as amqp:// or amqps:// with a host") from None
-    return Secret(text)
+        return False
 
 
 Environment = Literal["development", "production"]
@@ -221,7 +229,9 @@ DatabaseName = Annotated[
     str, Text("a name of 1 to 64 letters, digits, '_', '$' or '-'", _matching(r"[A-Za-z0-9_$-]{1,64}"))
 ]
 Password = Annotated[Secret, Text("a password", _password)]
-AmqpUrl = Annotated[Secret, Text("a URL such as amqp://user:password@host:5672/", _amqp_url)]
+AmqpUrls = Annotated[
+    Secret, Text("a URL such as amqp://user:password@host:5672/, or several with commas between them", _amqp_urls)
+]
 Folder = Annotated[Path, Text("the path of a folder", _path)]
 OneFile = Annotated[tuple[Path, ...], _files(1)]
 TwoFiles = Annotated[tuple[Path, ...], _files(2)]

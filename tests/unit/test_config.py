@@ -25,6 +25,7 @@ from skipbus.shared.settings import (
     load_settings_or_exit,
 )
 from skipbus.shared.settings.model import OPTIONS, Option, known_names
+from skipbus.shared.settings.values import split_urls
 
 PASSWORD = "correct-horse-battery"
 REQUIRED = {
@@ -830,6 +831,14 @@ def test_variables_that_an_orchestrator_sets_for_its_services_are_no_settings() 
 def test_a_port_that_is_no_link_is_still_refused() -> None:
     with pytest.raises(ConfigurationError, match="MYSQL_PORT is 'http:"):
         load_settings(REQUIRED | {"MYSQL_PORT": "http://10.96.12.7:3306"})
+
+
+def test_several_brokers_are_told_apart_though_a_password_holds_a_comma() -> None:
+    brokers = "amqp://u:a,b@one:5672/,amqps://u:p@two/"
+    assert load_settings(REQUIRED | {"RABBITMQ_URL": brokers}).rabbitmq_url.reveal() == brokers
+    assert split_urls(brokers) == ["amqp://u:a,b@one:5672/", "amqps://u:p@two/"]
+    with pytest.raises(ConfigurationError, match="RABBITMQ_URL is refused"):
+        load_settings(REQUIRED | {"RABBITMQ_URL": "amqp://u:p@one/,amqp://"})
 
 
 def test_a_secret_in_a_file_is_read_again_and_a_file_that_is_gone_changes_nothing(tmp_path: Path) -> None:

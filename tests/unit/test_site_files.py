@@ -120,3 +120,11 @@ def test_the_shipped_broker_takes_every_envelope_and_hardly_more() -> None:
     for text in (configuration(), site_configuration("KP_A")):
         (limit,) = re.findall(r"^max_message_size = (\d+)$", text, re.MULTILINE)
         assert MAX_ENVELOPE_BYTES < int(limit) <= MAX_ENVELOPE_BYTES + 65_536
+
+
+@pytest.mark.parametrize("name", ["shared-store.yaml", "site.yaml", "two-apis.yaml"])
+def test_what_compose_mounts_from_the_host_is_labelled_for_selinux(name: str) -> None:
+    text = (Path(__file__).parents[2] / "compose" / name).read_text()
+    mounts = re.findall(r"\./[^\s:\"]+:/[^\s\"\]]+", text)
+    assert mounts
+    assert [mount for mount in mounts if not mount.endswith((":z", ":ro,z"))] == []
