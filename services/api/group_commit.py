@@ -2,20 +2,22 @@
 
 A queue has one thread and one connection, and runs one batch at a time: a batch of one costs no extra wait, a batch of
 256 costs one commit. The queue is bounded: a caller is refused immediately when it is full, and never waits longer than
-``timeout_seconds``. A commit whose outcome is unknown is looked up before the batch is run again. A batch in which
-something fails that is not the store's absence is run again one request at a time, so that no request fails another;
-but not after an unknown outcome, of which only that batch knows what it may have handed out.
+``timeout_seconds``. A batch ends when the time of its first caller is over; the others go into the next one. A commit
+whose outcome is unknown is looked up before the batch is run again. If a batch fails for another reason than an
+unavailable store, each request is run alone, unless the outcome of a commit is unknown.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, takewhile
+from math import inf
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -64,11 +66,15 @@ class Batch(Protocol[Answer_co]):
 
 
 class _Waiter(NamedTuple, Generic[Request, Answer]):
-    """A caller. ``deadline`` is monotonic time: nothing is committed for it later."""
+    """A caller. ``deadline`` is monotonic time: no commit begins for it later."""
 
     request: Request
     future: asyncio.Future[Answer]
     deadline: float
+
+
+class _Postponed(Exception):
+    """Stands for an answer: the batch has ended without a commit, and this caller goes into the next one."""
 
 
 class GroupCommit(Generic[Request, Answer]):
@@ -139,11 +145,13 @@ class GroupCommit(Generic[Request, Answer]):
 
     async def _commit(self, batch: Sequence[_Waiter[Request, Answer]]) -> None:
         started, self._committing = time.monotonic(), batch
-        requests = [waiter.request for waiter in batch]
-        answers = await self._loop.run_in_executor(self._thread, self._committer.commit, requests, batch[-1].deadline)
+        answers = await self._loop.run_in_executor(self._thread, self._committer.commit, batch)
         self._committing = ()
         for waiter, answer in zip(batch, answers, strict=True):
-            _deliver(waiter.future, answer)
+            if not isinstance(answer, _Postponed):
+                _deliver(waiter.future, answer)
+        postponed = [w for w, answer in zip(batch, answers, strict=True) if isinstance(answer, _Postponed)]
+        self._waiting.extendleft(reversed(postponed))
         self._observe(len(batch), time.monotonic() - started)
 
     def _expire(self) -> None:
@@ -163,21 +171,33 @@ class _Committer(Generic[Request, Answer]):
         self._engine = engine
         self._connection: Connection | None = None
 
-    def commit(self, requests: Sequence[Request], deadline: float) -> Sequence[Answer | Exception]:
-        """An answer or an error for each request."""
-        attempts = _Attempts(self, self._make_batch(requests), deadline)
+    def commit(self, batch: Sequence[_Waiter[Request, Answer]]) -> Sequence[Answer | Exception]:
+        """An answer or an error for each caller."""
+        deadline = batch[0].deadline
+        attempts = _Attempts(self, self._make_batch([waiter.request for waiter in batch]), deadline)
         try:
             return attempts.answers()
         except StoreUnavailable as error:
-            return [error] * len(requests)
+            # Who has no more time than this is not worth another attempt.
+            postponed_after = inf if attempts.outcome_unknown else max(deadline, time.monotonic()) + _EXPIRY_SECONDS
+            _forget_frames(error)
+            return [_copy(error) if waiter.deadline <= postponed_after else _Postponed() for waiter in batch]
         except Exception as error:  # noqa: BLE001 -- whatever it is, it may be the fault of one request alone
-            if attempts.outcome_unknown:
-                _log.error("batch in doubt", queue=self._name, requests=len(requests), exc_info=error)
-                return [CommitUnknown("the connection to the store broke during a commit")] * len(requests)
-            if len(requests) == 1:
-                return [error]
-            _log.warning("batch failed", queue=self._name, requests=len(requests), reason=type(error).__name__)
-            return [self.commit([request], deadline)[0] for request in requests]
+            return self._after(error, batch, outcome_unknown=attempts.outcome_unknown)
+
+    def _after(
+        self, error: Exception, batch: Sequence[_Waiter[Request, Answer]], *, outcome_unknown: bool
+    ) -> Sequence[Answer | Exception]:
+        """The answers where a batch has failed and the store is there."""
+        if outcome_unknown:
+            _log.error("batch in doubt", queue=self._name, requests=len(batch), exc_info=error)
+            return [CommitUnknown("the connection to the store broke during a commit") for _ in batch]
+        if len(batch) == 1:
+            if isinstance(error, SkipbusError):  # of any other one the log shows the traceback
+                _forget_frames(error)
+            return [error]
+        _log.warning("batch failed", queue=self._name, requests=len(batch), reason=type(error).__name__)
+        return [self.commit([waiter])[0] for waiter in batch]
 
     def connected(self) -> Connection:
         """The connection, opened if there is none. Raises StoreUnavailable or StoreRefused."""
@@ -203,7 +223,7 @@ class _Committer(Generic[Request, Answer]):
 
 
 class _Attempts(Generic[Answer]):
-    """One batch, tried until it is committed or its deadline has come."""
+    """One batch, tried until it is committed or its first caller's deadline has come."""
 
     def __init__(self, committer: _Committer[Any, Answer], batch: Batch[Answer], deadline: float) -> None:
         self._committer = committer
@@ -222,8 +242,8 @@ class _Attempts(Generic[Answer]):
         return attempts(self._attempt)
 
     def _attempt(self) -> Sequence[Answer | SkipbusError]:
-        connection = self._committer.connected()
         self._check_deadline()
+        connection = self._committer.connected()
         try:
             with driver_errors():
                 return self._transaction(connection)
@@ -246,7 +266,7 @@ class _Attempts(Generic[Answer]):
         return answers
 
     def _check_deadline(self) -> None:
-        """Raises StoreUnavailable where all callers have left: a key must not be given out in their names."""
+        """Raises StoreUnavailable where the first caller is answered 500: its key must not be given out any more."""
         if time.monotonic() >= self._deadline:
             raise StoreUnavailable("the key store did not answer in time")
 
@@ -263,6 +283,20 @@ class _Attempts(Generic[Answer]):
 
 def _stopping() -> StoreUnavailable:
     return StoreUnavailable("the key provider is stopping")
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drops the tracebacks of an error and of its causes: the variables of a batch hold keys in clear."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _copy(error: StoreUnavailable) -> StoreUnavailable:
+    """An error for one caller alone: each caller that raises it adds to its traceback."""
+    own = copy.copy(error)
+    own.__cause__ = error.__cause__
+    return own
 
 
 def _deliver(future: asyncio.Future[Answer], answer: Answer | Exception) -> None:

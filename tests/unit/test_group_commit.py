@@ -11,6 +11,7 @@ import asyncio
 import functools
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -50,9 +51,11 @@ class Ledger:
         self.gate.set()
         self.running = threading.Event()
         self.connect_failures = 0
+        self.connect_seconds = 0.0
 
     def connect(self) -> FakeConnection:
         """What an engine does."""
+        time.sleep(self.connect_seconds)
         if self.connect_failures:
             self.connect_failures -= 1
             raise LOST
@@ -294,6 +297,37 @@ async def test_nobody_waits_longer_than_the_timeout_though_the_batch_hangs() -> 
     assert ledger.committed == [4]
 
 
+async def test_what_is_answered_500_is_not_committed_with_the_rest_of_its_batch() -> None:
+    ledger = Ledger()
+    ledger.gate.clear()
+    async with running_queue(ledger, timeout_seconds=1.0) as queue:
+        first = asyncio.create_task(queue.submit(1))
+        # The event loop stands still, so that both are in one batch and the second has more time.
+        asyncio.get_running_loop().call_soon(time.sleep, 0.8)
+        second = asyncio.create_task(queue.submit(2))
+        with pytest.raises(StoreUnavailable):
+            await first
+        assert ledger.runs == [[1, 2]]
+        ledger.gate.set()
+        assert await second == 4
+    assert ledger.runs == [[1, 2], [2]]
+    assert ledger.committed == [2]
+
+
+async def test_callers_who_have_time_left_are_answered_when_the_store_is_back() -> None:
+    ledger = Ledger()
+    ledger.connect_failures = 10**6
+    async with running_queue(ledger, timeout_seconds=1.0) as queue:
+        first = asyncio.create_task(queue.submit(1))
+        asyncio.get_running_loop().call_soon(time.sleep, 0.8)
+        second = asyncio.create_task(queue.submit(2))
+        with pytest.raises(StoreUnavailable):
+            await first
+        ledger.connect_failures = 0
+        assert await second == 4
+    assert ledger.committed == [2]
+
+
 async def test_one_refused_request_of_a_batch_leaves_the_others_theirs() -> None:
     ledger = Ledger()
     async with running_queue(ledger) as queue:
@@ -357,6 +391,46 @@ async def test_a_request_that_fails_for_good_is_answered_once_and_the_next_one_r
     assert ledger.runs == [[number], [2]]
     assert ledger.committed == [2]
     assert [connection.closed for connection in ledger.connections] == [True, True]
+
+
+async def test_a_failed_batch_ends_in_time_though_each_connection_to_the_store_takes_long() -> None:
+    ledger = Ledger("committed", "bug")
+    async with running_queue(ledger, max_batch=100, timeout_seconds=0.5) as queue:
+        tasks = await submit_behind_a_batch(ledger, queue, 0, *range(1, 51))
+        ledger.connect_seconds, ledger.connect_failures = 0.2, 10**6
+        ledger.gate.set()
+        answers = await gather_errors(tasks)
+        assert [type(answer) for answer in answers[1:]] == [StoreUnavailable] * 50
+        async with asyncio.timeout(2):
+            await until(lambda: len(queue) == 0)
+        ledger.connect_seconds = 0.0
+
+
+def frames_of(error: BaseException) -> set[str]:
+    """The functions that the tracebacks of an error and of its causes lead to."""
+    tracebacks = [each for each in (error, error.__cause__, error.__context__) if each is not None]
+    found = {frame.f_code.co_name for each in tracebacks for frame, _ in traceback.walk_tb(each.__traceback__)}
+    return found | (frames_of(error.__cause__) if error.__cause__ is not None else set())
+
+
+@pytest.mark.parametrize(("number", "ends"), [(POISON, []), (1, ["cut before"] * 10_000)])
+async def test_an_error_of_the_store_does_not_lead_to_the_variables_of_the_batch(number: int, ends: list[str]) -> None:
+    # They hold the keys of the batch in clear.
+    ledger = Ledger(*ends)
+    async with running_queue(ledger, timeout_seconds=0.3) as queue:
+        with pytest.raises((StoreRefused, StoreUnavailable)) as caught:
+            await queue.submit(number)
+    assert isinstance(caught.value.__cause__, Exception)
+    assert frames_of(caught.value).isdisjoint({"run", "_transaction", "commit"})
+
+
+async def test_each_caller_of_a_failed_batch_gets_an_error_of_its_own() -> None:
+    ledger = Ledger()
+    ledger.connect_failures = 10**6
+    async with running_queue(ledger, timeout_seconds=0.3) as queue:
+        errors = await gather_errors(submit(queue, 1, 2, 3))
+    assert [str(error) for error in errors] == [str(errors[0])] * 3
+    assert len({id(error) for error in errors}) == 3
 
 
 # --- a connection that breaks
