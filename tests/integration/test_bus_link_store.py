@@ -6,6 +6,7 @@ Two key providers of one store stand for the two ends: how announcements come to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 import time
@@ -132,9 +133,9 @@ def expect(answer: object, kind: type[A]) -> A:
 
 @asynccontextmanager
 async def queue(
-    make_batch: Callable[[Sequence[R]], Batch[A]], engine: Engine, timeout_seconds: float = 10
+    make_batch: Callable[[Sequence[R]], Batch[A]], engine: Engine, timeout_seconds: float = 10, max_queue: int = 1000
 ) -> AsyncIterator[GroupCommit[R, A]]:
-    made = GroupCommit("test", make_batch, engine, Limits(100, 1000, timeout_seconds))
+    made = GroupCommit("test", make_batch, engine, Limits(min(100, max_queue), max_queue, timeout_seconds))
     try:
         yield made
     finally:
@@ -252,9 +253,10 @@ async def waiter(
     max_callers: int = 10,
     engine: Engine | None = None,
     queue_seconds: float = 10,
+    max_queue: int = 1000,
 ) -> AsyncIterator[ConfirmationWaiter]:
     make = functools.partial(ConfirmBatch, ALICE, SYNC_TIMEOUT_SECONDS)
-    async with queue(make, engine or queue_engine(ends.store.settings), queue_seconds) as confirm:
+    async with queue(make, engine or queue_engine(ends.store.settings), queue_seconds, max_queue) as confirm:
         made = ConfirmationWaiter(confirm, sync_timeout_seconds, max_callers)
         try:
             yield made
@@ -262,15 +264,20 @@ async def waiter(
             made.close()
 
 
-async def test_a_store_that_is_away_at_the_timeout_gets_the_withdrawal_when_it_is_back(ends: Ends) -> None:
-    away = [True]
+def engine_unless(ends: Ends, away: list[bool]) -> Engine:
+    """Connections to the store, none while ``away`` is not empty."""
 
     def connect_unless_away() -> PyMySqlConnection:
         if away:
             raise OperationalError(CR.CR_CONN_HOST_ERROR, "closed by the test")
         return connect(ends.store.settings.mysql)
 
-    engine = create_engine("mysql+pymysql://", creator=connect_unless_away, poolclass=NullPool)
+    return create_engine("mysql+pymysql://", creator=connect_unless_away, poolclass=NullPool)
+
+
+async def test_a_store_that_is_away_at_the_timeout_gets_the_withdrawal_when_it_is_back(ends: Ends) -> None:
+    away = [True]
+    engine = engine_unless(ends, away)
     placement = ends.place()[0].placement
     async with waiter(ends, 0.2, engine=engine, queue_seconds=2) as made:
         with pytest.raises(StoreUnavailable):
@@ -284,6 +291,26 @@ async def test_a_store_that_is_away_at_the_timeout_gets_the_withdrawal_when_it_i
         assert ends.events("key.withdrawn") == key_ids(placement)
         await made.tick()
         assert len(ends.events("key.withdrawn")) == 1
+
+
+@pytest.mark.parametrize("max_callers", [2, 100])
+async def test_of_many_withdrawals_each_is_done_once_though_the_queue_refuses_some(
+    ends: Ends, max_callers: int
+) -> None:
+    away = [True]
+    placements = [ends.place()[0].placement for _ in range(12)]
+    async with waiter(
+        ends, 0.1, max_callers=max_callers, engine=engine_unless(ends, away), queue_seconds=1, max_queue=5
+    ) as made:
+        for some in (placements[:4], placements[4:8], placements[8:]):
+            await asyncio.gather(*(made.confirm(placement) for placement in some), return_exceptions=True)
+        away.clear()
+        for _ in range(12):
+            with contextlib.suppress(Overloaded):
+                await made.tick()
+        await made.tick()
+    withdrawn = ends.events("key.withdrawn")
+    assert sorted(withdrawn) == sorted(key_id for placement in placements for key_id in key_ids(placement))
 
 
 async def test_callers_of_one_row_share_its_confirmation_and_one_who_leaves_does_not_end_it(ends: Ends) -> None:

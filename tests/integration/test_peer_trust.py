@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,6 +13,8 @@ import pytest
 from sqlalchemy import event
 
 from skipbus.ctl.__main__ import main
+from skipbus.services.api.links.refill import StockMaker
+from skipbus.services.api.links.sealing import Sealer, not_usable
 from skipbus.services.syncer.apply import Applier
 from skipbus.services.syncer.peers import PeerClocks
 from skipbus.services.syncer.verify import Rejected, Verified, Verifier
@@ -20,7 +23,7 @@ from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity, fingerprint
 from skipbus.shared.crypto.keyring import Keyring
-from skipbus.shared.errors import OperatorError
+from skipbus.shared.errors import OperatorError, PeerNotReady
 from skipbus.shared.peer_directory import PIN_REREAD_MS, PeerDirectory
 from skipbus.shared.presented_identities import PRESENTED_EVERY_MS, PRESENTED_KEPT_MS
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
@@ -120,6 +123,38 @@ def row_of_bob(store: Store) -> PeerRow:
 
 
 # Whom a KP believes
+
+# What is said of KP_Bob where no key can be sealed to it: an operator follows the advice.
+UNKNOWN_IN_STORE = "has not announced itself: no key can be sealed to it until it has started once over this store"
+UNKNOWN_ON_BUS = "no announcement of key provider KP_Bob has come over the bus yet"
+PINNED = r"another identity than the pinned one: .* \(skipctl identity accept\)"
+CONFIGURED = r"another identity than the one that is configured for it: .* \[\[peers\]\] is corrected"
+
+
+def test_where_no_key_can_be_sealed_to_a_peer_the_advice_fits_its_link(
+    store: Store, bob: Identity, thief: Identity
+) -> None:
+    in_store, on_bus = directory_of(store), directory_of(store, over_bus(bob))
+    configured = directory_of(store, PeerSettings(BOB, "store", bob.public_key))
+    assert re.search(UNKNOWN_IN_STORE, str(not_usable(in_store, BOB)))
+    assert re.search(UNKNOWN_IN_STORE, str(not_usable(configured, BOB)))
+    assert re.search(UNKNOWN_ON_BUS, str(not_usable(on_bus, BOB)))
+    announce_in_store(store, BOB, bob)
+    in_store.refresh(now_ms())
+    announce_in_store(store, BOB, thief)
+    on_bus.note_presented(BOB, thief.public_key, now_ms())
+    for directory in (in_store, on_bus, configured):
+        directory.refresh(now_ms())
+    assert re.search(PINNED, str(not_usable(in_store, BOB)))
+    assert re.search(CONFIGURED, str(not_usable(configured, BOB)))
+    assert re.search(CONFIGURED, str(not_usable(on_bus, BOB)))
+
+
+def test_stock_that_cannot_be_made_for_a_bus_peer_is_not_blamed_on_the_store(store: Store, bob: Identity) -> None:
+    directory = directory_of(store, over_bus(bob))
+    maker = StockMaker(store.engine, 3600, Sealer(ALICE, Identity.generate(), directory))
+    with pytest.raises(PeerNotReady, match=UNKNOWN_ON_BUS):
+        maker.make(BOB, 1)
 
 
 def test_a_bus_peer_is_believed_by_its_configured_identity_before_it_has_announced_anything(

@@ -14,7 +14,6 @@ from skipbus.services.api.http.responses import (
     reason_of,
     secret_response,
 )
-from skipbus.services.api.links.sealing import not_usable
 from skipbus.services.api.links.store import not_available
 from skipbus.shared.errors import (
     BackendError,
@@ -148,7 +147,7 @@ def test_a_reason_goes_down_to_our_own_causes_but_not_to_the_drivers() -> None:
 
 
 def test_a_kp_that_never_announced_itself_is_named_to_the_caller() -> None:
-    response = error_response(not_usable("KP_Bob", identity_changed=False), ID)
+    response = error_response(PeerNotReady("KP_Bob has not announced itself"), ID)
     assert response.status == 500
     assert isinstance(response.body, bytes)
     assert "KP_Bob has not announced itself" in json.loads(response.body)["error"]

@@ -22,13 +22,13 @@ from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest, Link
 from skipbus.services.api.links.confirmation import ConfirmationWaiter
 from skipbus.services.api.links.placing import MAX_BATCH, ConfirmBatch, PlaceBatch
 from skipbus.services.api.links.refill import StockKeeper, StockMaker
-from skipbus.services.api.links.sealing import Opener, Sealer
+from skipbus.services.api.links.sealing import Opener, Sealer, not_usable
 from skipbus.services.api.links.stock import StockBatch, StockRequest
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.notifications import FOR_API, NotificationKind, Notifier
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.crypto.keyring import Keyring
-from skipbus.shared.errors import KeyNotAvailable, Overloaded, PeerNotReady
+from skipbus.shared.errors import KeyNotAvailable, Overloaded
 from skipbus.shared.lifecycle import every
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS
@@ -83,7 +83,7 @@ class BusLink:
         """
         if self._directory.get(target_id) is None:
             # Not even out of stock: the KP that could open it there may be gone.
-            raise not_usable_over_bus(target_id, identity_changed=target_id in self._directory.conflicts())
+            raise not_usable(self._directory, target_id)
         from_stock = await self._take(target_id, correlation_id) if size_bits == DEFAULT_KEY_BITS else None
         return from_stock or await self._issue_on_demand(target_id, size_bits, correlation_id)
 
@@ -245,19 +245,6 @@ class Arrivals:
             others.remove(arrived)
             if not others:
                 del self._expected[key_id]
-
-
-def not_usable_over_bus(target_id: str, *, identity_changed: bool) -> PeerNotReady:
-    """The refusal for a bus peer whose announcement is not here, or is another identity's than the configured one."""
-    if identity_changed:
-        return PeerNotReady(
-            f"key provider {target_id} presents another identity than the one that is configured for it: no key is "
-            "sealed to it until its entry in [[peers]] is corrected"
-        )
-    return PeerNotReady(
-        f"no announcement of key provider {target_id} has come over the bus yet: no key can be sealed to it "
-        f"(skipctl peer check {target_id})"
-    )
 
 
 async def _is_set(event: asyncio.Event, deadline: float) -> bool:

@@ -96,11 +96,21 @@ class ConfirmationWaiter:
         withdrawn, self._withdrawn = self._withdrawn, Counter()
         for (peer_id, reason), count in withdrawn.items():
             _log.warning("keys withdrawn", peer=peer_id, count=count, reason=reason)
-        while some := list(islice(self._outstanding.values(), _OUTSTANDING_TOGETHER)):
-            await asyncio.gather(*(self._queue.submit(ConfirmRequest(one, withdraw=True)) for one in some))
-            for placement in some:
+        # No more than the queue has room for, or the queue would refuse some of them every time.
+        while some := list(islice(self._outstanding.values(), min(_OUTSTANDING_TOGETHER, self._max_callers))):
+            await self._withdraw_together(some)
+
+    async def _withdraw_together(self, placements: Sequence[Placement]) -> None:
+        """Raises the first error, after it has noted what is withdrawn: that must not be withdrawn again."""
+        submitted = (self._queue.submit(ConfirmRequest(placement, withdraw=True)) for placement in placements)
+        results = await asyncio.gather(*submitted, return_exceptions=True)
+        for placement, result in zip(placements, results, strict=True):
+            if isinstance(result, Outcome):
                 del self._outstanding[placement.token]
                 self._count_withdrawn(placement, "the store was away")
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     def close(self) -> None:
         """Ends all waits; the syncer withdraws what is not acknowledged."""

@@ -84,7 +84,7 @@ class Sealer:
     def _announcement(self, target_id: str) -> Announcement:
         announcement = self._directory.get(target_id)
         if announcement is None:
-            raise not_usable(target_id, identity_changed=target_id in self._directory.conflicts())
+            raise not_usable(self._directory, target_id)
         return announcement
 
 
@@ -144,12 +144,23 @@ def _epoch_at(announcement: Announcement, at_ms: int) -> PublicEpoch:
     return epoch
 
 
-def not_usable(target_id: str, *, identity_changed: bool) -> PeerNotReady:
+def not_usable(directory: PeerDirectory, target_id: str) -> PeerNotReady:
     """The refusal for a KP that the list allows, and that has not announced itself or has changed its identity."""
-    if identity_changed:
+    conflict = directory.conflicts().get(target_id)
+    if conflict is not None and conflict.configured:
+        return PeerNotReady(
+            f"key provider {target_id} presents another identity than the one that is configured for it: no key is "
+            "sealed to it until its entry in [[peers]] is corrected"
+        )
+    if conflict is not None:
         return PeerNotReady(
             f"key provider {target_id} presents another identity than the pinned one: no key is sealed to it until "
             "an operator accepts that (skipctl identity accept)"
+        )
+    if directory.is_bus_peer(target_id):
+        return PeerNotReady(
+            f"no announcement of key provider {target_id} has come over the bus yet: no key can be sealed to it "
+            f"(skipctl peer check {target_id})"
         )
     return PeerNotReady(
         f"key provider {target_id} has not announced itself: no key can be sealed to it until it has started "

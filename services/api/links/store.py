@@ -66,7 +66,7 @@ class StoreLink:
     async def issue(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
         """A fresh key whose record is committed. Raises PeerNotReady, NoEntropy, Overloaded, StoreUnavailable."""
         if self._directory.get(target_id) is None:
-            raise not_usable(target_id, identity_changed=target_id in self._directory.conflicts())
+            raise not_usable(self._directory, target_id)
         return await self._issue.submit(IssueRequest(target_id, size_bits, correlation_id))
 
     async def claim(self, source_id: str, key_id: bytes, correlation_id: str) -> ClaimedKey:
