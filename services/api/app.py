@@ -1,4 +1,4 @@
-"""Dispatches requests: routes, the correlation id, and errors turned into answers.
+"""Dispatches requests: routes, the correlation id and the access log. ``http.responses`` maps errors to statuses.
 
 Encryptors' methods are GET and have no body (draft Table 2); ``POST /sync`` is for bus peers.
 """

@@ -60,7 +60,7 @@ class SkipMethods:
         source = entry.remote_system_id = parameters.remote_system_id(query, self._remote_ids)
         self._check_caller(entry, source)
         claimed = await self._links.get(source, self._store).claim(source, wanted, entry.correlation_id)
-        entry.issued_as = claimed.issued_as
+        entry.issue_correlation_id = claimed.issue_correlation_id
         return secret_response(_KEY_BODY % (key_id.encode(), claimed.key.encode()))
 
     async def get_entropy(self, _entry: Entry, query: str) -> web.Response:

@@ -57,7 +57,7 @@ class SyncRefused(RouteError):
 
 
 class SyncEndpoint:
-    """Of one event loop."""
+    """Not thread-safe: use it on one event loop."""
 
     def __init__(self, settings: Settings, directory: PeerDirectory, publisher: Publisher | None) -> None:
         """``publisher`` is None for a KP without bus peers."""

@@ -167,10 +167,10 @@ class Outbox:
             return len(keys)
 
     def _withdrawals(self, peer_id: str, keys: Sequence[list[object]]) -> Iterator[OutboxRow]:
-        kind, at_ms = EnvelopeType.KEY_WITHDRAWN.value, now_ms()
+        at_ms = now_ms()
         for start in range(0, len(keys), MAX_KEYS):
             some = keys[start : start + MAX_KEYS]
-            yield OutboxRow(self._local_id, peer_id, kind, encoding.pack(some), len(some), at_ms)
+            yield OutboxRow.of(self._local_id, peer_id, EnvelopeType.KEY_WITHDRAWN, some, at_ms)
 
 
 def _withdrawn(payload: bytes) -> list[list[object]]:

@@ -18,7 +18,6 @@ from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.outbox import STOCK_DROPPED
 from skipbus.shared.clock import now_ms
 from skipbus.shared.logging import get_logger
-from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.keys import counted_before_ms
 from skipbus.shared.settings import Settings
 from skipbus.shared.store import outbox, stock
@@ -102,6 +101,5 @@ def drop_rejected_stock(
 
 
 def _insert_dropped(connection: Connection, local_id: str, peer_id: str, rows: Sequence[StockRow], at_ms: int) -> None:
-    payload = encoding.pack([[row.key_id, row.expires_ms, ""] for row in rows])
-    row = OutboxRow(local_id, peer_id, STOCK_DROPPED, payload, len(rows), at_ms)
-    outbox.insert_outbox_rows(connection, [row])
+    keys = [[row.key_id, row.expires_ms, ""] for row in rows]
+    outbox.insert_outbox_rows(connection, [OutboxRow.of(local_id, peer_id, STOCK_DROPPED, keys, at_ms)])

@@ -63,7 +63,7 @@ FOR_API = frozenset(NotificationKind) - FOR_SYNCER
 
 
 class Notifier:
-    """A part of a connection: sends and receives notifications. Of one event loop."""
+    """A part of a connection: sends and receives notifications. Not thread-safe: use it on one event loop."""
 
     def __init__(self, local_id: str, on_notification: OnNotification, kinds: Collection[NotificationKind]) -> None:
         """``on_notification`` is called on the event loop for each of ``kinds``, and must not block or raise."""

@@ -31,7 +31,7 @@ class Unconfirmed(BusUnavailable):
 
 
 class Publisher:
-    """A part of a connection. Of one event loop."""
+    """A part of a connection. Not thread-safe: use it on one event loop."""
 
     def __init__(self) -> None:
         self._routes: _Routes | None = None

@@ -142,9 +142,9 @@ def translated(error: BaseException) -> StoreUnavailable | StoreRefused:
     """Our error for one of PyMySQL's or of the socket's; to be raised from it."""
     code = error.args[0] if error.args and isinstance(error.args[0], int) else None
     # The server's own words may quote values of a statement; the code is enough to look it up.
-    told = f"MySQL error {code}" if code is not None else type(error).__name__
+    description = f"MySQL error {code}" if code is not None else type(error).__name__
     if code in CONFLICTS:
-        return StoreConflict(f"another transaction was in the way ({told})")
+        return StoreConflict(f"another transaction was in the way ({description})")
     if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
-        return StoreUnavailable(f"the store cannot be used now ({told})")
-    return StoreRefused(f"the store refused {_ADVICE.get(code, 'a statement')} ({told})")
+        return StoreUnavailable(f"the store cannot be used now ({description})")
+    return StoreRefused(f"the store refused {_ADVICE.get(code, 'a statement')} ({description})")

@@ -11,8 +11,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
+from skipbus.shared.protocol import encoding
 from skipbus.shared.store.engine import driver_sql
 from skipbus.shared.store.listed import delete_listed
 from skipbus.shared.store.schema import OUTBOX as T
@@ -20,6 +21,7 @@ from skipbus.shared.store.schema import OUTBOX as T
 # Types of rows that are no envelope types: keys on demand and stock, sealed to a bus peer.
 KEY_PLACED = "key.placed"
 KEY_STOCKED = "key.stocked"
+TOKEN_BYTES = 16
 # A peer that is away for longer than this misses what it was to be sent; the keys have expired long since.
 OUTBOX_LIFETIME_MS = 24 * 3_600_000
 
@@ -27,7 +29,7 @@ OUTBOX_LIFETIME_MS = 24 * 3_600_000
 class OutboxRow(NamedTuple):
     """A row for a peer; ``payload`` is MessagePack, ``items`` its length, ``created_ms`` UTC.
 
-    A ``token`` is 16 random bytes, by which the writer finds the row again.
+    A ``token`` is TOKEN_BYTES random bytes, by which the writer finds the row again.
     """
 
     local_id: str
@@ -37,6 +39,19 @@ class OutboxRow(NamedTuple):
     items: int
     created_ms: int
     token: bytes | None = None
+
+    @classmethod
+    def of(
+        cls,
+        local_id: str,
+        peer_id: str,
+        kind: str,
+        items: Sequence[object],
+        created_ms: int,
+        token: bytes | None = None,
+    ) -> OutboxRow:
+        """A row that reports these items."""
+        return cls(local_id, peer_id, kind, encoding.pack(items), len(items), created_ms, token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +88,6 @@ class EnvelopeRow:
 
 
 _INSERT = driver_sql(insert(T), OutboxRow._fields)
-_TOKEN = select(literal(1)).select_from(T).where(T.c.token == bindparam("token"))
 _TOKENS = (
     select(T.c.token)
     .with_hint(T, "FORCE INDEX (outbox_token)")
@@ -134,11 +148,6 @@ def insert_outbox_rows(connection: Connection, rows: Sequence[OutboxRow]) -> Non
     """Inserts rows for peers."""
     if rows:
         connection.exec_driver_sql(_INSERT, [row._asdict() for row in rows])
-
-
-def fetch_token_exists(connection: Connection, token: bytes) -> bool:
-    """Whether the row with this token is in the outbox: not when the peer has acknowledged it. Index outbox_token."""
-    return connection.execute(_TOKEN, {"token": token}).first() is not None
 
 
 def fetch_tokens(connection: Connection, tokens: Collection[bytes]) -> set[bytes]:

@@ -25,15 +25,13 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine
 from sandbox.mariadb import Database
 from skipbus.services.api.group_commit import Batch, GroupCommit, Limits
 from skipbus.services.api.links import IssuedKey, IssueRequest
-from skipbus.services.api.links.confirmation import ConfirmationWaiter
-from skipbus.services.api.links.placing import (
+from skipbus.services.api.links.confirmation import (
+    ConfirmationWaiter,
     ConfirmBatch,
     ConfirmRequest,
-    Outcome,
-    PlaceBatch,
-    PlacedKey,
-    Placement,
+    PlacementStatus,
 )
+from skipbus.services.api.links.placing import PlaceBatch, PlacedKey, Placement
 from skipbus.services.api.links.refill import StockMaker
 from skipbus.services.api.links.sealing import Opener, Sealer
 from skipbus.services.api.links.stock import StockBatch, StockRequest
@@ -71,9 +69,9 @@ class Ends:
         batch = PlaceBatch(self.alice.sealer, TTL_SECONDS, requests(count))
         return [expect(answer, PlacedKey) for answer in self.alice.commit(batch)]
 
-    def confirm(self, *requests: ConfirmRequest) -> list[Outcome]:
+    def confirm(self, *requests: ConfirmRequest) -> list[PlacementStatus]:
         batch = ConfirmBatch(ALICE, SYNC_TIMEOUT_SECONDS, requests)
-        return [expect(answer, Outcome) for answer in self.alice.commit(batch)]
+        return [expect(answer, PlacementStatus) for answer in self.alice.commit(batch)]
 
     def acknowledge(self, placement: Placement) -> None:
         self.store.rows("DELETE FROM outbox WHERE token = %s", placement.token)
@@ -179,14 +177,14 @@ def test_one_peer_that_cannot_be_sealed_to_fails_nobody_else(ends: Ends) -> None
 def test_placed_means_that_the_row_is_gone(ends: Ends) -> None:
     one, other = ends.place()[0].placement, ends.place()[0].placement
     ends.acknowledge(one)
-    assert ends.confirm(ConfirmRequest(one), ConfirmRequest(other)) == [Outcome.PLACED, Outcome.WAITING]
+    assert ends.confirm(ConfirmRequest(one), ConfirmRequest(other)) == [PlacementStatus.PLACED, PlacementStatus.WAITING]
 
 
 def test_of_a_withdrawal_and_an_acknowledgement_the_first_one_holds(ends: Ends) -> None:
     one, other = ends.place()[0].placement, ends.place(3)[0].placement
     ends.acknowledge(one)
     withdrawals = ConfirmRequest(one, withdraw=True), ConfirmRequest(other, withdraw=True)
-    assert ends.confirm(*withdrawals) == [Outcome.PLACED, Outcome.WITHDRAWN]
+    assert ends.confirm(*withdrawals) == [PlacementStatus.PLACED, PlacementStatus.WITHDRAWN]
     assert ends.events("key.withdrawn") == key_ids(other)
     assert ends.events("key.placed") == []
 
@@ -195,8 +193,8 @@ def test_after_twice_the_timeout_a_row_that_is_gone_is_no_longer_taken_for_place
     late = ends.place()[0].placement
     ends.acknowledge(late)
     late.begun -= 2 * SYNC_TIMEOUT_SECONDS + 0.1
-    assert ends.confirm(ConfirmRequest(late)) == [Outcome.WAITING]
-    assert ends.confirm(ConfirmRequest(late, withdraw=True)) == [Outcome.WITHDRAWN]
+    assert ends.confirm(ConfirmRequest(late)) == [PlacementStatus.WAITING]
+    assert ends.confirm(ConfirmRequest(late, withdraw=True)) == [PlacementStatus.WITHDRAWN]
     assert ends.events("key.withdrawn") == key_ids(late)
 
 
@@ -208,7 +206,7 @@ async def test_a_withdrawal_whose_commit_was_interrupted_is_not_taken_for_placed
     async with queue(make, queue_engine(ends.store.settings, proxy.port)) as confirm:
         proxy.cut_next("cut_after")
         # The row is gone by then, but not because of the peer.
-        assert await confirm.submit(ConfirmRequest(placement, withdraw=True)) is Outcome.WITHDRAWN
+        assert await confirm.submit(ConfirmRequest(placement, withdraw=True)) is PlacementStatus.WITHDRAWN
     assert proxy.cut_count == 1
     assert set(ends.events("key.withdrawn")) == set(key_ids(placement))
 
@@ -220,8 +218,8 @@ def test_what_may_have_been_withdrawn_is_never_taken_for_placed_by_another_batch
         ConfirmBatch(ALICE, SYNC_TIMEOUT_SECONDS, [request]).run(connection)
         connection.rollback()
     ends.acknowledge(placement)
-    assert ends.confirm(ConfirmRequest(placement)) == [Outcome.WAITING]
-    assert ends.confirm(request) == [Outcome.WITHDRAWN]
+    assert ends.confirm(ConfirmRequest(placement)) == [PlacementStatus.WAITING]
+    assert ends.confirm(request) == [PlacementStatus.WITHDRAWN]
 
 
 def test_each_race_of_withdrawal_and_acknowledgement_ends_with_one_of_them(ends: Ends) -> None:
@@ -239,10 +237,10 @@ def test_each_race_of_withdrawal_and_acknowledgement_ends_with_one_of_them(ends:
         peer.start()
         (outcome,) = ends.confirm(ConfirmRequest(placement, withdraw=True))
         peer.join()
-        assert (outcome is Outcome.PLACED) == (deleted == [1])
-        assert (key_ids(placement)[0] in ends.events("key.withdrawn")) == (outcome is Outcome.WITHDRAWN)
+        assert (outcome is PlacementStatus.PLACED) == (deleted == [1])
+        assert (key_ids(placement)[0] in ends.events("key.withdrawn")) == (outcome is PlacementStatus.WITHDRAWN)
         outcomes.append(outcome)
-    assert Outcome.WITHDRAWN in outcomes
+    assert PlacementStatus.WITHDRAWN in outcomes
 
 
 @asynccontextmanager

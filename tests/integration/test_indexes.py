@@ -107,7 +107,6 @@ CALLS |= {
     "fetch_key_record_exists": lambda c: key_records.fetch_key_record_exists(c, KEY_IDS[0]),
     "insert_outbox_rows": lambda c: outbox.insert_outbox_rows(c, [OUTBOX_ROW]),
     "fetch_tokens": lambda c: outbox.fetch_tokens(c, KEY_IDS),
-    "fetch_token_exists": lambda c: outbox.fetch_token_exists(c, b"t" * 16),
     "insert_wrapping_keys": lambda c: wrapping_keys.insert_wrapping_keys(c, [WRAPPING_KEY]),
     "fetch_envelope_rows": lambda c: outbox.fetch_envelope_rows(c, KP, PEER, [7, 8]),
     "fetch_row_payloads": lambda c: outbox.fetch_row_payloads(c, [5, 6]),

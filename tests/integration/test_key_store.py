@@ -94,7 +94,7 @@ def test_an_answered_key_is_committed_and_its_event_with_it(store: Store, kps: l
 def test_a_claimed_key_is_gone_from_the_store_and_its_source_is_told(store: Store, kps: list[KeyProvider]) -> None:
     alice, bob, _ = kps
     (issued,) = alice.issue(bob)
-    assert bob.claim(issued.key_id, alice).issued_as == "issue-0"
+    assert bob.claim(issued.key_id, alice).issue_correlation_id == "issue-0"
     assert store.count("key_records") == 0
     rows = store.rows("SELECT peer_id, items, payload FROM outbox WHERE type = 'key.retrieved'")
     assert [row[:2] for row in rows] == [("KP_Alice", 1)]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from skipbus.services.api.links.bus import Arrivals
+from skipbus.services.api.links.arrivals import Arrivals
 from skipbus.shared.errors import KeyNotAvailable, StoreUnavailable
 
 KEY_ID = b"k" * 16

@@ -37,7 +37,16 @@ _log = cast(
 class Entry:
     """What the log says of one request beyond what HTTP says."""
 
-    __slots__ = ("caller", "correlation_id", "issued_as", "key_id", "reason", "remote_system_id", "route", "started")
+    __slots__ = (
+        "caller",
+        "correlation_id",
+        "issue_correlation_id",
+        "key_id",
+        "reason",
+        "remote_system_id",
+        "route",
+        "started",
+    )
 
     def __init__(self, correlation_id: str, caller: Caller | None = None) -> None:
         self.caller = caller
@@ -47,7 +56,7 @@ class Entry:
         self.key_id: str | None = None
         self.remote_system_id: str | None = None
         self.reason: str | None = None
-        self.issued_as: str | None = None
+        self.issue_correlation_id: str | None = None
 
 
 def log_request(request: BaseRequest, entry: Entry, status: int) -> None:
@@ -69,7 +78,11 @@ def log_request(request: BaseRequest, entry: Entry, status: int) -> None:
 
 def _known(entry: Entry) -> dict[str, str]:
     """The fields that only some requests have."""
-    fields = {name: getattr(entry, name) for name in ("remote_system_id", "reason", "issued_as")}
+    fields = {
+        "remote_system_id": entry.remote_system_id,
+        "reason": entry.reason,
+        "issued_as": entry.issue_correlation_id,
+    }
     if entry.caller is not None:
         fields |= {"identity": entry.caller.shown, "proof": entry.caller.proof}
     return {name: value for name, value in fields.items() if value is not None}

@@ -62,7 +62,7 @@ async def drain(application: Application, runner: web.BaseRunner, server: Bounde
     for site in list(runner.sites):
         await site.stop()
     deadline = asyncio.get_running_loop().time() + _GRACE_SECONDS
-    while tls.handshaking or server.any_expectant(_GRACE_SECONDS):
+    while tls.handshaking or server.any_awaiting_first_request(_GRACE_SECONDS):
         if asyncio.get_running_loop().time() > deadline:
             return
         await asyncio.sleep(_POLL_SECONDS)

@@ -30,8 +30,8 @@ MAX_LINE_BYTES = 2048
 MAX_FIELD_BYTES = 4096
 MAX_HEADERS = 64
 ANSWER_TIMEOUT_SECONDS = 30.0
-# More than any answer has. TLS talks by itself too: a client may ask for new keys without end (RFC 8446, 4.6.3).
-_MAX_UNTAKEN_BYTES = 65_536
+# More than any answer has. TLS also answers KeyUpdate requests (RFC 8446, 4.6.3), which a client may send without end.
+_MAX_UNSENT_BYTES = 65_536
 _SWEEP_SECONDS = 1.0
 # Files that are not connections: the store, logs, libraries.
 _RESERVED_FILES = 128
@@ -126,7 +126,7 @@ class Connection(RequestHandler):
         log_request(request, entry, response.status)
         return response
 
-    def expectant(self, now: float, grace_seconds: float) -> bool:
+    def awaiting_first_request(self, now: float, grace_seconds: float) -> bool:
         """Whether its first request may still be on its way: the connection is new and has had none."""
         return not self.used and not self.lost and now - self.made_at < grace_seconds
 
@@ -138,9 +138,9 @@ class Connection(RequestHandler):
             return f"an answer was not taken within {ANSWER_TIMEOUT_SECONDS:g} s" if late else None
         if self.since and now - self.since > header_timeout_seconds:
             return f"a request was not complete within {header_timeout_seconds:g} s"
-        return "what it asks for in TLS is not taken" if self._untaken_bytes() > _MAX_UNTAKEN_BYTES else None
+        return "what it asks for in TLS is not taken" if self._unsent_bytes() > _MAX_UNSENT_BYTES else None
 
-    def _untaken_bytes(self) -> int:
+    def _unsent_bytes(self) -> int:
         """What waits in memory for a TLS client to read. Of the plain port nothing does while it is idle."""
         return 0 if self.caller is None or self.transport is None else self.transport.get_write_buffer_size()
 
@@ -198,10 +198,10 @@ class BoundedServer(web.Server):
         super().connection_lost(handler, exc)
         self._open.pop(cast(Connection, handler), None)
 
-    def any_expectant(self, grace_seconds: float) -> bool:
+    def any_awaiting_first_request(self, grace_seconds: float) -> bool:
         """Whether some client has only just connected and is about to ask."""
         now = time.monotonic()
-        return any(connection.expectant(now, grace_seconds) for connection in self._open)
+        return any(connection.awaiting_first_request(now, grace_seconds) for connection in self._open)
 
     async def sweep(self, stop: asyncio.Event) -> None:
         """Ends overdue connections, every second, until ``stop``."""

@@ -44,7 +44,7 @@ class _Worker:
         self.started = time.monotonic()
         return subprocess.Popen([sys.executable, "-m", "skipbus.services.api"], env=self._environment)
 
-    def look_after(self) -> None:
+    def restart_if_dead(self) -> None:
         """Starts the worker anew when it has died; the more often it dies young, the later."""
         code = self.process.poll()
         now = time.monotonic()
@@ -83,7 +83,7 @@ def supervise(settings: Settings) -> int:
             hangup.clear()
             _pass_on(signal.SIGHUP, workers)
         for worker in workers:
-            worker.look_after()
+            worker.restart_if_dead()
         refused = all(worker.process.poll() == EXIT_BAD_CONFIGURATION for worker in workers)
     _stop_all(workers)
     return EXIT_FAILED if refused else EXIT_OK

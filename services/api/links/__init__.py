@@ -31,7 +31,7 @@ class ClaimedKey:
     """A key in lower-case hex, gone from the store, and the correlation id of the request that issued it."""
 
     key: str
-    issued_as: str
+    issue_correlation_id: str
 
 
 class Link(Protocol):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sqlalchemy import Engine
 
 from skipbus.services.api import metrics
-from skipbus.services.api.links.placing import TOKEN_BYTES, sealed_row
+from skipbus.services.api.links.placing import sealed_row
 from skipbus.services.api.links.sealing import Sealer
 from skipbus.services.api.links.stock import usable_until_ms
 from skipbus.services.api.links.store import new_key
@@ -30,7 +30,7 @@ from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, counted_before_ms
 from skipbus.shared.settings import Settings
 from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.outbox import KEY_STOCKED, insert_outbox_rows
+from skipbus.shared.store.outbox import KEY_STOCKED, TOKEN_BYTES, insert_outbox_rows
 from skipbus.shared.store.stock import (
     StockLevel,
     delete_stock_held,
@@ -41,19 +41,19 @@ from skipbus.shared.store.stock import (
 
 BATCH = 500
 ROUND_SECONDS = 1.0
-# A stock that was left alone for so long is filled up, though it is above its low mark: the next cut may be long.
+# A stock above its low mark is filled up too when no key was taken for so long: the link may fail for long.
 QUIET_SECONDS = 3.0
 # Counting a large stock takes time; it may have this share of it.
 _COUNTING_SHARE = 0.05
 _SHORTEST_PAUSE_SECONDS = 0.05
-# Retrieved keys of which the next count forgets that they were stock of their source.
+# Retrieved keys that the next count deletes from ``stock_held``.
 _MAX_RETRIEVED = 100_000
 
 _log = get_logger("stock")
 
 
 def counted_until_ms(at_ms: int, key_ttl_seconds: int) -> int:
-    """How long (UTC ms) a key must live to count as stock: a little longer than to be given out."""
+    """Until when (UTC ms) a key must live to count as stock: a little longer than to be given out."""
     return usable_until_ms(at_ms, key_ttl_seconds) + counted_before_ms(key_ttl_seconds)
 
 
@@ -105,7 +105,7 @@ _NO_STOCK = PeerStock(0)
 
 
 class StockMaker:
-    """Makes keys for stock. Blocking; of one thread at a time."""
+    """Makes keys for stock. Blocking. Not thread-safe."""
 
     def __init__(self, engine: Engine, key_ttl_seconds: int, sealer: Sealer) -> None:
         self._engine = engine
@@ -138,7 +138,7 @@ class StockMaker:
             )
 
 
-class _Reading(NamedTuple):
+class _StockCount(NamedTuple):
     """What was counted, how long that took, and whether this process is the elected one."""
 
     levels: dict[str, StockLevel]
@@ -148,7 +148,10 @@ class _Reading(NamedTuple):
 
 
 class StockKeeper:
-    """Counts stock and has it made, of one event loop. ``on_made`` is called when there are new outbox rows."""
+    """Counts stock and has it made. Not thread-safe: use it on one event loop.
+
+    ``on_made`` is called when there are new outbox rows.
+    """
 
     def __init__(self, settings: Settings, engine: Engine, maker: StockMaker, on_made: Callable[[], None]) -> None:
         self._local_id = settings.local_system_id
@@ -223,9 +226,9 @@ class StockKeeper:
             # Requests get the processor for as long as this had it.
             await asyncio.sleep(time.monotonic() - started)
 
-    def _take_over(self, reading: _Reading) -> None:
-        self._held, self._count_seconds = reading.held, reading.seconds
-        for peer_id, level in reading.levels.items():
+    def _take_over(self, counted: _StockCount) -> None:
+        self._held, self._count_seconds = counted.held, counted.seconds
+        for peer_id, level in counted.levels.items():
             self._stocks[peer_id].count(level, time.monotonic())
             metrics.show_stock(peer_id, level.placed, level.in_flight)
 
@@ -246,7 +249,7 @@ class StockKeeper:
         self._on_made()
         return missing - count
 
-    def _read(self, retrieved: Sequence[tuple[str, bytes]]) -> _Reading:
+    def _read(self, retrieved: Sequence[tuple[str, bytes]]) -> _StockCount:
         """Blocking."""
         started, until_ms = time.monotonic(), counted_until_ms(now_ms(), self._key_ttl_seconds)
         with driver_errors(), self._engine.begin() as connection:
@@ -257,7 +260,7 @@ class StockKeeper:
                 peer_id: fetch_stock_level(connection, self._local_id, peer_id, until_ms) for peer_id in self._stocks
             }
             held = fetch_held_counts(connection, self._local_id)
-        return _Reading(levels, held, time.monotonic() - started, self._is_elected())
+        return _StockCount(levels, held, time.monotonic() - started, self._is_elected())
 
     def _is_elected(self) -> bool:
         elected = bool(self._stocks) and self._election.tick()

@@ -15,15 +15,13 @@ from typing import NamedTuple
 from sqlalchemy import Connection
 
 from skipbus.services.api.links import IssuedKey
-from skipbus.services.api.links.placing import TOKEN_BYTES, WithdrawnKey, withdrawn_row
 from skipbus.services.api.links.sealing import Opener
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.sealing import KeyRecord
 from skipbus.shared.errors import SealBroken, StoreConflict
 from skipbus.shared.logging import get_logger
-from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
-from skipbus.shared.store.outbox import OutboxRow, fetch_tokens, insert_outbox_rows
+from skipbus.shared.store.outbox import TOKEN_BYTES, OutboxRow, fetch_tokens, insert_outbox_rows
 from skipbus.shared.store.stock import claim_stock, delete_stock
 
 _log = get_logger("stock")
@@ -37,16 +35,16 @@ class StockRequest(NamedTuple):
 
 
 def usable_until_ms(at_ms: int, key_ttl_seconds: int) -> int:
-    """How long (UTC ms) a key must live to be given out of stock: the target shall have half of a lifetime left."""
+    """Until when (UTC ms) a key must live to be given out of stock: the target must have half of a lifetime left."""
     return at_ms + key_ttl_seconds * 500
 
 
 @dataclass(slots=True)
 class _Taken:
-    """What one peer's stock gave: entries of its ``key.issued`` event, and what does not open."""
+    """What one peer's stock gave: entries of its ``key.issued`` event, and of its ``key.withdrawn`` event."""
 
     issued: list[list[object]] = field(default_factory=list)
-    broken: list[WithdrawnKey] = field(default_factory=list)
+    broken: list[list[object]] = field(default_factory=list)
 
 
 class StockBatch:
@@ -56,7 +54,7 @@ class StockBatch:
         self._opener = opener
         self._key_ttl_seconds = key_ttl_seconds
         self._requests = requests
-        # By token, of all runs: an interrupted commit may land late, when the next run is on its way.
+        # By token. The server may finish an interrupted commit after the retry has begun, so every attempt is kept.
         self._runs: dict[bytes, Sequence[IssuedKey | None]] = {}
 
     def run(self, connection: Connection) -> Sequence[IssuedKey | None]:
@@ -94,7 +92,7 @@ class StockBatch:
                 key = self._opener.open(copy, request.target_id.encode())
             except SealBroken as error:
                 _log.error("key in stock does not open", peer=request.target_id, reason=str(error))
-                taken.broken.append((copy.key_id, copy.expires_ms, request.correlation_id))
+                taken.broken.append([copy.key_id, copy.expires_ms, request.correlation_id])
                 continue
             taken.issued.append([copy.key_id, copy.size_bits, copy.expires_ms, request.correlation_id])
             return IssuedKey(copy.key_id.hex(), key.hex())
@@ -111,10 +109,12 @@ class StockBatch:
         self._runs[token] = answers
 
     def _events(self, taken: Mapping[str, _Taken], at_ms: int) -> list[OutboxRow]:
-        local_id, kind = self._opener.local_id, EnvelopeType.KEY_ISSUED.value
-        issued = [
-            OutboxRow(local_id, peer_id, kind, encoding.pack(t.issued), len(t.issued), at_ms)
-            for peer_id, t in taken.items()
-            if t.issued
+        return [
+            OutboxRow.of(self._opener.local_id, peer_id, kind, keys, at_ms)
+            for peer_id, of_peer in taken.items()
+            for kind, keys in (
+                (EnvelopeType.KEY_ISSUED, of_peer.issued),
+                (EnvelopeType.KEY_WITHDRAWN, of_peer.broken),
+            )
+            if keys
         ]
-        return issued + [withdrawn_row(local_id, peer_id, t.broken, at_ms) for peer_id, t in taken.items() if t.broken]

@@ -3,8 +3,8 @@
 A key exists in clear only between the random numbers and the answer. It is committed together with its event, and it
 is deleted, and that is committed, before it is handed out. Of several callers in one batch the first gets the key;
 callers in other batches or processes wait for the row's lock and then find nothing. A record that is another KP's,
-another source's, expired or damaged stays where it is. Its caller gets one answer for all of these but the last; the
-log says which.
+another source's, expired or damaged stays where it is. A damaged record is answered 500; the others get the same 400,
+and the log says which it was.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from skipbus.shared.errors import (
     StoreUnavailable,
 )
 from skipbus.shared.peer_directory import PeerDirectory
-from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.keys import new_key_id
 from skipbus.shared.settings import Settings
@@ -45,9 +44,7 @@ from skipbus.shared.store.key_records import (
     fetch_key_record_exists,
     insert_key_records,
 )
-from skipbus.shared.store.outbox import OutboxRow, fetch_token_exists, insert_outbox_rows
-
-_TOKEN_BYTES = 16
+from skipbus.shared.store.outbox import TOKEN_BYTES, OutboxRow, fetch_tokens, insert_outbox_rows
 
 
 class StoreLink:
@@ -91,7 +88,8 @@ class IssueBatch:
         self._sealer = sealer
         self._ttl_ms = key_ttl_seconds * 1000
         self._requests = requests
-        # Of each run a keyId and its answers: an interrupted commit may land late, when the next run is on its way.
+        # The first keyId and the answers of each attempt. The server may finish an interrupted commit after the retry
+        # has begun, so every attempt is kept.
         self._runs: list[tuple[bytes, list[IssuedKey | SkipbusError]]] = []
 
     def run(self, connection: Connection) -> Sequence[IssuedKey | SkipbusError]:
@@ -148,20 +146,14 @@ def _issued_events(records: Iterable[KeyRecord], at_ms: int) -> list[OutboxRow]:
     items: defaultdict[tuple[str, str], list[list[object]]] = defaultdict(list)
     for r in records:
         items[r.source_id, r.target_id].append([r.key_id, r.size_bits, r.expires_ms, r.correlation_id])
-    return [
-        _event(source, target, EnvelopeType.KEY_ISSUED, of_one, at_ms) for (source, target), of_one in items.items()
-    ]
+    return [OutboxRow.of(*pair, EnvelopeType.KEY_ISSUED, of_pair, at_ms) for pair, of_pair in items.items()]
 
 
 def _retrieved_events(records: Iterable[KeyRecord], at_ms: int) -> list[OutboxRow]:
     items: defaultdict[tuple[str, str], list[list[object]]] = defaultdict(list)
     for r in records:
         items[r.target_id, r.source_id].append([r.key_id, at_ms, r.correlation_id])
-    return [_event(here, peer, EnvelopeType.KEY_RETRIEVED, of_one, at_ms) for (here, peer), of_one in items.items()]
-
-
-def _event(local_id: str, peer_id: str, kind: EnvelopeType, items: list[list[object]], at_ms: int) -> OutboxRow:
-    return OutboxRow(local_id, peer_id, kind.value, encoding.pack(items), len(items), at_ms)
+    return [OutboxRow.of(*pair, EnvelopeType.KEY_RETRIEVED, of_pair, at_ms) for pair, of_pair in items.items()]
 
 
 class ClaimRequest(NamedTuple):
@@ -209,8 +201,9 @@ class ClaimBatch:
 
     def committed(self, connection: Connection) -> Sequence[ClaimedKey | SkipbusError] | None:
         """The token in the outbox proves it, since a run inserts it only after its deletion."""
+        found = fetch_tokens(connection, [run.token for run in self._runs])
         for run in self._runs:
-            if fetch_token_exists(connection, run.token):
+            if run.token in found:
                 return run.answers
             self._in_doubt.update(run.key_ids)
         return None
@@ -225,7 +218,7 @@ class ClaimBatch:
         if delete_key_records(connection, list(claimed)) != len(claimed):
             # Two nodes of a cluster can lock one row each; only what this transaction deletes may be handed out.
             raise StoreConflict("a key was deleted by another transaction")
-        token = secrets.token_bytes(_TOKEN_BYTES)
+        token = secrets.token_bytes(TOKEN_BYTES)
         first, *rest = _retrieved_events(claimed.values(), at_ms)
         insert_outbox_rows(connection, [first._replace(token=token), *rest])
         self._runs.append(_ClaimRun(token, claimed.keys(), answers))
