@@ -38,7 +38,7 @@ def alive_fault(environ: Mapping[str, str]) -> str | None:
     ages = _of_tasks(metrics, "skipbus_task_tried_age_seconds")
     limits = _limits(metrics)
     if ages and all(age > limits[task] for task, age in ages.items()):
-        return "not alive: no regular task was begun lately"
+        return f"not alive: no regular task was started in the last {min(limits.values()):g} s"
     return None
 
 
@@ -58,14 +58,14 @@ def ready_fault(environ: Mapping[str, str]) -> str | None:
 def _late_tasks(metrics: Metrics) -> list[str]:
     ages = _of_tasks(metrics, "skipbus_task_done_age_seconds")
     if not ages:
-        return ["it has just begun"]
+        return ["no regular task has finished yet"]
     limits = _limits(metrics)
     return [f"'{task}' has not succeeded lately" for task, age in ages.items() if age > limits[task]]
 
 
 def _service_faults(metrics: Metrics, environ: Mapping[str, str]) -> list[str]:
     if metrics.get(("skipbus_bus_up", "")) == 0:
-        return ["the broker is away"]
+        return ["the broker is away, or does not confirm messages"]
     if _NOT_THE_API & {name for name, _ in metrics}:
         return []
     return _health_faults(environ)
@@ -92,7 +92,7 @@ def _plain_host(environ: Mapping[str, str]) -> str:
 def _read_metrics(environ: Mapping[str, str]) -> Metrics:
     port = int(environ.get("SKIP_METRICS_PORT", "0"))
     if port == 0:
-        raise Unanswered("SKIP_METRICS_PORT is not set, so nobody can be asked")
+        raise Unanswered("SKIP_METRICS_PORT is not set: probes need it")
     status, body = _get(_LOOPBACK, port, "/metrics")
     if status != 200:
         raise Unanswered(f"the metrics answered {status}")

@@ -84,7 +84,7 @@ async def _serve_until_signalled(serve: Callable[[asyncio.Event], Coroutine[Any,
         _log.info("stopping", drain_seconds=DRAIN_SECONDS)
         await asyncio.wait({serving}, timeout=DRAIN_SECONDS)
     if not serving.done():
-        _log.warning("not drained in time")
+        _log.warning("stopped before all work was finished", drain_seconds=DRAIN_SECONDS)
         serving.cancel()
         await asyncio.wait({serving}, timeout=1.0)
         return
@@ -134,7 +134,7 @@ async def every(
 ) -> None:
     """Runs ``action`` every ``seconds``, at a tick, until ``stop``; and when ``wake`` is set, which it clears before.
 
-    A backend that fails is logged once, and once when it is back; any other error ends the task. ``quiet`` is for tasks
+    A database that fails is logged once, and once when it is back; any other error ends the task. ``quiet`` is for tasks
     of a process in which another one logs an unavailable store for all: StoreUnavailable is logged at debug only. The
     task's age, which the probes read, is that of its last success in any case.
     """
@@ -163,10 +163,10 @@ async def _set_at_stop(stop: asyncio.Event, wake: asyncio.Event) -> None:
 class _RegularTask:
     """One regular task: its attempts, and whether its backend is away."""
 
-    def __init__(self, what: str, seconds: float, *, quiet: bool) -> None:
-        self._what = what
+    def __init__(self, name: str, seconds: float, *, quiet: bool) -> None:
+        self._name = name
         self._quiet = quiet
-        self._age = TaskAge(what, seconds)
+        self._age = TaskAge(name, seconds)
         self._away = False
 
     async def attempt(self, action: Callable[[], Awaitable[None]]) -> None:
@@ -181,15 +181,15 @@ class _RegularTask:
 
     def _note_away(self, error: BackendError) -> None:
         if self._quiet and isinstance(error, StoreUnavailable):
-            _log.debug("store away", what=self._what, reason=str(error))
+            _log.debug("store away", task=self._name, reason=str(error))
             return
         if not self._away:
-            _log.warning("backend away", what=self._what, reason=str(error))
+            _log.warning("database unavailable", task=self._name, reason=str(error))
         self._away = True
 
     def _note_done(self) -> None:
         if self._away:
-            _log.info("backend back", what=self._what)
+            _log.info("database available again", task=self._name)
         self._away = False
         self._age.done()
 

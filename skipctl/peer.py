@@ -68,7 +68,7 @@ def _check(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _print(name: str, found: Iterable[str]) -> None:
     lines = list(found)
-    print(f"{name}: {'well' if not lines else ''}".rstrip())
+    print(f"{name}: {'ok' if not lines else ''}".rstrip())
     for line in lines:
         print(f"  {line}")
 
@@ -81,7 +81,7 @@ def _in_short(view: PeerView, at_ms: int) -> str:
 
 
 def _verdict(found: list[str]) -> str:
-    return "well" if not found else f"{found[0]}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}"
+    return "ok" if not found else f"{found[0]}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}"
 
 
 def _read(settings: Settings, wanted: str | None) -> list[PeerView]:

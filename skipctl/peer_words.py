@@ -80,7 +80,7 @@ def _of_announcement(view: PeerView, now_ms: int) -> list[str]:
 def _of_heartbeats(view: PeerView, now_ms: int) -> list[str]:
     heard_ms = view.row.last_heartbeat_ms if view.row else None
     if heard_ms is None:
-        return ["It has never been heard. Are its syncer and the line between the brokers up?"]
+        return ["It has never been heard. Are its syncer, the broker (skipbus_bus_up) and the federation link up?"]
     status = peer_status(heard_ms, view.row.heartbeat_interval_ms if view.row else 0, now_ms)
     return [] if status == "online" else [f"It is {status}: heard last {ago(heard_ms, now_ms)}."]
 
@@ -108,7 +108,7 @@ def _of_stock(view: PeerView) -> list[str]:
     if view.stock is None or view.peer.stock == 0:
         return []
     if view.stock == 0:
-        return [f"There is no stock of {view.peer.stock} keys: every key waits for it."]
+        return [f"There is no usable stock (target {view.peer.stock}): every GET /key waits for this peer."]
     low = view.peer.stock // 2
     return [f"Stock is {view.stock}, below its low mark of {low}."] if view.stock < low else []
 

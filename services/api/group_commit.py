@@ -190,13 +190,24 @@ class _Committer(Generic[Request, Answer]):
     ) -> Sequence[Answer | Exception]:
         """The answers where a batch has failed and the store is there."""
         if outcome_unknown:
-            _log.error("batch in doubt", queue=self._name, requests=len(batch), exc_info=error)
+            _log.error(
+                "the database connection broke during a commit",
+                queue=self._name,
+                requests=len(batch),
+                effect="the callers get 500, and their keys may be lost",
+                exc_info=error,
+            )
             return [CommitUnknown("the connection to the store broke during a commit") for _ in batch]
         if len(batch) == 1:
             if isinstance(error, SkipbusError):  # of any other one the log shows the traceback
                 _forget_frames(error)
             return [error]
-        _log.warning("batch failed", queue=self._name, requests=len(batch), reason=type(error).__name__)
+        _log.warning(
+            "a commit failed: each request is tried alone",
+            queue=self._name,
+            requests=len(batch),
+            reason=f"{type(error).__name__}: {error}",
+        )
         return [self.commit([waiter])[0] for waiter in batch]
 
     def connected(self) -> Connection:

@@ -19,14 +19,14 @@ _SECONDS = Histogram(
 _BATCH = Histogram(
     "skipbus_batch_size",
     "Requests in one commit.",
-    ["lane"],
+    ["queue"],
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     registry=REGISTRY,
 )
 _BATCH_SECONDS = Histogram(
     "skipbus_batch_seconds",
     "Duration of one commit.",
-    ["lane"],
+    ["queue"],
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5),
     registry=REGISTRY,
 )
@@ -74,9 +74,9 @@ def observe_request(route: str | None, status: int, seconds: float) -> None:
     observe(seconds)
 
 
-def batch_observer(lane: str) -> Callable[[int, float], None]:
+def batch_observer(queue: str) -> Callable[[int, float], None]:
     """Records each batch of a group commit queue: its size and its duration in seconds."""
-    size, seconds = _BATCH.labels(lane), _BATCH_SECONDS.labels(lane)
+    size, seconds = _BATCH.labels(queue), _BATCH_SECONDS.labels(queue)
 
     def observe(batch_size: int, batch_seconds: float) -> None:
         size.observe(batch_size)

@@ -126,7 +126,7 @@ class Janitor:
             # Another janitor may have been elected in between, and have made epochs.
             self._listed = False
         if elected != self._elected:
-            _log.info("elected" if elected else "not elected", instance=_instance())
+            _log.info("elected" if elected else "not elected", task="delete keys, make epochs", instance=_instance())
             self._elected = elected
             # Immediately, or /health would show the KP as degraded until the next sign of life.
             self._report()

@@ -23,6 +23,8 @@ from skipbus.shared.store.pinned_identities import insert_pin
 
 ALGORITHM = "MLKEM1024-P384"
 
+_KEYS_LOST = "requests for keys that are sealed to it answer 500 until these keys expire"
+
 _log = get_logger("epochs")
 
 
@@ -60,7 +62,7 @@ class EpochKeeper:
             except KeyringError as error:
                 # One damaged file must not prevent new epochs; keys sealed to this epoch are lost.
                 if epoch_id not in self._unreadable:
-                    _log.warning("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error))
+                    _log.warning("epoch cannot be read", epoch=epoch_id.hex(), reason=str(error), effect=_KEYS_LOST)
                 self._unreadable.add(epoch_id)
             else:
                 self._unreadable.discard(epoch_id)

@@ -23,6 +23,8 @@ _PROCESS_LIFETIME_MS = 3_600_000
 # A record is stored until its expiry by either clock, so its withdrawal must be remembered for so long.
 WITHDRAWN_KEPT_MS = 2 * MAX_CLOCK_SKEW_MS
 
+_NOT_ACKNOWLEDGED = "a peer has not acknowledged them within 24 h; run 'skipctl peer check'"
+
 _log = get_logger("pruning")
 
 
@@ -36,7 +38,7 @@ def prune(engine: Engine, local_id: str, now_ms: int, go_on: Callable[[], bool])
         engine, go_on, lambda c: delete_expired_outbox(c, local_id, now_ms - OUTBOX_LIFETIME_MS, _ROWS)
     )
     if given_up:
-        _log.warning("events given up", count=given_up, reason="a peer has not acknowledged them in their lifetime")
+        _log.warning("events given up", count=given_up, reason=_NOT_ACKNOWLEDGED)
     with driver_errors(), engine.begin() as connection:
         delete_expired_processes(connection, local_id, now_ms - _PROCESS_LIFETIME_MS)
 

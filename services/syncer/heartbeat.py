@@ -100,19 +100,22 @@ class SignsOfLife:
 
         Raises StoreUnavailable, StoreRefused.
         """
-        state, now = self._state(), time.monotonic()
+        fault = self._broker_fault()
+        metrics.BUS_UP.set(fault is None)
+        metrics.QUEUE_WITHOUT_LEADER.set(isinstance(self._broker.fault, QueueWithoutLeader))
+        state, now = fault or ("ok" if self._leader.elected else "standby"), time.monotonic()
         if state != self._written or now >= self._due_at:
             await asyncio.to_thread(self._write, state)
             self._written, self._due_at = state, now + self._seconds
 
-    def _state(self) -> str:
-        up = self._broker.up.is_set() and not self._publisher.silent
-        fault = self._broker.fault
-        metrics.BUS_UP.set(up)
-        metrics.QUEUE_WITHOUT_LEADER.set(isinstance(fault, QueueWithoutLeader))
-        if not up:
-            return str(fault) if isinstance(fault, NeedsOperator) else "broker away"
-        return "ok" if self._leader.elected else "standby"
+    def _broker_fault(self) -> str | None:
+        """What /health says of this process while the broker cannot be used."""
+        if not self._broker.up.is_set():
+            fault = self._broker.fault
+            return str(fault) if isinstance(fault, NeedsOperator) else "no connection to the broker"
+        if self._publisher.silent:
+            return "the broker does not confirm messages: check its disk and memory alarms"
+        return None
 
     def _write(self, state: str) -> None:
         with driver_errors(), self._engine.begin() as connection:

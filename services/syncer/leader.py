@@ -135,6 +135,6 @@ class Leader:
     def _note(self, elected: bool) -> None:
         if elected != self._noted:
             self.term += elected
-            _log.info("elected" if elected else "not elected")
+            _log.info("elected" if elected else "not elected", task="send envelopes")
         self._noted = elected
         metrics.ELECTED.set(elected)

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 REGISTRY = CollectorRegistry()
 SENT = Counter(
     "skipbus_envelopes_sent",
-    "Envelopes that the broker took, or returned because nobody listens.",
+    "Envelopes sent, by what became of them.",
     ["type", "outcome"],
     registry=REGISTRY,
 )
@@ -28,7 +28,7 @@ REFUSED_BY_PEER = Counter(
 )
 OUTBOX = Gauge("skipbus_outbox_envelopes", "Envelopes that wait for their acknowledgement.", registry=REGISTRY)
 ELECTED = Gauge("skipbus_syncer_elected", "1 where this syncer relays and sends heartbeats.", registry=REGISTRY)
-BUS_UP = Gauge("skipbus_bus_up", "1 while the broker is connected.", registry=REGISTRY)
+BUS_UP = Gauge("skipbus_bus_up", "1 while the broker is connected and confirms messages.", registry=REGISTRY)
 QUEUE_WITHOUT_LEADER = Gauge(
     "skipbus_queue_without_leader",
     "1 while this key provider's quorum queue has no leader, which an operator must look into.",

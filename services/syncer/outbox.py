@@ -234,7 +234,13 @@ class EnvelopeBuilder:
             return self._build(fetch, envelope, payloads)
         except _MALFORMED as error:
             _log.debug("malformed outbox row", reason=str(error))
-        _log.error("outbox rows are malformed", peer=envelope.peer_id, number=envelope.number, type=envelope.type)
+        _log.error(
+            "outbox rows are malformed",
+            peer=envelope.peer_id,
+            number=envelope.number,
+            type=envelope.type,
+            effect="they are not sent; a janitor deletes them within 24 h",
+        )
         return None
 
     def _build(self, fetch: FetchWrappingKeys, envelope: OutboxEnvelope, payloads: Sequence[bytes]) -> OutgoingEnvelope:

@@ -17,7 +17,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.apply import Applied, Applier, Result, keys_changed
 from skipbus.services.syncer.apply_keys import portions
-from skipbus.services.syncer.consume import PREFETCH, Delivery, Incoming
+from skipbus.services.syncer.consume import DELIVERY_LIMIT, PREFETCH, Delivery, Incoming
 from skipbus.services.syncer.reject import PeerRejections, Rejecter
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.send import Sender
@@ -130,6 +130,7 @@ class Receiver:
         delivery, header = batch[0][0], batch[0][1].header
         _log.error(
             "envelope not handled",
+            effect=f"it is tried again; the broker dead-letters a kept envelope after {DELIVERY_LIMIT} attempts",
             type=header.type,
             peer=header.sender,
             number=header.number,

@@ -63,7 +63,7 @@ class RejectionLog:
             return
         self._second, self._lines = second, 0
         if self._left_out:
-            _log.warning("envelopes refused, not told one by one", count=self._left_out)
+            _log.warning("more rejected envelopes, not logged singly", count=self._left_out)
             self._left_out = 0
 
     def _may_log(self) -> bool:

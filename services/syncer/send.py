@@ -158,7 +158,7 @@ class Sender:
         count = await asyncio.to_thread(self._outbox.withdraw_abandoned, queue.peer_id, numbers)
         queue.forget(numbers)
         if count:
-            _log.warning("keys withdrawn that nobody waits for any more", peer=queue.peer_id, count=count)
+            _log.warning("keys withdrawn: the api that requested them has ended", peer=queue.peer_id, count=count)
             self.wake()
 
     async def _give_up_pointless(self, queue: PeerQueue, before_ms: int) -> None:
@@ -170,7 +170,11 @@ class Sender:
             await asyncio.to_thread(self._outbox.delete, queue.peer_id, numbers[start : start + MAX_DELETED])
         queue.forget(numbers)
         if numbers:
-            _log.info("not acknowledged while the keys lived, given up", peer=queue.peer_id, envelopes=len(numbers))
+            _log.warning(
+                "envelopes given up: their keys expired before the peer acknowledged them",
+                peer=queue.peer_id,
+                envelopes=len(numbers),
+            )
 
     def _queue_of(self, peer_id: str) -> PeerQueue:
         return self._queues.setdefault(peer_id, PeerQueue(peer_id))

@@ -110,7 +110,7 @@ class Verifier:
         except SkipbusError:
             raise
         except Exception as error:  # noqa: BLE001 -- nothing that a peer sends may end the loop that reads it
-            _log.error("envelope not understood", exc_info=error)
+            _log.error("envelope not understood", effect="it is rejected as malformed", exc_info=error)
             return Rejected("malformed", header.sender if header else None, "an envelope is malformed")
 
     def _verify(self, envelope: SignedEnvelope, redelivered: bool, waited_ms: int) -> Verified:

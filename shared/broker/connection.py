@@ -1,9 +1,9 @@
 """A process's connection to its broker: made again whenever it is lost, with everything that is declared on it.
 
 Each part of a connection (consumer, publisher, notifier) declares what it needs on every new connection, so a broker
-that comes back empty is put in order too. A lost broker is logged once when it goes and once when it is back. A
-connection that ends without a word is found by its AMQP heartbeats: after 18 s of silence it counts as lost, also while
-the process only waits. Leaves to the parts: what is declared, published and consumed.
+that comes back empty is put in order too. A lost broker is logged once when it goes and once when it is back. AMQP
+heartbeats find a connection that breaks without a FIN or RST: after 18 s of silence it counts as lost, also while the
+process only waits. Leaves to the parts: what is declared, published and consumed.
 """
 
 from __future__ import annotations
@@ -99,11 +99,15 @@ class Part(Protocol):
 class BrokerConnection:
     """Connects on entering ``connected`` and stays so; ``up`` is set while every part is set up."""
 
-    def __init__(self, url: Secret, name: str, parts: Sequence[Part]) -> None:
-        """``name`` is what the broker's operator sees; ``parts`` are set up in this order."""
+    def __init__(self, url: Secret, name: str, parts: Sequence[Part], *, required: bool = True) -> None:
+        """``name`` is what the broker's operator sees; ``parts`` are set up in this order.
+
+        Without ``required`` a broker that is away is no warning: nobody has configured one.
+        """
         self._url = url
         self._name = name
         self._parts = tuple(parts)
+        self._required = required
         self._fault: BaseException | None = None
         self.up = asyncio.Event()
 
@@ -184,7 +188,8 @@ class BrokerConnection:
         if isinstance(fault, NeedsOperator) and not isinstance(known, NeedsOperator):
             _log.error(str(fault), advice=fault.advice)
         elif known is None:
-            _log.warning("broker away", reason=_described(fault))
+            log = _log.warning if self._required else _log.info
+            log("broker away", reason=_described(fault))
         elif _described(known) != _described(fault):
             _log.debug("broker still away", reason=_described(fault))
 

@@ -16,12 +16,13 @@ from aio_pika.abc import AbstractChannel, AbstractExchange
 from aio_pika.exceptions import PublishError
 
 from skipbus.shared.broker.connection import FAILURES, Session, lost_if_cancelled
-from skipbus.shared.broker.names import ENVELOPES, live_routing_key, routing_key
+from skipbus.shared.broker.names import ENVELOPES, live_routing_key, queue_name, routing_key
 from skipbus.shared.errors import BusUnavailable
 from skipbus.shared.logging import get_logger
 
 CONFIRM_SECONDS = 10.0
 LEFT_OUT_SECONDS = 30.0
+_CHECK_ALARMS = "run 'rabbitmq-diagnostics alarms' at the broker: its disk or memory may be short"
 
 _log = get_logger("bus")
 
@@ -94,9 +95,9 @@ class Publisher:
 
     def _note_silent(self, silent: bool) -> None:
         if silent and not self.silent:
-            _log.warning("the broker confirms nothing: does it hang, or has it no room?", seconds=CONFIRM_SECONDS)
+            _log.warning("the broker does not confirm messages", seconds=CONFIRM_SECONDS, advice=_CHECK_ALARMS)
         elif self.silent and not silent:
-            _log.info("the broker confirms again")
+            _log.info("the broker confirms messages again")
         self.silent = silent
 
 
@@ -141,7 +142,12 @@ class _Routes:
         if self.is_left_out(target_id):
             return  # another message of the same moment
         self._left_out_until[target_id] = time.monotonic() + LEFT_OUT_SECONDS
-        _log.warning("the broker does not confirm what is for this peer", peer=target_id)
+        _log.warning(
+            "the broker does not confirm envelopes for this peer",
+            peer=target_id,
+            next_attempt_seconds=LEFT_OUT_SECONDS,
+            advice=f"check the leader of the queue {queue_name(target_id)}",
+        )
         if target_id in self._kept:
             channel, _ = self._kept.pop(target_id)
             self._session.abandon(channel)

@@ -24,6 +24,9 @@ from skipbus.shared.crypto.pins import PinBook, sync_folder, write_flushed
 from skipbus.shared.errors import KeyringError
 
 VERSION = 1
+# What an operator does about a damaged file.
+_RESTORE = "restore it from where it was kept"
+_EPOCH_FIX = "delete this file; keys that are sealed to its epoch are lost"
 _EPOCH_NAME = re.compile(f"[0-9a-f]{{{2 * EPOCH_ID_BYTES}}}")
 
 
@@ -82,9 +85,12 @@ class Keyring:
             )
         for folder in (path, path / "epochs"):
             _check_mode(folder, 0o700)
-        about = _read_json(path / "keyring.json")
+        about = _read_json(path / "keyring.json", _RESTORE)
         if about.get("version") != VERSION:
-            raise KeyringError(f"the keyring in {path} has version {about.get('version')!r}, not {VERSION}")
+            raise KeyringError(
+                f"the keyring in {path} has version {about.get('version')!r}, not {VERSION}: "
+                "use the release that made it"
+            )
         if about.get("system_id") != system_id:
             raise KeyringError(
                 f"the keyring in {path} belongs to {about.get('system_id')!r}, not to {system_id!r}: "
@@ -100,6 +106,11 @@ class Keyring:
         Raises KeyringError if neither folder has a keyring, or both have one and they differ.
         """
         if not (path / "keyring.json").exists():
+            if not (source / "keyring.json").exists():
+                raise KeyringError(
+                    f"there is no keyring in {path}, and none to move there in {source}: restore it to {path} from "
+                    "where it was kept (other sites know its identity and will refuse a new one)"
+                )
             cls.open(source, system_id)
             for folder in (path, path / "epochs"):
                 _make_folder(folder)
@@ -128,12 +139,12 @@ class Keyring:
         path = self._file(epoch_id)
         if not path.exists():
             raise KeyringError(f"epoch {epoch_id.hex()} is not in the keyring (destroyed, or another host's)")
-        fields = _read_json(path)
+        fields = _read_json(path, _EPOCH_FIX)
         try:
             span = EpochSpan(int(fields["starts_ms"]), int(fields["ends_ms"]), int(fields["destroy_ms"]))
             key = HybridPrivateKey.from_bytes(bytes.fromhex(fields["private_key"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise KeyringError(f"{path} is damaged") from error
+            raise KeyringError(f"{path} is damaged: {_EPOCH_FIX}") from error
         return PrivateEpoch(epoch_id, span, key)
 
     def write_epoch(self, epoch: PrivateEpoch) -> None:
@@ -163,13 +174,12 @@ def _names(folder: Path) -> list[str]:
 def _destroy_copy(source: Path, kept: Keyring) -> None:
     """Destroys the files that ``Keyring.take`` has copied. Some may be destroyed already."""
     left, own = (
-        str(_read_json(source / "keyring.json").get("identity_fingerprint")),
+        str(_read_json(source / "keyring.json", _RESTORE).get("identity_fingerprint")),
         fingerprint(kept.identity.public_key),
     )
     if left != own:
         raise KeyringError(
-            f"{kept.path} holds the identity {own}, and {source} another one, {left}: "
-            "take away the one that is not meant"
+            f"{kept.path} holds the identity {own}, and {source} another one, {left}: remove the wrong one"
         )
     *secret, public = _names(source)
     for name in secret:
@@ -193,7 +203,7 @@ def _read_identity(path: Path, expected: str) -> Identity:
     try:
         identity = Identity.from_pem(_read_file(path / "identity.pem"))
     except ValueError as error:
-        raise KeyringError(f"{path / 'identity.pem'} is damaged: restore it from where it was kept") from error
+        raise KeyringError(f"{path / 'identity.pem'} is damaged: {_RESTORE}") from error
     if fingerprint(identity.public_key) != expected:
         raise KeyringError(f"{path / 'identity.pem'} is not the identity that {path / 'keyring.json'} names")
     return identity
@@ -208,7 +218,7 @@ def _check_mode(path: Path, wanted: int) -> None:
     if mode & 0o077:
         raise KeyringError(f"{path} may be read by others (mode {mode:04o}): chmod {wanted:o} {path}")
     if found.st_uid not in (os.geteuid(), 0):
-        raise KeyringError(f"{path} belongs to user {found.st_uid}, not to the one who runs this process")
+        raise KeyringError(f"{path} belongs to user {found.st_uid}, not to the one who runs this process: chown it")
 
 
 def _read_file(path: Path) -> bytes:
@@ -219,13 +229,13 @@ def _read_file(path: Path) -> bytes:
         raise KeyringError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
         value = json.loads(_read_file(path))
     except ValueError as error:
-        raise KeyringError(f"{path} is damaged") from error
+        raise KeyringError(f"{path} is damaged: {fix}") from error
     if not isinstance(value, dict):
-        raise KeyringError(f"{path} is damaged")
+        raise KeyringError(f"{path} is damaged: {fix}")
     return value
 
 

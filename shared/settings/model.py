@@ -164,6 +164,11 @@ class Settings:
         return "store" if peer is None else peer.link
 
     @property
+    def names_broker(self) -> bool:
+        """Whether RABBITMQ_URL is set. An api may do without a broker, and then it is not."""
+        return self.origins.get("RABBITMQ_URL") != "default"
+
+    @property
     def bus_peers(self) -> tuple[PeerSettings, ...]:
         """The peers that keys travel to over a bus, in the order of the TOML file."""
         return tuple(peer for peer in self.peers.values() if peer.link == "bus")

@@ -63,11 +63,15 @@ _UNFIT = frozenset({ER.OPTION_PREVENTS_STATEMENT, ER.SERVER_SHUTDOWN, NODE_NOT_R
 
 
 # What an operator can put right, by the server's error code.
+_UNKNOWN = "a statement: look the code up in the MySQL manual, and check the server's disk and error log"
 _ADVICE: dict[int | None, str] = {
     ER.ACCESS_DENIED_ERROR: "the account: check MYSQL_USER and MYSQL_PASSWORD",
     ER.DBACCESS_DENIED_ERROR: "the account for this database: check its grants and MYSQL_DATABASE",
     ER.BAD_DB_ERROR: "an unknown database: check MYSQL_DATABASE",
-    ER.TABLEACCESS_DENIED_ERROR: "a statement for want of a grant",
+    ER.TABLEACCESS_DENIED_ERROR: "a statement, because the account lacks a grant: run 'skipctl db provision'",
+    ER.COLUMNACCESS_DENIED_ERROR: "a statement, because the account lacks a grant: run 'skipctl db provision'",
+    ER.DISK_FULL: "a statement, because a disk of the database server is full",
+    ER.RECORD_FILE_FULL: "a statement, because a table cannot grow: check the disk of the database server",
     ER.NO_SUCH_TABLE: "a statement on a missing table: run 'skipctl db status'",
 }
 
@@ -147,4 +151,4 @@ def translated(error: BaseException) -> StoreUnavailable | StoreRefused:
         return StoreConflict(f"another transaction was in the way ({description})")
     if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
         return StoreUnavailable(f"the store cannot be used now ({description})")
-    return StoreRefused(f"the store refused {_ADVICE.get(code, 'a statement')} ({description})")
+    return StoreRefused(f"the store refused {_ADVICE.get(code, _UNKNOWN)} ({description})")

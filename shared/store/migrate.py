@@ -56,7 +56,7 @@ def bring_up_to_date(mysql: MySqlSettings) -> None:
             if upgrade_store(mysql):
                 _log.info("store migrated", revision=head_revision())
         except StoreNewer as error:
-            _log.warning("store is newer", reason=str(error))
+            _log.warning("store is newer", reason=str(error), effect="keys are served; upgrade this process")
     # "Answered means retrievable" and "given out once" rest on commits that survive a crash of the server.
     if flush_at_commit != 1:
         _log.warning(

@@ -473,7 +473,7 @@ def test_peer_check_says_all_that_is_wrong_and_when_nothing_is(
         "Its syncer is not running.",
         "No announcement of it has come over the bus yet",
         "It has never been heard",
-        "There is no stock of 4 keys",
+        "There is no usable stock (target 4)",
         "'KP_Carol' answers there",
     ):
         assert sentence in words
@@ -487,7 +487,7 @@ def test_peer_check_says_all_that_is_wrong_and_when_nothing_is(
         now_ms() + 3_600_000,
     )
     Endpoint.body = b'{"localSystemID": "KP_Bob"}'
-    assert operator.run("peer", "check", BOB) == (0, f"{ALICE} (this key provider): well\n{BOB}: well\n")
+    assert operator.run("peer", "check", BOB) == (0, f"{ALICE} (this key provider): ok\n{BOB}: ok\n")
     assert operator.run("peer", "list") == (0, f"{BOB}  bus  online  stock 4/4  well\n")
 
 

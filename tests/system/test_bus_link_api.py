@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from sandbox.client import get
 from sandbox.mariadb import MariaDbServer
 from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.broker.notifications import NotificationKind
@@ -245,6 +246,18 @@ def test_stock_serves_while_peer_and_broker_are_away_and_leaves_an_event_for_the
     assert {bytes.fromhex(answer.body["keyId"]) for answer in answers} == set(link.key_ids("key.issued"))
     assert len({answer.body["key"] for answer in answers}) == 16
     assert link.rows("SELECT COUNT(*) FROM stock WHERE placed_ms IS NOT NULL") == ((0,),)
+
+
+def test_an_api_that_lost_its_broker_says_what_that_costs_and_one_without_a_broker_says_nothing(
+    new_link: NewLink,
+) -> None:
+    link = new_link(broker=False)
+    (warning,) = get(link.alice.url, "health").body["warnings"]
+    assert "no broker connection: keys on demand can take 1 s longer, and POST /sync answers 503" in warning
+    link.alice.stop("api")
+    del link.alice.environ["RABBITMQ_URL_FILE"]
+    link.start()
+    assert get(link.alice.url, "health").body["warnings"] == []
 
 
 def test_status_shows_the_link_and_its_stock(unacknowledged: StubLink) -> None:

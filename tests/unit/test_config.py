@@ -372,6 +372,12 @@ def test_a_secret_is_read_from_the_file_that_its_file_variable_names(tmp_path: P
     settings = load_settings(environ)
     assert settings.mysql.password.reveal() == "from file"
     assert settings.rabbitmq_url.reveal() == "amqp://u:p@h/"
+    assert settings.names_broker
+
+
+def test_a_process_without_a_broker_url_of_its_own_names_no_broker() -> None:
+    assert not load().names_broker
+    assert load(RABBITMQ_URL="amqp://guest:guest@127.0.0.1:5672/").names_broker
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ async def test_a_caller_who_leaves_while_its_batch_runs_stops_nobody_else() -> N
 async def test_a_batch_reports_its_size_and_its_duration() -> None:
     def seen() -> list[float]:
         names = [f"skipbus_batch_{name}" for name in ("size_count", "size_sum", "seconds_count", "seconds_sum")]
-        return [REGISTRY.get_sample_value(name, {"lane": "test"}) or 0.0 for name in names]
+        return [REGISTRY.get_sample_value(name, {"queue": "test"}) or 0.0 for name in names]
 
     async with running_queue(Ledger()) as queue:
         before = seen()

@@ -108,7 +108,7 @@ def test_a_keyring_of_which_a_part_is_missing_is_refused(keyring: Keyring, folde
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"[]", b"{", b'"text"', b"\xff\xfe"])
 def test_a_damaged_description_is_refused(keyring: Keyring, folder: Path, content: bytes) -> None:
     (folder / "keyring.json").write_bytes(content)
-    with pytest.raises(KeyringError, match="is damaged"):
+    with pytest.raises(KeyringError, match="is damaged: restore it"):
         Keyring.open(folder, KP)
 
 
@@ -190,7 +190,7 @@ def test_an_epoch_that_never_was_here_cannot_be_read(keyring: Keyring) -> None:
 def test_a_damaged_epoch_is_a_keyring_error(keyring: Keyring, content: bytes) -> None:
     epoch = add_epoch(keyring)
     epoch_file(keyring, epoch).write_bytes(content)
-    with pytest.raises(KeyringError, match="is damaged"):
+    with pytest.raises(KeyringError, match="is damaged: delete this file"):
         keyring.read_epoch(epoch.epoch_id)
 
 
@@ -330,7 +330,7 @@ def test_a_move_that_was_cut_short_is_ended_by_the_next_one(tmp_path: Path, miss
 
 def test_where_there_is_no_keyring_to_take_none_is_made(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
-    with pytest.raises(KeyringError, match="there is no keyring in"):
+    with pytest.raises(KeyringError, match=f"there is no keyring in {tmp_path / 'place'}, and none to move there"):
         Keyring.take(tmp_path / "made", tmp_path / "place", "KP_A")
     assert not (tmp_path / "place").exists()
 

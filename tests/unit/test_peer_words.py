@@ -63,7 +63,7 @@ def test_a_peer_that_is_well_has_no_complaint() -> None:
             "refused an envelope 5 s ago: key_exists",
         ),
         (replace(WELL, waiting=(7, NOW_MS - 90_000)), "7 messages wait for its acknowledgement, the oldest since 90 s"),
-        (replace(WELL, stock=0), "no stock of 64 keys"),
+        (replace(WELL, stock=0), "no usable stock (target 64)"),
         (replace(WELL, stock=31), "Stock is 31, below its low mark of 32"),
         (replace(WELL, endpoint_fault="TLS fails"), "TLS fails"),
     ],

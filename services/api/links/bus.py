@@ -69,7 +69,13 @@ class BusLink:
         )
         self._notifier = Notifier(local_id, self._on_notification, FOR_API)
         self.publisher = Publisher()
-        self._broker = BrokerConnection(settings.rabbitmq_url, f"skip-api {local_id}", [self.publisher, self._notifier])
+        self._names_broker = settings.names_broker
+        self._broker = BrokerConnection(
+            settings.rabbitmq_url,
+            f"skip-api {local_id}",
+            [self.publisher, self._notifier],
+            required=self._names_broker,
+        )
 
     async def issue(self, target_id: str, size_bits: int, correlation_id: str) -> IssuedKey:
         """A fresh key that the target can serve: out of stock, or placed there now.
@@ -132,9 +138,9 @@ class BusLink:
 
     def warnings(self) -> list[str]:
         """Sentences for /health about what does not work in full."""
-        if self._broker.up.is_set():
+        if self._broker.up.is_set() or not self._names_broker:
             return []
-        return ["the broker is away: keys for peers over a bus come from stock only, while that lasts"]
+        return ["this api has no broker connection: keys on demand can take 1 s longer, and POST /sync answers 503"]
 
     async def _take(self, target_id: str, correlation_id: str) -> IssuedKey | None:
         """A key out of stock, None where there is none."""

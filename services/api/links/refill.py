@@ -265,6 +265,6 @@ class StockKeeper:
     def _is_elected(self) -> bool:
         elected = bool(self._stocks) and self._election.tick()
         if elected != self._elected:
-            _log.info("elected" if elected else "not elected")
+            _log.info("elected" if elected else "not elected", task="make stock")
         self._elected = elected
         return elected

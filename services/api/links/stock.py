@@ -91,7 +91,12 @@ class StockBatch:
             try:
                 key = self._opener.open(copy, request.target_id.encode())
             except SealBroken as error:
-                _log.error("key in stock does not open", peer=request.target_id, reason=str(error))
+                _log.error(
+                    "a key in stock cannot be decrypted",
+                    peer=request.target_id,
+                    reason=str(error),
+                    effect="it is withdrawn, and the next one is used",
+                )
                 taken.broken.append([copy.key_id, copy.expires_ms, request.correlation_id])
                 continue
             taken.issued.append([copy.key_id, copy.size_bits, copy.expires_ms, request.correlation_id])

@@ -30,6 +30,7 @@ from skipbus.shared.logging import get_logger
 _BACKLOG = 4096
 _ACCEPTS_AT_A_TIME = 64
 _PAUSE_SECONDS = 0.2
+_RAISE_LIMIT = "check the limit of open files (LimitNOFILE, ulimits) and the host's memory"
 _SHUTDOWN_SECONDS = 2.0
 _ASK_SECONDS = 2.0
 _MARK_HEADER = "X-KP"
@@ -111,7 +112,7 @@ class TlsListener:
                 return
             except OSError as error:
                 # Out of file descriptors or memory: clients in the backlog are served when others have gone.
-                _log.error("cannot accept", reason=error.strerror or str(error))
+                _log.error("cannot accept new connections", reason=error.strerror or str(error), advice=_RAISE_LIMIT)
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(bound)
                 loop.call_later(_PAUSE_SECONDS, self._accept_from, bound)

@@ -228,7 +228,7 @@ def _authorities(path: Path) -> Iterator[Certificate]:
         certificates = _read_pem(path)
     except OperatorError as error:
         # OpenSSL has accepted the file and verifies with it, so this must not stop the process.
-        _log.warning("ends of authorities not watched", reason=str(error))
+        _log.warning("expiry of client authorities is not checked", reason=str(error))
         return
     for certificate in certificates:
         subject = certificate.subject.rfc4514_string()[:100]
