@@ -134,7 +134,7 @@ async def every(
 ) -> None:
     """Runs ``action`` every ``seconds``, at a tick, until ``stop``; and when ``wake`` is set, which it clears before.
 
-    A database that fails is logged once, and once when it is back; any other error ends the task. ``quiet`` is for tasks
+    A lost database is logged once, and once when it is back; any other error ends the task. ``quiet`` is for tasks
     of a process in which another one logs an unavailable store for all: StoreUnavailable is logged at debug only. The
     task's age, which the probes read, is that of its last success in any case.
     """

@@ -1,5 +1,5 @@
 -- What the api of one key provider may do in the store. `skipctl db provision` puts the account and the database in.
--- It cannot read messages between key providers, and cannot change tables.
+-- It can read the outbox: keyIds and peers, and sealed keys only where bus-api.sql applies too. It cannot change tables.
 GRANT SELECT ON :database.alembic_version TO :account;
 GRANT SELECT, INSERT, DELETE ON :database.key_records TO :account;
 GRANT SELECT, INSERT, UPDATE ON :database.wrapping_keys TO :account;
