@@ -39,6 +39,8 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Answer_co = TypeVar("Answer_co", covariant=True)
 _EXPIRY_SECONDS = 0.25
+# A timer that is later than this: the process was stopped, or its host was.
+_STOPPED_SECONDS = 1.0
 _RETRY_WAIT = wait_random_exponential(multiplier=0.02, max=0.5)
 
 _log = get_logger("group commit")
@@ -113,7 +115,7 @@ class GroupCommit(Generic[Request, Answer]):
         if self._worker is None:
             self._worker = self._loop.create_task(self._work(), name="group commit")
         if self._expiry is None:
-            self._expiry = self._loop.call_later(_EXPIRY_SECONDS, self._expire)
+            self._expire_later()
         return await future
 
     async def close(self) -> None:
@@ -157,9 +159,17 @@ class GroupCommit(Generic[Request, Answer]):
     def _expire(self) -> None:
         """Refuses callers whose time is up, in a batch that hangs as well. They stand in order of their deadlines."""
         now = time.monotonic()
-        for waiter in takewhile(lambda waiter: waiter.deadline <= now, chain(self._committing, self._waiting)):
-            _deliver(waiter.future, StoreUnavailable("the key store did not answer in time"))
-        self._expiry = self._loop.call_later(_EXPIRY_SECONDS, self._expire) if len(self) else None
+        # This process may have been stopped, and the store's answer to the commit may be here unread: that goes first.
+        was_stopped = self._expiry is not None and self._loop.time() - self._expiry.when() > _STOPPED_SECONDS
+        if not was_stopped:
+            for waiter in takewhile(lambda waiter: waiter.deadline <= now, chain(self._committing, self._waiting)):
+                _deliver(waiter.future, StoreUnavailable("the key store did not answer in time"))
+        self._expiry = None
+        if len(self):
+            self._expire_later()
+
+    def _expire_later(self) -> None:
+        self._expiry = self._loop.call_later(_EXPIRY_SECONDS, self._expire)
 
 
 class _Committer(Generic[Request, Answer]):

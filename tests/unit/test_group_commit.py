@@ -297,6 +297,17 @@ async def test_nobody_waits_longer_than_the_timeout_though_the_batch_hangs() -> 
     assert ledger.committed == [4]
 
 
+async def test_a_process_that_was_stopped_takes_the_answer_that_is_there_before_it_refuses_callers() -> None:
+    ledger = Ledger()
+    async with running_queue(ledger, timeout_seconds=1.0) as queue:
+        (task,) = await submit_behind_a_batch(ledger, queue, 1)
+        ledger.gate.set()
+        # The batch is committed in its thread while the event loop stands still, for longer than a caller may wait.
+        time.sleep(2.5)  # noqa: ASYNC251 -- that is what is tested
+        assert ledger.committed == [1]
+        assert await task == 2
+
+
 async def test_what_is_answered_500_is_not_committed_with_the_rest_of_its_batch() -> None:
     ledger = Ledger()
     ledger.gate.clear()
