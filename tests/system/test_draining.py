@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,3 +74,32 @@ def test_clients_that_only_hold_connections_do_not_delay_the_end(api: TlsApi) ->
         wait_for(lambda: not api.kp.processes["api"].running, timeout_seconds=9)
     assert time.monotonic() - begun < 9
     assert api.kp.processes["api"].returncode == 0
+
+
+def test_clients_that_use_their_connections_again_and_again_are_all_answered(api: TlsApi) -> None:
+    lost: list[str] = []
+    answered: list[bool] = []
+
+    def ask_until_closed(number: int) -> None:
+        with RawConnection(api.kp.port) as client:
+            closes = False
+            while not closes:
+                try:
+                    answer = client.ask("/capabilities")
+                except (OSError, ValueError, AssertionError) as error:
+                    lost.append(f"{number}: {error!r}")
+                    return
+                closes = answer.headers.get("connection") == "close"
+                answered.append(closes)
+                time.sleep(random.uniform(0.05, 0.8))
+
+    threads = [threading.Thread(target=ask_until_closed, args=(number,)) for number in range(200)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: answered.count(False) > 400, timeout_seconds=20)
+    api.kp.processes["api"].terminate()
+    for thread in threads:
+        thread.join(15)
+    assert lost == []
+    assert answered.count(True) == len(threads)
+    wait_for(lambda: not api.kp.processes["api"].running, timeout_seconds=9)

@@ -26,7 +26,7 @@ from skipbus.shared.settings import Settings
 _BACKLOG = 4096
 _ASK_SECONDS = 2.0
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound
-# How long a new client may take to its first request. Clients that only hold connections must not delay the end.
+# How long a client may take to its next request. Clients that only hold connections must not delay the end.
 _GRACE_SECONDS = 2.0
 _POLL_SECONDS = 0.01
 
@@ -51,18 +51,19 @@ async def listen(runner: web.BaseRunner, settings: Settings) -> None:
 
 
 async def drain(application: Application, runner: web.BaseRunner, server: BoundedServer, tls: Tls) -> None:
-    """Accepts no new connections, and returns once no new client waits to be served, at the latest after 2 s.
+    """Accepts no new connections, and returns once no client is likely to send a request, at the latest after 2 s.
 
     A client cannot tell a connection that closes without any answer from a broken key provider: new clients finish
-    their handshake and send their first request. Each answer closes its connection. One that is idle after an answer
-    may be closed at any time (RFC 9112, 9.5). The server's own shutdown answers requests in progress.
+    their handshake and send their first request, and clients that use a connection again and again send one more. Each
+    answer closes its connection. One that has been idle for 2 s may be closed at any time (RFC 9112, 9.5). The server's
+    own shutdown answers requests in progress.
     """
     application.ends_connections = True
     tls.stop_accepting()
     for site in list(runner.sites):
         await site.stop()
     deadline = asyncio.get_running_loop().time() + _GRACE_SECONDS
-    while tls.handshaking or server.any_awaiting_first_request(_GRACE_SECONDS):
+    while tls.handshaking or server.expects_requests(_GRACE_SECONDS):
         if asyncio.get_running_loop().time() > deadline:
             return
         await asyncio.sleep(_POLL_SECONDS)

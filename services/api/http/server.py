@@ -42,15 +42,15 @@ _log = get_logger("server")
 class Connection(RequestHandler):
     """One client's connection: idle, receiving a request, or answering one. Times are monotonic."""
 
-    __slots__ = ("answering", "caller", "client", "lost", "made_at", "on_lost", "since", "used")
+    __slots__ = ("answering", "caller", "client", "lost", "on_lost", "since", "unused_since")
 
     def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 -- handed through
         super().__init__(*args, **options)
         self.answering = False
         # When the request that is being received or answered began; 0 while the connection is idle.
         self.since = 0.0
-        self.used = False
-        self.made_at = time.monotonic()
+        # When it was made, or had its last answer.
+        self.unused_since = time.monotonic()
         self.caller: Caller | None = None
         # Kept, since a TLS transport no longer knows it when the connection is lost.
         self.client = "-"
@@ -92,7 +92,7 @@ class Connection(RequestHandler):
 
     def request_begun(self) -> None:
         """A request is complete but for its body, and is answered now."""
-        self.answering, self.used = True, True
+        self.answering = True
         self.since = time.monotonic()
 
     async def finish_response(
@@ -101,7 +101,7 @@ class Connection(RequestHandler):
         """Writes the answer. A connection that closes with it is answering until the client has taken all of it."""
         finished = await super().finish_response(request, resp, start_time)
         if finished[0].keep_alive:
-            self.answering, self.since = False, 0.0
+            self.answering, self.since, self.unused_since = False, 0.0, time.monotonic()
         return finished
 
     def handle_error(
@@ -126,9 +126,9 @@ class Connection(RequestHandler):
         log_request(request, entry, response.status)
         return response
 
-    def awaiting_first_request(self, now: float, grace_seconds: float) -> bool:
-        """Whether its first request may still be on its way: the connection is new and has had none."""
-        return not self.used and not self.lost and now - self.made_at < grace_seconds
+    def expects_request(self, now: float, grace_seconds: float) -> bool:
+        """Whether a request may be on its way: the connection is new, or had an answer just now."""
+        return not self.answering and not self.lost and now - self.unused_since < grace_seconds
 
     def overdue(self, now: float, header_timeout_seconds: float) -> str | None:
         """Why the connection should be ended now, if it should."""
@@ -198,10 +198,10 @@ class BoundedServer(web.Server):
         super().connection_lost(handler, exc)
         self._open.pop(cast(Connection, handler), None)
 
-    def any_awaiting_first_request(self, grace_seconds: float) -> bool:
-        """Whether some client has only just connected and is about to ask."""
+    def expects_requests(self, grace_seconds: float) -> bool:
+        """Whether some client has only just connected, or was answered just now, and may be about to ask."""
         now = time.monotonic()
-        return any(connection.awaiting_first_request(now, grace_seconds) for connection in self._open)
+        return any(connection.expects_request(now, grace_seconds) for connection in self._open)
 
     async def sweep(self, stop: asyncio.Event) -> None:
         """Ends overdue connections, every second, until ``stop``."""
