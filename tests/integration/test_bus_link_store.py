@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import structlog.testing
+from prometheus_client import CollectorRegistry
 from pymysql.connections import Connection as PyMySqlConnection
-from pymysql.constants import CR
+from pymysql.constants import CR, ER
 from pymysql.err import OperationalError
 from sqlalchemy import Connection, Engine, NullPool, create_engine
 
@@ -32,7 +35,7 @@ from skipbus.services.api.links.confirmation import (
     PlacementStatus,
 )
 from skipbus.services.api.links.placing import PlaceBatch, PlacedKey, Placement
-from skipbus.services.api.links.refill import StockMaker
+from skipbus.services.api.links.refill import StockKeeper, StockMaker
 from skipbus.services.api.links.sealing import Opener, Sealer
 from skipbus.services.api.links.stock import StockBatch, StockRequest
 from skipbus.shared.clock import now_ms
@@ -44,6 +47,7 @@ from skipbus.shared.errors import (
     StoreConflict,
     StoreUnavailable,
 )
+from skipbus.shared.metrics import _TASKS
 from skipbus.shared.protocol import encoding
 from skipbus.shared.store.engine import connect
 from tests.integration.cutting_proxy import Cut, CuttingProxy
@@ -459,6 +463,28 @@ def test_stock_that_would_be_too_old_at_once_is_not_made(ends: Ends) -> None:
     assert ends.store.count("stock") == 0
     ends.make_stock(1, ttl_seconds=TTL_SECONDS * 3 // 2)
     assert ends.store.count("stock") == 1
+
+
+async def test_a_store_that_refuses_to_count_stock_is_reported_to_operator_and_probes(ends: Ends) -> None:
+    def refuse() -> PyMySqlConnection:
+        raise OperationalError(ER.TABLEACCESS_DENIED_ERROR, "SELECT command denied")
+
+    engine = create_engine("mysql+pymysql://", creator=refuse, poolclass=NullPool)
+    maker = StockMaker(engine, TTL_SECONDS, ends.alice.sealer)
+    keeper, stop = StockKeeper(ends.alice.settings, engine, maker, lambda: None), asyncio.Event()
+    with structlog.testing.capture_logs() as lines:
+        keeping = asyncio.create_task(keeper.run(stop))
+        for _ in range(20):
+            keeper.wake()
+            await asyncio.sleep(0.02)
+        stop.set()
+        await keeping
+    reported = [line for line in lines if line["log_level"] == "warning"]
+    assert [line.get("what") for line in reported] == ["stock"]
+    assert "grant" in reported[0]["reason"]
+    registry = CollectorRegistry()
+    registry.register(_TASKS)
+    assert registry.get_sample_value("skipbus_task_done_age_seconds", {"task": "stock"}) == math.inf
 
 
 def test_the_keys_of_a_refill_share_one_wrapping_key_for_each_side(ends: Ends) -> None:

@@ -9,7 +9,7 @@ be given out no longer counts, so that its successor is there in time. Every api
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from skipbus.services.api.links.stock import usable_until_ms
 from skipbus.services.api.links.store import new_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError
+from skipbus.shared.lifecycle import every
 from skipbus.shared.logging import get_logger
 from skipbus.shared.protocol.keys import DEFAULT_KEY_BITS, counted_before_ms
 from skipbus.shared.settings import Settings
@@ -46,6 +47,8 @@ QUIET_SECONDS = 3.0
 # Counting a large stock takes time; it may have this share of it.
 _COUNTING_SHARE = 0.05
 _SHORTEST_PAUSE_SECONDS = 0.05
+# The probes expect a count more often than every 15 s.
+_LONGEST_PAUSE_SECONDS = 5.0
 # Retrieved keys that the next count deletes from ``stock_held``.
 _MAX_RETRIEVED = 100_000
 
@@ -166,6 +169,7 @@ class StockKeeper:
         self._retrieved: list[tuple[str, bytes]] = []
         self._unready: set[str] = set()
         self._count_seconds = 0.0
+        self._count_at = 0.0
         self._wake = asyncio.Event()
 
     def stock_for(self, peer_id: str) -> PeerStock:
@@ -190,17 +194,9 @@ class StockKeeper:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Counts once a second, or when woken, until ``stop``."""
-        while not stop.is_set():
-            try:
-                await self._round(stop)
-            except BackendError as error:  # a store that is away is reported by others
-                _log.debug("stock not kept", reason=str(error))
-            # A large stock takes time to count.
-            pause_seconds = max(_SHORTEST_PAUSE_SECONDS, self._count_seconds / _COUNTING_SHARE)
-            await asyncio.sleep(pause_seconds)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ROUND_SECONDS - pause_seconds):
-                    await self._wake.wait()
+        count = functools.partial(self._round, stop)
+        # The task "store" logs for all where the store is away.
+        await every(stop, ROUND_SECONDS, "stock", count, quiet=True, wake=self._wake)
 
     def close(self) -> None:
         """Gives up the election. Blocking."""
@@ -208,7 +204,7 @@ class StockKeeper:
 
     async def _round(self, stop: asyncio.Event) -> None:
         """Counts, and makes what is missing for at most a second, so that the count stays fresh."""
-        self._wake.clear()
+        await self._pause_before_count()
         for stock in self._stocks.values():
             # What is taken during the count may be in it or not; the next count corrects that.
             stock.taken = 0
@@ -225,6 +221,12 @@ class StockKeeper:
             }
             # Requests get the processor for as long as this had it.
             await asyncio.sleep(time.monotonic() - started)
+
+    async def _pause_before_count(self) -> None:
+        """Keeps the share of counting small, also where somebody wakes this process without end."""
+        await asyncio.sleep(self._count_at - time.monotonic())
+        pause_seconds = max(_SHORTEST_PAUSE_SECONDS, self._count_seconds / _COUNTING_SHARE)
+        self._count_at = time.monotonic() + min(pause_seconds, _LONGEST_PAUSE_SECONDS)
 
     def _take_over(self, counted: _StockCount) -> None:
         self._held, self._count_seconds = counted.held, counted.seconds
