@@ -21,7 +21,7 @@ from skipbus.ctl.peer_words import PeerView, problems
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.errors import SealBroken
-from skipbus.shared.liveness import peer_status
+from skipbus.shared.liveness import peer_status, process_states
 from skipbus.shared.protocol.announcements import Announcement, read_announcement
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Settings, load_settings
@@ -164,11 +164,11 @@ def _own_problems(settings: Settings) -> list[str]:
             seen = fetch_processes(connection, settings.local_system_id)
     finally:
         engine.dispose()
-    late_ms = now_ms() - max(settings.heartbeat_seconds * _SYNCER_LATE_INTERVALS, 3) * 1000
-    details = {process.role: process.detail for process in seen if process.seen_ms >= late_ms}
-    found = [f"Its {role} is not running." for role in ("syncer", "janitor") if role not in details]
-    if details.get("syncer", "ok") != "ok":
-        found.append(f"Its syncer says: {details['syncer']}.")
+    late_ms = now_ms() - round(max(settings.heartbeat_seconds * _SYNCER_LATE_INTERVALS, 3) * 1000)
+    states = process_states(seen, late_ms)
+    found = [f"Its {role} is not running." for role, state in states.items() if state == "missing"]
+    if states["syncer"] not in ("ok", "missing"):
+        found.append(f"Its syncer says: {states['syncer']}.")
     return found
 
 

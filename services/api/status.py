@@ -20,7 +20,7 @@ from skipbus.services.api.links.bus import BusLink
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import current_epoch
 from skipbus.shared.crypto.keyring import Keyring, check_pinned_identity
-from skipbus.shared.liveness import peer_status
+from skipbus.shared.liveness import peer_status, process_states
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.settings import Settings, project_version
 from skipbus.shared.store.migrate import bring_up_to_date
@@ -144,13 +144,8 @@ class StatusPages:
         return faults
 
     def _process_states(self, reading: Reading) -> dict[str, str]:
-        """For each role what its processes have said lately. Several may run, and one of them does the work."""
         limit_ms = max(self._settings.heartbeat_seconds * _PROCESS_LATE_INTERVALS, 3) * 1000
-        states: dict[str, list[str]] = {"syncer": [], "janitor": []}
-        for seen in sorted(reading.processes, key=lambda process: process.seen_ms, reverse=True):
-            if seen.role in states and now_ms() - seen.seen_ms <= limit_ms:
-                states[seen.role].append(seen.detail)
-        return {role: min(said, key=_rank, default="missing") for role, said in states.items()}
+        return process_states(reading.processes, now_ms() - round(limit_ms))
 
     def _peer(self, name: str, row: PeerRow | None, at_ms: int) -> dict[str, object]:
         row = row or PeerRow(name, "", None, 0, 0, 0, 0, 0, 0, 0)
@@ -172,11 +167,6 @@ class StatusPages:
         # Keys count as issued here when the peer has acknowledged them, and most that are withdrawn never were.
         counts = _counts(row.issued, row.retrieved, row.expired, 0) | {"withdrawn": row.withdrawn}
         return shown | counts | {"inbound": inbound}
-
-
-def _rank(state: str) -> int:
-    """The best state first: a standby says nothing of what the elected process does."""
-    return {"ok": 0, "standby": 2}.get(state, 1)
 
 
 def _seconds(ms: int | None) -> float | None:
