@@ -72,6 +72,10 @@ class StoreRefused(BackendError):
     """The store answered with an error that another try does not fix."""
 
 
+class StoreMisconfigured(StoreRefused):
+    """The store answers so to every such statement, whatever its values, until an operator has changed something."""
+
+
 class CommitUnknown(StoreUnavailable):
     """The connection was lost during a commit: it may or may not have happened."""
 

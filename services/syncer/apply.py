@@ -77,7 +77,7 @@ def keys_changed(one: Verified) -> int:
 class Applier:
     """Of one KP; ``bus_ids`` are the peers that have a store of their own. Blocking: for threads."""
 
-    def __init__(self, engine: Engine, local_id: str, bus_ids: Collection[str] = ()) -> None:
+    def __init__(self, engine: Engine, local_id: str, bus_ids: Collection[str]) -> None:
         self._engine = engine
         self._local_id = local_id
         self._bus_ids = frozenset(bus_ids)
@@ -193,6 +193,9 @@ class _Transaction:
     def _store(self, one: Verified, placed: PlacedKeys) -> Result:
         header = one.header
         if not self._is_new(one):
+            if self._again:
+                # The attempt that stored them may have failed before anybody was notified.
+                self._keys.note_arrived(placed)
             return Result.DUPLICATE
         issued = self._keys.store(header, placed)
         if issued is None:

@@ -127,6 +127,11 @@ class KeyChanges:
         self.after_commit.arrived += [record.key_id for record in wanted]
         return len(wanted)
 
+    def note_arrived(self, placed: PlacedKeys) -> None:
+        """These were stored before: who waits for one looks again."""
+        if not placed.stock:
+            self.after_commit.arrived += [record[0] for record in placed.records]
+
     def _store_wrapping_keys(self, missing: Sequence[SealedWrappingKey]) -> bool:
         """False where another wrapping key has one of the ids: keys that are sealed under this one would be lost."""
         wrapping_keys.insert_wrapping_keys(self.connection, missing)

@@ -1,8 +1,9 @@
 """Receives envelopes: batch → verify → apply → acknowledge.
 
-No envelope is answered before its effect is committed. While the store is away the deliveries are held and tried again:
-giving them back would use up their delivery limit, which is there for envelopes that cannot be handled. A batch in
-which something unexpected fails is applied again one by one, so that one envelope never fails its neighbours.
+No envelope is answered before its effect is committed. While the store is away, or refuses whatever it is sent, the
+deliveries are held and tried again: giving them back would use up their delivery limit, which is there for envelopes
+that cannot be handled. A batch in which something unexpected fails is applied again one by one, so that one envelope
+never fails its neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from skipbus.services.syncer.send import Sender
 from skipbus.services.syncer.verify import Rejected, Verified, Verifier
 from skipbus.shared.broker.notifications import Notifier
 from skipbus.shared.clock import now_ms
-from skipbus.shared.errors import StoreUnavailable
+from skipbus.shared.errors import StoreMisconfigured, StoreUnavailable
 from skipbus.shared.lifecycle import pause
 from skipbus.shared.logging import get_logger
 from skipbus.shared.peer_directory import PeerDirectory
@@ -36,19 +37,21 @@ _POLL_SECONDS = 0.5
 _DRAIN_SECONDS = 0.1
 _FIRST_WAIT_SECONDS = 0.2
 _STORE_WAIT = wait_exponential(multiplier=0.4, max=5.0)
+# No envelope is the reason of these.
+_HELD = (StoreUnavailable, StoreMisconfigured)
 # Verified envelopes that are rejected for what is in the store.
 _REJECTED = {
     Result.REPLAYED: "a heartbeat with a number that is not new",
     Result.KEY_EXISTS: "a key under an id that exists here already",
 }
 # The same envelope with a new date may be accepted.
-_PASSING_REASONS = frozenset({"too_old", "from_future"})
+_TRANSIENT_REASONS = frozenset({"too_old", "from_future"})
 
 _log = get_logger("receive")
 T = TypeVar("T")
 
 
-class _GivenUp(Exception):
+class _RedeliveryExpected(Exception):
     """The broker will deliver the batch again: its connection is lost, or this process ends."""
 
 
@@ -70,6 +73,7 @@ class Receiver:
         self._rejecter = rejecter
         self._follow_up = follow_up
         self._stop = stop
+        self._refused = False
 
     async def run(self) -> None:
         """Until ``stop``; then what was delivered already is still handled."""
@@ -90,7 +94,7 @@ class Receiver:
             verified = await self._verify(batch)
             for portion in portions(verified, lambda pair: keys_changed(pair[1])):
                 await self._apply(portion)
-        except _GivenUp:
+        except _RedeliveryExpected:
             _log.debug("deliveries left to the broker", count=len(batch))
 
     async def _verify(self, batch: Sequence[Delivery]) -> list[tuple[Delivery, Verified]]:
@@ -105,13 +109,14 @@ class Receiver:
                 await self._rejecter.reject(delivery, result)
         return [(delivery, result) for delivery, result in results if isinstance(result, Verified)]
 
-    async def _apply(self, batch: Sequence[tuple[Delivery, Verified]]) -> None:
+    async def _apply(self, batch: Sequence[tuple[Delivery, Verified]], *, again: bool = False) -> None:
+        """``again``: an earlier attempt may have been committed in part."""
         deliveries, verified = [delivery for delivery, _ in batch], [one for _, one in batch]
         try:
             applied = await self._while_store_away(
-                lambda again: self._applier.apply(verified, now_ms(), again=again), deliveries
+                lambda retried: self._applier.apply(verified, now_ms(), again=again or retried), deliveries
             )
-        except _GivenUp:
+        except _RedeliveryExpected:
             raise
         except Exception as error:  # noqa: BLE001 -- whatever one envelope caused must not fail the others
             await self._apply_one_by_one(batch, error)
@@ -125,7 +130,7 @@ class Receiver:
     async def _apply_one_by_one(self, batch: Sequence[tuple[Delivery, Verified]], error: Exception) -> None:
         if len(batch) > 1:
             for pair in batch:
-                await self._apply([pair])
+                await self._apply([pair], again=True)
             return
         delivery, header = batch[0][0], batch[0][1].header
         _log.error(
@@ -143,20 +148,34 @@ class Receiver:
     async def _while_store_away(self, action: Callable[[bool], T], batch: Sequence[Delivery]) -> T:
         """Does ``action`` in a thread until the store is there; its argument says whether it was tried before.
 
-        Raises _GivenUp, and what ``action`` raises but StoreUnavailable.
+        Raises _RedeliveryExpected, and what ``action`` raises but the errors for which deliveries are held.
         """
 
         async def sleep(seconds: float) -> None:
             _log.debug("store away, deliveries are held", count=len(batch))
             if not await pause(self._stop, seconds) or all(delivery.lost for delivery in batch):
-                raise _GivenUp
+                raise _RedeliveryExpected
 
         # A retry object keeps what it refers to, here up to 64 MiB of bodies, until a garbage collection.
-        with suppress(StoreUnavailable):
-            return await asyncio.to_thread(action, False)
+        with suppress(*_HELD):
+            return await asyncio.to_thread(self._attempt, action, False)
         await sleep(_FIRST_WAIT_SECONDS)
-        retry = retry_if_exception_type(StoreUnavailable)
-        return await AsyncRetrying(retry=retry, wait=_STORE_WAIT, sleep=sleep)(asyncio.to_thread, action, True)
+        attempts = AsyncRetrying(retry=retry_if_exception_type(_HELD), wait=_STORE_WAIT, sleep=sleep)
+        return await attempts(asyncio.to_thread, self._attempt, action, True)
+
+    def _attempt(self, action: Callable[[bool], T], again: bool) -> T:
+        """In a thread. A refusal is logged here, because other tasks do not use these tables; absence is not."""
+        try:
+            done = action(again)
+        except StoreMisconfigured as error:
+            if not self._refused:
+                _log.warning("backend away", what="deliveries", reason=str(error))
+            self._refused = True
+            raise
+        if self._refused:
+            _log.info("backend back", what="deliveries")
+        self._refused = False
+        return done
 
     async def _answer(self, delivery: Delivery, one: Verified, result: Result) -> None:
         header = one.header
@@ -209,7 +228,7 @@ class FollowUp:
                 self._sender.forget(peer_id, numbers)
             case Rejection(rejected_number, reason) as rejection:
                 self._peer_rejections.note(peer_id, rejection)
-                if reason not in _PASSING_REASONS:
+                if reason not in _TRANSIENT_REASONS:
                     self._sender.note_rejected(peer_id, rejected_number)
             case Heartbeat(_, bytes() as digest) if result is Result.HANDLED:
                 if digest != self._directory.digest(peer_id):

@@ -17,10 +17,11 @@ from sqlalchemy import URL, ClauseElement, Engine, create_engine
 from sqlalchemy.dialects.mysql import pymysql as pymysql_dialect
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.event import listens_for
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import NullPool
 
-from skipbus.shared.errors import StoreConflict, StoreRefused, StoreUnavailable
+from skipbus.shared.errors import StoreConflict, StoreMisconfigured, StoreRefused, StoreUnavailable
 from skipbus.shared.settings import MySqlSettings
 from skipbus.shared.store.servers import NODE_NOT_READY, STATEMENT_TIMEOUT_SECONDS, servers_of
 
@@ -35,7 +36,7 @@ CONFLICTS = frozenset(
     }
 )
 
-# What passes: the server restarts, is full, fails over.
+# Temporary: restart, too many connections, a full disk, failover.
 RETRYABLE = frozenset(
     {
         0,  # PyMySQL's "(0, '')" for a connection that is closed already
@@ -45,6 +46,8 @@ RETRYABLE = frozenset(
         ER.CON_COUNT_ERROR,
         ER.SERVER_SHUTDOWN,
         ER.TOO_MANY_USER_CONNECTIONS,
+        ER.DISK_FULL,
+        ER.RECORD_FILE_FULL,  # "the table is full"
         ER.OPTION_PREVENTS_STATEMENT,  # read-only while a replica is promoted
         1927,  # MariaDB: connection was killed
         3024,  # MySQL: a statement was interrupted by its time limit
@@ -62,8 +65,8 @@ RETRYABLE = frozenset(
 _UNFIT = frozenset({ER.OPTION_PREVENTS_STATEMENT, ER.SERVER_SHUTDOWN, NODE_NOT_READY, 1836})
 
 
-# What an operator can put right, by the server's error code.
 _UNKNOWN = "a statement: look the code up in the MySQL manual, and check the server's disk and error log"
+# What an operator can put right, by the server's error code.
 _ADVICE: dict[int | None, str] = {
     ER.ACCESS_DENIED_ERROR: "the account: check MYSQL_USER and MYSQL_PASSWORD",
     ER.DBACCESS_DENIED_ERROR: "the account for this database: check its grants and MYSQL_DATABASE",
@@ -131,12 +134,16 @@ def _leave_unfit_server(context: ExceptionContext) -> None:
 
 @contextmanager
 def driver_errors() -> Iterator[None]:
-    """Turns PyMySQL's and SQLAlchemy's errors into StoreConflict, StoreUnavailable or StoreRefused, cause kept."""
+    """Turns the driver's errors, and SQLAlchemy's about connections, into ours, cause kept.
+
+    Raises StoreConflict, StoreUnavailable, StoreMisconfigured, StoreRefused. Any other error of SQLAlchemy is a fault
+    in a statement of ours, and stays what it is: it must not look like a store that is away.
+    """
     try:
         yield
     except DBAPIError as error:
         raise translated(error.orig or error) from error
-    except SQLAlchemyError as error:
+    except (PoolTimeout, DisconnectionError, PendingRollbackError) as error:
         raise StoreUnavailable(f"the store did not answer: {type(error).__name__}") from error
     except (pymysql.err.Error, OSError) as error:
         raise translated(error) from error
@@ -150,5 +157,7 @@ def translated(error: BaseException) -> StoreUnavailable | StoreRefused:
     if code in CONFLICTS:
         return StoreConflict(f"another transaction was in the way ({description})")
     if isinstance(error, (OSError, pymysql.err.InterfaceError)) or code in RETRYABLE:
-        return StoreUnavailable(f"the store cannot be used now ({description})")
-    return StoreRefused(f"the store refused {_ADVICE.get(code, _UNKNOWN)} ({description})")
+        fault = f"refused {_ADVICE[code]}" if code in _ADVICE else "cannot be used now"
+        return StoreUnavailable(f"the store {fault} ({description})")
+    kind = StoreMisconfigured if code in _ADVICE else StoreRefused
+    return kind(f"the store refused {_ADVICE.get(code, _UNKNOWN)} ({description})")

@@ -13,7 +13,7 @@ from sqlalchemy import event
 from skipbus.services.syncer.apply import Applied, Applier, Result
 from skipbus.services.syncer.verify import Verified
 from skipbus.shared.clock import now_ms
-from skipbus.shared.errors import StoreConflict
+from skipbus.shared.errors import StoreConflict, StoreUnavailable
 from skipbus.shared.protocol.envelopes import EnvelopeType, Header
 from skipbus.shared.protocol.payloads import Acknowledgement, Payload
 from skipbus.shared.protocol.placed_keys import PlacedKeys, Record
@@ -193,6 +193,27 @@ def test_nobody_acknowledges_what_was_sent_to_another(store: Store, applier: App
     before = state(store)
     assert apply(applier, acknowledged(1, 2, sender=STRANGER)).after_commit.stored == []
     assert state(store) == before
+
+
+def test_keys_that_arrived_before_an_acknowledgement_failed_are_notified_at_the_next_attempt(
+    store: Store, applier: Applier
+) -> None:
+    outbox(store, "key.placed")
+    batch = placed(7, [record(b"a" * 16)]), placed(8, [record(b"b" * 16)], stock=True), acknowledged(1)
+
+    def fail(_c: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("DELETE") and "outbox" in statement:
+            raise pymysql.err.OperationalError(2013, "Lost connection")
+
+    event.listen(store.engine, "before_cursor_execute", fail)
+    try:
+        with pytest.raises(StoreUnavailable):
+            apply(applier, *batch)
+    finally:
+        event.remove(store.engine, "before_cursor_execute", fail)
+    done = applier.apply(batch, now_ms(), again=True)
+    assert done.results == [Result.DUPLICATE, Result.DUPLICATE, Result.HANDLED]
+    assert done.after_commit.arrived == [b"a" * 16]
 
 
 # --- transactions that meet others

@@ -216,7 +216,7 @@ def test_an_acknowledgement_of_much_from_a_peer_of_the_same_store_is_done_in_par
     placed_rows(store, 100, 1)
     with Transactions(store.engine, set()).watched() as seen:
         payload = Acknowledgement(tuple(range(1, 101)))
-        Applier(store.engine, KP).apply([accepted(payload, EnvelopeType.KEY_STORED)], now_ms(), again=False)
+        Applier(store.engine, KP, ()).apply([accepted(payload, EnvelopeType.KEY_STORED)], now_ms(), again=False)
     assert len(seen.sizes) == 4
     assert store.count("outbox") == 0
 

@@ -158,7 +158,7 @@ def test_heartbeats_of_one_batch_are_each_written_under_their_own_peer(database:
         )
         for n in (3, 1, 2)
     ]
-    applier = Applier(store.engine, ALICE)
+    applier = Applier(store.engine, ALICE, ())
     assert applier.apply(batch, at_ms, again=False).results == [Result.HANDLED] * 3
     assert applier.apply(batch, at_ms, again=False).results == [Result.REPLAYED] * 3
     with store.engine.connect() as connection:
@@ -218,27 +218,49 @@ class Faulty(Applier):
         return super().apply(batch, now_ms, again=again)
 
 
-async def test_an_envelope_that_meets_a_fault_does_not_fail_its_neighbours(database: Database, tmp_path: Path) -> None:
-    store = Store(database, tmp_path)
+def receiver_of(
+    store: Store, applier: Applier, batch: list[FakeDelivery], stop: asyncio.Event, followed: list[int]
+) -> Receiver:
+    """It is handed one batch of the peer's, and then stopped."""
     with store.engine.begin() as connection:
         said = Announcement(BOB, IDENTITY.public_key, now_ms(), "test", ())
         upsert_announcement(connection, said, sign_announcement(said, IDENTITY))
     directory = PeerDirectory(store.engine, ALICE, RemoteSystemIds([BOB], ALICE))
     directory.refresh(now_ms())
-    followed: list[int] = []
 
     def follow(verified: Sequence[Verified], _applied: Applied) -> None:
         followed.extend(one.header.number for one in verified)
 
     follow_up = cast("FollowUp", SimpleNamespace(follow_up=follow, finish=lambda: None))
     rejecter = cast("Rejecter", SimpleNamespace(log_left_out=lambda: None))
-    stop = asyncio.Event()
-    batch = [FakeDelivery(events(number)) for number in (12, 13, 14)]
     deliveries = cast("Incoming", Deliveries(batch, stop))
-    applier = Faulty(store.engine, ALICE)
-    await Receiver(deliveries, Verifier(ALICE, directory), applier, rejecter, follow_up, stop).run()
+    return Receiver(deliveries, Verifier(ALICE, directory), applier, rejecter, follow_up, stop)
+
+
+async def test_an_envelope_that_meets_a_fault_does_not_fail_its_neighbours(database: Database, tmp_path: Path) -> None:
+    store = Store(database, tmp_path)
+    followed = list[int]()
+    batch = [FakeDelivery(events(number)) for number in (12, 13, 14)]
+    await receiver_of(store, Faulty(store.engine, ALICE, ()), batch, asyncio.Event(), followed).run()
     store_rows = store.rows("SELECT envelope_no FROM inbox ORDER BY envelope_no")
     store.close()
     assert [one.answer for one in batch] == ["ack", "requeue", "ack"]
     assert store_rows == [(12,), (14,)]
     assert followed == [12, 14]
+
+
+async def test_deliveries_are_held_while_the_store_refuses_whatever_it_is_sent(
+    database: Database, tmp_path: Path
+) -> None:
+    store = Store(database, tmp_path)
+    stop = asyncio.Event()
+    batch = [FakeDelivery(events(number)) for number in (12, 13)]
+    receiver = receiver_of(store, Applier(store.engine, ALICE, ()), batch, stop, [])
+    store.rows("RENAME TABLE inbox TO elsewhere")
+    try:
+        await receiver.run()
+    finally:
+        store.rows("RENAME TABLE elsewhere TO inbox")
+        store.close()
+    # Neither dead-lettered nor given back: the broker counts what is given back.
+    assert [one.answer for one in batch] == ["", ""]

@@ -32,6 +32,7 @@ from skipbus.shared.errors import (
     SealBroken,
     SkipbusError,
     StoreConflict,
+    StoreMisconfigured,
     StoreRefused,
     StoreUnavailable,
 )
@@ -60,6 +61,7 @@ STATUSES: list[tuple[SkipbusError, int, bool]] = [
     (CommitUnknown(INNER), 500, False),
     (StoreConflict(INNER), 500, False),
     (StoreRefused(INNER), 500, False),
+    (StoreMisconfigured(INNER), 500, False),
     (BackendError(INNER), 500, False),
     (BusUnavailable(INNER), 500, False),
     (OperatorError(INNER), 500, False),
