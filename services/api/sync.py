@@ -26,7 +26,6 @@ from skipbus.shared.protocol.envelopes import (
     MAX_AGE_MS,
     MAX_ENVELOPE_BYTES,
     VERSION,
-    EnvelopeType,
     SignedEnvelope,
     check_envelope,
     read_claim,
@@ -41,8 +40,6 @@ MAX_CHECKS_WAITING = 256
 _CHECKS_AT_ONCE = 2
 # How long a refused body is still read and thrown away: a client that is still writing does not see its answer.
 _DISCARD_SECONDS = 2.0
-# Not kept for a syncer that is down, as over the bus.
-_LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES})
 _STATUSES = {"too_large": 413, "unknown_sender": 401, "bad_signature": 401}
 
 
@@ -89,7 +86,7 @@ class SyncEndpoint:
         envelope = self._parse(body, entry)
         await self._verify(envelope)
         try:
-            await self._publish(publisher, body, live=envelope.header.type in _LIVE)
+            await self._publish(publisher, body, live=envelope.header.type.is_live)
         except BusUnavailable as error:
             raise RouteError(503, "the broker of this key provider did not take the envelope; send it again") from error
 

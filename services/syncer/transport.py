@@ -25,9 +25,6 @@ from skipbus.shared.protocol.payloads import Rejection
 if TYPE_CHECKING:
     from skipbus.services.syncer.https_peer import HttpsPeer
 
-# What matters only to a peer that listens now is not kept for one that does not.
-_LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED})
-
 _log = get_logger("transport")
 
 
@@ -133,7 +130,7 @@ class Transport:
         return outcome
 
     async def _publish(self, envelope: OutgoingEnvelope, body: bytes) -> Outcome:
-        lifetime_ms = None if envelope.type in _LIVE else MAX_AGE_MS
+        lifetime_ms = None if envelope.type.is_live else MAX_AGE_MS
         try:
             taken = await self._publisher.publish(envelope.target, body, lifetime_ms=lifetime_ms)
         except BusUnavailable as error:
@@ -143,7 +140,7 @@ class Transport:
 
     async def _post(self, https_peer: HttpsPeer, envelope: OutgoingEnvelope, body: bytes) -> Outcome:
         note = functools.partial(self._record_answer, envelope)
-        if envelope.type in _LIVE:
+        if envelope.type.is_live:
             # The answer is not waited for: a peer that does not answer must not delay the heartbeats of others.
             return Outcome.TAKEN if https_peer.post_soon(body, note) else Outcome.LOST
         answer = await https_peer.post(body)

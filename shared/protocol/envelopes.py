@@ -38,6 +38,14 @@ class EnvelopeType(StrEnum):
     KEY_WITHDRAWN = "key.withdrawn"
     ENVELOPE_REFUSED = "envelope.refused"
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it matters only to a KP that listens now, so that a broker does not keep it."""
+        return self in _LIVE
+
+
+_LIVE = frozenset({EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED})
+
 
 @dataclass(frozen=True, slots=True)
 class Header:

@@ -61,11 +61,10 @@ class Endpoint:
 
     def numbers(self, status: int = 202) -> list[int]:
         """Of the kept envelopes that were answered so, in their order."""
-        live = {EnvelopeType.HEARTBEAT, EnvelopeType.CAPABILITIES, EnvelopeType.ENVELOPE_REFUSED}
         return [
             envelope.header.number
             for answer, envelope in self.seen
-            if answer == status and envelope.header.type not in live
+            if answer == status and not envelope.header.type.is_live
         ]
 
     def _serve(self) -> None:

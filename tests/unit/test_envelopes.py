@@ -172,3 +172,7 @@ def test_a_version_that_is_no_number_is_malformed_and_is_not_repeated(version: b
         read_envelope(encoding.pack([protected, b"", b""]))
     assert refused.value.reason == "malformed"
     assert len(str(refused.value)) < 200
+
+
+def test_only_what_helps_nobody_later_is_not_kept_by_a_broker() -> None:
+    assert {kind.value for kind in EnvelopeType if kind.is_live} == {"heartbeat", "capabilities", "envelope.refused"}
