@@ -92,7 +92,7 @@ class HttpsPeer:
             return False
         task = asyncio.create_task(self._post_live(envelope, on_answer), name=f"https {self.peer_id}")
         self._live.add(task)
-        task.add_done_callback(self._live.discard)
+        task.add_done_callback(self._note_live_done)
         return True
 
     async def close(self) -> None:
@@ -103,6 +103,11 @@ class HttpsPeer:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+    def _note_live_done(self, task: asyncio.Task[None]) -> None:
+        self._live.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("live envelope not handled", peer=self.peer_id, exc_info=error)
 
     async def _post_live(self, envelope: bytes, on_answer: OnAnswer) -> None:
         async with self._turn:

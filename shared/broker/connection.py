@@ -18,7 +18,8 @@ from typing import Protocol
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.connection import make_url
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError
+from pamqp.exceptions import PAMQPException
 from tenacity import retry, retry_if_exception_type, wait_exponential_jitter
 
 from skipbus.shared.logging import get_logger
@@ -28,10 +29,15 @@ CONNECT_SECONDS = 5.0
 SET_UP_SECONDS = 10.0
 # The library counts three intervals and three seconds without any frame as the end of a connection.
 HEARTBEAT_SECONDS = 5
+# What a call of the library may raise when the connection is lost. RuntimeError is one of them, so this says nothing
+# of a failure in code of our own.
 FAILURES = (*CONNECTION_EXCEPTIONS, TimeoutError)
+_LOST = (AMQPError, PAMQPException, OSError)
 # For ever: a client of the broker has nothing better to do than to come back. The jitter spreads the load.
 _RECONNECT_WAIT = wait_exponential_jitter(multiplier=0.2, max=5.0, jitter=0.2)
 _PAUSE_AFTER_LOSS_SECONDS = 0.2
+# A lost connection is known as such by then.
+_LOSS_NOTED_SECONDS = 1.0
 
 _log = get_logger("bus")
 
@@ -68,10 +74,17 @@ class Session:
         self.start(_close_quietly(channel), "abandoned channel")
 
     def start(self, work: Coroutine[None, None, None], name: str) -> None:
-        """Runs a task until it ends, or until the session does."""
+        """Runs a task until it ends, or until the session does. One that fails ends the session."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._note_done)
+
+    async def wait_lost(self, seconds: float) -> bool:
+        """Whether it is lost, or is found to be within ``seconds``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.lost.wait()
+        return self.lost.is_set()
 
     async def close(self) -> None:
         """Gives the connection up, whatever state it is in."""
@@ -82,6 +95,12 @@ class Session:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._connection.close()
 
+    def _note_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("broker task failed", task=task.get_name(), exc_info=error)
+            self.lost.set()
+
     async def _on_loss(self, *_: object) -> None:
         self.lost.set()
 
@@ -90,7 +109,10 @@ class Part(Protocol):
     """What uses a connection."""
 
     async def set_up(self, session: Session) -> None:
-        """Declares what it needs on a new connection. May raise NeedsOperator, or any of FAILURES."""
+        """Declares what it needs on a new connection. May raise NeedsOperator, or any of FAILURES.
+
+        A RuntimeError while the connection lives is a fault, and ends the process.
+        """
 
     def forget(self) -> None:
         """The connection is lost, and everything that belonged to it."""
@@ -138,7 +160,7 @@ class BrokerConnection:
             self._note_lost(ConnectionError("the connection was lost"))
             await asyncio.sleep(_PAUSE_AFTER_LOSS_SECONDS)
 
-    @retry(retry=retry_if_exception_type(FAILURES), wait=_RECONNECT_WAIT)
+    @retry(retry=retry_if_exception_type(_LOST), wait=_RECONNECT_WAIT)
     async def _open(self) -> Session:
         try:
             with lost_if_cancelled():
@@ -148,7 +170,7 @@ class BrokerConnection:
                 except BaseException:
                     await self._end(session)
                     raise
-        except FAILURES as error:
+        except _LOST as error:
             self._note_lost(error)
             raise
         self._note_up()
@@ -159,6 +181,9 @@ class BrokerConnection:
         connection = aio_pika.Connection(url)
         try:
             await connection.connect(timeout=CONNECT_SECONDS)
+        except (RuntimeError, StopAsyncIteration) as error:
+            await connection.close()
+            raise ConnectionError(f"the broker ended the connection ({type(error).__name__})") from error
         except BaseException:
             # One that never came about must be closed too, or its destructor complains.
             await connection.close()
@@ -166,9 +191,15 @@ class BrokerConnection:
         return Session(connection)
 
     async def _set_up(self, session: Session) -> None:
-        async with asyncio.timeout(SET_UP_SECONDS):
-            for part in self._parts:
-                await part.set_up(session)
+        try:
+            async with asyncio.timeout(SET_UP_SECONDS):
+                for part in self._parts:
+                    await part.set_up(session)
+        except RuntimeError as error:
+            # The library raises it on a connection that is closed; on any other it is a fault of ours.
+            if not await session.wait_lost(_LOSS_NOTED_SECONDS):
+                raise
+            raise ConnectionError("the connection was lost while it was set up") from error
         if session.lost.is_set():
             raise ConnectionError("the connection was lost while it was set up")
 

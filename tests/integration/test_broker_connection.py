@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 
 import pytest
 
 from sandbox.cable import Cable
 from sandbox.ports import LOOPBACK
 from sandbox.rabbitmq import RabbitMqServer
+from skipbus.shared.broker.connection import BrokerConnection, Session
 from skipbus.shared.errors import BusUnavailable
+from skipbus.shared.settings import Secret
 from tests.integration.broker_process import BrokerProcess
 from tests.waiting import wait_for
 
@@ -67,3 +70,52 @@ async def test_a_publish_over_a_dead_connection_ends_at_its_deadline(process: Br
         assert time.monotonic() - started < SILENCE_SECONDS + LOADED_SECONDS
         assert process.publisher.silent or not process.broker.up.is_set()
         cable.heal()
+
+
+class Part:
+    """A part that does in its first session what it is given, and nothing in later ones."""
+
+    def __init__(self, first: Callable[[Session], None]) -> None:
+        self.sessions = 0
+        self._first = first
+
+    async def set_up(self, session: Session) -> None:
+        self.sessions += 1
+        if self.sessions == 1:
+            self._first(session)
+
+    def forget(self) -> None:
+        pass
+
+
+def fault() -> None:
+    raise RuntimeError("a fault of ours")
+
+
+async def test_a_fault_of_ours_does_not_look_like_a_broker_that_is_away(rabbitmq: RabbitMqServer) -> None:
+    broker = BrokerConnection(Secret(rabbitmq.url), "test", [Part(lambda _session: fault())])
+    with pytest.RaisesGroup(RuntimeError):
+        async with asyncio.timeout(LOADED_SECONDS), broker.connected():
+            await broker.up.wait()
+
+
+async def test_an_error_without_a_kind_on_a_lost_connection_is_its_loss(rabbitmq: RabbitMqServer) -> None:
+    def lose(session: Session) -> None:
+        session.lost.set()
+        raise RuntimeError("what the library says of a connection that is closed")
+
+    part = Part(lose)
+    broker = BrokerConnection(Secret(rabbitmq.url), "test", [part])
+    async with asyncio.timeout(LOADED_SECONDS), broker.connected():
+        await broker.up.wait()
+    assert part.sessions == 2
+
+
+async def test_a_session_whose_task_fails_is_replaced(rabbitmq: RabbitMqServer) -> None:
+    async def fail() -> None:
+        fault()
+
+    part = Part(lambda session: session.start(fail(), "test"))
+    broker = BrokerConnection(Secret(rabbitmq.url), "test", [part])
+    async with asyncio.timeout(LOADED_SECONDS), broker.connected():
+        await asyncio.to_thread(wait_for, lambda: part.sessions == 2, timeout_seconds=LOADED_SECONDS)
