@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 
 from sqlalchemy import Engine
 
@@ -36,7 +37,7 @@ SILENCE_SECONDS = 6.0
 
 
 class Election:
-    """One candidate. ``tick`` blocks, and is for one thread at a time."""
+    """One candidate, for any thread; ``tick`` and ``release`` block."""
 
     def __init__(
         self,
@@ -56,6 +57,8 @@ class Election:
         self._holder = _this_process()
         self._valid_until = self._renew_at = self._seen_at = clock()
         self._seen: Lease | None = None
+        self._lock = Lock()
+        self._released = False
 
     @property
     def elected(self) -> bool:
@@ -67,6 +70,10 @@ class Election:
 
         Raises StoreUnavailable or StoreRefused; an elected candidate stays so until its lease is over.
         """
+        with self._lock:
+            return not self._released and self._tick()
+
+    def _tick(self) -> bool:
         # Before the statement: the lease counts from when it was asked for.
         now = self._clock()
         if not self.elected or now >= self._renew_at:
@@ -79,8 +86,14 @@ class Election:
         return self.elected
 
     def release(self) -> None:
-        """Gives the lease back, so that another candidate need not wait."""
-        if self.elected:
+        """Gives the lease back for good, so that another candidate need not wait.
+
+        A process that ends may still be in a ``tick`` in another thread: that must not take the lease again.
+        """
+        with self._lock:
+            self._released = True
+            if not self.elected:
+                return
             self._valid_until = self._clock()
             with contextlib.suppress(BackendError), driver_errors(), self._engine.begin() as connection:
                 give_back_lease(connection, self._name, self._holder)

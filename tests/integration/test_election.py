@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 
 from sandbox.mariadb import Database, MariaDbServer
 from skipbus.shared.errors import StoreUnavailable
@@ -77,6 +79,39 @@ def test_a_lease_that_is_given_back_is_free_immediately(candidates: list[Electio
     assert not first.elected
     assert second.tick()
     assert not third.tick()
+
+
+def test_a_candidate_that_has_given_its_lease_back_does_not_take_it_again(candidates: list[Election]) -> None:
+    first, second, _ = candidates
+    assert first.tick()
+    first.release()
+    # The tick of another thread that was under way when the process began to end.
+    assert not first.tick()
+    assert second.tick()
+
+
+def test_a_lease_is_given_back_after_the_tick_that_is_under_way(engine: Engine, candidates: list[Election]) -> None:
+    first, second, _ = candidates
+    ticking, go_on = Event(), Event()
+
+    def wait(*_: object) -> None:
+        ticking.set()
+        assert go_on.wait(10)
+
+    event.listen(engine, "before_cursor_execute", wait)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            tick = pool.submit(first.tick)
+            assert ticking.wait(10)
+            release = pool.submit(first.release)
+            time.sleep(0.1)
+            go_on.set()
+            assert tick.result()
+            release.result()
+    finally:
+        event.remove(engine, "before_cursor_execute", wait)
+    assert not first.elected
+    assert second.tick()
 
 
 def test_who_is_not_elected_gives_nothing_back(candidates: list[Election]) -> None:
