@@ -21,6 +21,7 @@ from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import CONTEXT_ENVELOPE, Identity
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.envelopes import MAX_ENVELOPE_BYTES, EnvelopeType
+from skipbus.shared.protocol.payloads import pack_rejection
 from tests.system.conftest import new_lab
 from tests.system.harness import ALICE, RawAnswer, RawConnection, ask, log_lines
 from tests.system.stub_link import CAROL, StubLink
@@ -80,8 +81,9 @@ def test_an_envelope_is_accepted_once_the_broker_has_it_as_it_came(link: StubLin
 
 
 def test_what_only_says_how_things_are_goes_to_whoever_listens_and_is_not_kept(link: StubLink, queue: str) -> None:
-    bodies = [link.carol.heartbeat(ALICE), link.carol.capabilities(ALICE)]
-    assert [post(link, body).status for body in bodies] == [202, 202]
+    rejection = link.carol.sign(ALICE, EnvelopeType.ENVELOPE_REFUSED, pack_rejection(7, "too_old", "it is old"))
+    bodies = [link.carol.heartbeat(ALICE), link.carol.capabilities(ALICE), rejection]
+    assert [post(link, body).status for body in bodies] == [202, 202, 202]
     assert [link.admin.take(LIVE) for _ in bodies] == bodies
     assert link.admin.depth(queue) == 0
     link.admin.delete_queue(LIVE)

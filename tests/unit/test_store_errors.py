@@ -1,4 +1,4 @@
-"""How errors of the driver and of SQLAlchemy become ours: what passes, what an operator fixes, and faults of our own."""
+"""How errors of the driver and of SQLAlchemy become ours: what passes, what an operator fixes, and our own faults."""
 
 from __future__ import annotations
 
