@@ -85,8 +85,11 @@ class KnownWrappingKeys:
 
     def missing(self, wanted: Iterable[SealedWrappingKey]) -> list[SealedWrappingKey]:
         """Those that must be stored, or compared with what is stored."""
-        since = time.monotonic() - _KNOWN_SECONDS
-        return [one for one in wanted if self._known.get(one, since) <= since]
+        return [one for one in wanted if not self._was_stored_lately(one)]
+
+    def _was_stored_lately(self, one: SealedWrappingKey) -> bool:
+        stored_at = self._known.get(one)
+        return stored_at is not None and time.monotonic() - stored_at < _KNOWN_SECONDS
 
     def note(self, stored: Iterable[SealedWrappingKey]) -> None:
         """These are committed."""

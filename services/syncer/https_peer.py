@@ -31,8 +31,8 @@ TRY_SECONDS = 8.0
 RETRY_FIRST_SECONDS = 0.2
 RETRY_LAST_SECONDS = 4.0
 # After that the peer is left alone for a while, longer each time.
-REST_FIRST_SECONDS = 1.0
-REST_LAST_SECONDS = 30.0
+SUSPENSION_FIRST_SECONDS = 1.0
+SUSPENSION_LAST_SECONDS = 30.0
 MAX_ANSWER_BYTES = 4_096
 # Heartbeats and announcements that wait for their turn; a later one would arrive too late to be of use.
 MAX_LIVE = 4
@@ -65,13 +65,13 @@ class HttpsPeer:
         self._turn = asyncio.Lock()
         self._live: set[asyncio.Task[None]] = set()
         self._failed: str | None = None
-        self._rest_seconds = 0.0
-        self._rest_until = 0.0
+        self._suspension_seconds = 0.0
+        self._suspended_until = 0.0
 
     @property
-    def resting(self) -> bool:
+    def suspended(self) -> bool:
         """Whether the peer is left alone for a while, because it could not be reached."""
-        return time.monotonic() < self._rest_until
+        return time.monotonic() < self._suspended_until
 
     async def post(self, envelope: bytes) -> PeerAnswer:
         """Sends one envelope, again and again for TRY_SECONDS if need be. Raises nothing for a peer that is away."""
@@ -82,8 +82,10 @@ class HttpsPeer:
                         return await self._post_once(envelope)
             except _NotNow as error:
                 self._note_failure(str(error))
-                self._rest_seconds = min(max(2 * self._rest_seconds, REST_FIRST_SECONDS), REST_LAST_SECONDS)
-                self._rest_until = time.monotonic() + self._rest_seconds
+                self._suspension_seconds = min(
+                    max(2 * self._suspension_seconds, SUSPENSION_FIRST_SECONDS), SUSPENSION_LAST_SECONDS
+                )
+                self._suspended_until = time.monotonic() + self._suspension_seconds
         return PeerAnswer(Outcome.LOST)
 
     def post_soon(self, envelope: bytes, on_answer: OnAnswer) -> bool:
@@ -158,7 +160,7 @@ class HttpsPeer:
         if self._failed is not None:
             _log.info("peer's endpoint back", peer=self.peer_id, url=self._url)
         self._failed = None
-        self._rest_seconds = self._rest_until = 0.0
+        self._suspension_seconds = self._suspended_until = 0.0
 
 
 def _read_answer(status: int, text: bytes, retry_after: str) -> PeerAnswer:

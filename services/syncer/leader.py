@@ -24,7 +24,7 @@ from skipbus.shared.store import peers
 from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors
 
-# How far ahead numbers are noted: half of it may pass without the store. A syncer that was killed wastes the unused.
+# Reserve 30 s of numbers; renew after 15 s. A killed syncer leaves unused numbers.
 RESERVED_US = 30_000_000
 
 _log = get_logger("leader")

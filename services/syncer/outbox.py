@@ -4,7 +4,7 @@ An envelope gets its number in a committed transaction before it is sent, and ke
 sending leaves a numbered envelope that was never sent; the next elected syncer sends it. The counters of what this KP
 did are added to in the transaction that numbers, so an event counts once however often it is sent. Sealed keys travel
 with the wrapping keys that they need, so that a peer can store each envelope by itself. Rows are deleted when the peer
-has acknowledged them (``apply``), or when they are withdrawn or pointless.
+has acknowledged them (``apply``), or when they are withdrawn or expired.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ UNROUTED_RESEND_MS = 1_000
 MAX_DUE = 256
 # Envelopes of one peer whose content is kept in memory until it is sent; that of others is read again.
 MAX_HELD_CONTENTS = 16
-NOT_SENT = frozenset({Outcome.LOST, Outcome.HELD_UP})
+NOT_SENT = frozenset({Outcome.LOST, Outcome.UNCONFIRMED})
 
 
 def resend_after_ms(attempts: int) -> int:
@@ -147,11 +147,11 @@ class PeerQueue:
             MAX_DUE,
         )
 
-    def unread(self, limit: int) -> list[Unacknowledged]:
-        """Of which it is not known when they become pointless: another syncer has numbered them."""
+    def expiry_unknown(self, limit: int) -> list[Unacknowledged]:
+        """Of which it is not known when their last key expires: another syncer has numbered them."""
         return self._select(lambda one: not one.was_read, limit)
 
-    def pointless(self, before_ms: int) -> list[int]:
+    def expired(self, before_ms: int) -> list[int]:
         """Numbers of those that are only about keys that had expired at ``before_ms`` (UTC)."""
         expired = self._select(lambda one: one.keys_expire_ms is not None and one.keys_expire_ms < before_ms)
         return [one.number for one in expired]

@@ -31,9 +31,9 @@ CHUNK = 8
 # in the moment in which it lost the election.
 READ_AGAIN_SECONDS = 60.0
 # After the expiry of the last key that an envelope is about; by then it has passed by any clock.
-POINTLESS_AFTER_MS = 2 * MAX_CLOCK_SKEW_MS
-# Envelopes of one peer that are read in one round only to learn when they become pointless.
-MAX_UNREAD = 16
+EXPIRED_AFTER_MS = 2 * MAX_CLOCK_SKEW_MS
+# Envelopes of one peer that are read in one round only to learn when their keys expire.
+MAX_EXPIRY_UNKNOWN = 16
 # Envelopes whose rows are deleted in one transaction.
 MAX_DELETED = 32
 # Reading must leave connections to the store for what is more urgent.
@@ -135,7 +135,7 @@ class Sender:
             self.wake()
 
     async def _tick(self) -> None:
-        """What follows from time alone: what is due again, what is recorded, what was abandoned or is pointless."""
+        """What follows from time alone: what is due again, what is recorded, what was abandoned or has expired."""
         at_ms = now_ms()
         for queue in self._queues.values():
             self._send(queue, queue.due(self._peers.status(queue.peer_id), at_ms))
@@ -143,7 +143,7 @@ class Sender:
         for queue in list(self._queues.values()):
             await self._record_attempts(queue)
             await self._withdraw_abandoned(queue)
-            await self._give_up_pointless(queue, at_ms - POINTLESS_AFTER_MS)
+            await self._give_up_expired(queue, at_ms - EXPIRED_AFTER_MS)
         self._queues = {peer_id: queue for peer_id, queue in self._queues.items() if queue.in_use}
 
     async def _record_attempts(self, queue: PeerQueue) -> None:
@@ -161,11 +161,11 @@ class Sender:
             _log.warning("keys withdrawn: the api that requested them has ended", peer=queue.peer_id, count=count)
             self.wake()
 
-    async def _give_up_pointless(self, queue: PeerQueue, before_ms: int) -> None:
+    async def _give_up_expired(self, queue: PeerQueue, before_ms: int) -> None:
         """A peer that acknowledges nothing must not gather envelopes about keys that have expired."""
-        if unread := queue.unread(MAX_UNREAD):
-            await self._read(queue, unread)
-        numbers = queue.pointless(before_ms)
+        if unknown := queue.expiry_unknown(MAX_EXPIRY_UNKNOWN):
+            await self._read(queue, unknown)
+        numbers = queue.expired(before_ms)
         for start in range(0, len(numbers), MAX_DELETED):
             await asyncio.to_thread(self._outbox.delete, queue.peer_id, numbers[start : start + MAX_DELETED])
         queue.forget(numbers)
@@ -217,8 +217,8 @@ class Sender:
     async def _contents_of(
         self, queue: PeerQueue, chunk: list[Unacknowledged]
     ) -> dict[Unacknowledged, OutgoingEnvelope]:
-        unread = [one for one in chunk if one.content is None]
-        read = await self._read(queue, unread) if unread else {}
+        missing = [one for one in chunk if one.content is None]
+        read = await self._read(queue, missing) if missing else {}
         found = ((one, one.content or read.get(one.number)) for one in chunk)
         return {one: content for one, content in found if content is not None}
 

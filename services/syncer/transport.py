@@ -32,7 +32,7 @@ _log = get_logger("transport")
 class OutgoingEnvelope:
     """An envelope before it is signed; ``number`` is None where a new one will do.
 
-    ``keys_expire_ms`` (UTC) is when the last key expires that it is about, where it is pointless after that;
+    ``keys_expire_ms`` (UTC) is when the last key expires that it is about, where nobody needs it after that;
     ``items`` and ``correlation_ids`` are for the log.
     """
 
@@ -46,14 +46,14 @@ class OutgoingEnvelope:
 
 
 class Outcome(Enum):
-    """What became of an envelope; ``HELD_UP`` and ``LOST`` may have arrived all the same.
+    """What became of an envelope; ``UNCONFIRMED`` and ``LOST`` may have arrived all the same.
 
-    Only HTTPS reports a rejection immediately. ``HELD_UP``: the broker answers, but not for the queue of this peer.
+    Only HTTPS reports a rejection immediately. ``UNCONFIRMED``: the broker answers, but not for the queue of this peer.
     """
 
     TAKEN = "taken"
     NO_QUEUE = "no_queue"
-    HELD_UP = "held_up"
+    UNCONFIRMED = "unconfirmed"
     REJECTED = "refused"
     LOST = "lost"
 
@@ -97,9 +97,9 @@ class Transport:
         """Whether it is worth trying to send to the peer now."""
         https_peer = self._https_peers.get(peer_id)
         if https_peer is not None:
-            return not https_peer.resting
-        # Signing what is kept for a peer that is left out would be in vain.
-        return self._publisher.ready and not self._publisher.is_left_out(peer_id)
+            return not https_peer.suspended
+        # Signing what is kept for a suspended peer would be in vain.
+        return self._publisher.ready and not self._publisher.is_suspended(peer_id)
 
     def is_reachable(self, peer_id: str) -> bool:
         """Whether there is a way to the peer at all; one with an endpoint may be tried at any time."""
@@ -135,7 +135,7 @@ class Transport:
             taken = await self._publisher.publish(envelope.target, body, lifetime_ms=lifetime_ms)
         except BusUnavailable as error:
             _log.debug("envelope not confirmed", type=envelope.type, peer=envelope.target, reason=str(error))
-            return Outcome.HELD_UP if isinstance(error, Unconfirmed) else Outcome.LOST
+            return Outcome.UNCONFIRMED if isinstance(error, Unconfirmed) else Outcome.LOST
         return Outcome.TAKEN if taken else Outcome.NO_QUEUE
 
     async def _post(self, https_peer: HttpsPeer, envelope: OutgoingEnvelope, body: bytes) -> Outcome:

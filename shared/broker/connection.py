@@ -185,7 +185,7 @@ class BrokerConnection:
             await connection.close()
             raise ConnectionError(f"the broker ended the connection ({type(error).__name__})") from error
         except BaseException:
-            # One that never came about must be closed too, or its destructor complains.
+            # A failed connection must be closed too, or its destructor logs an error.
             await connection.close()
             raise
         return Session(connection)

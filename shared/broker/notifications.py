@@ -1,8 +1,8 @@
 """Notifications between the processes of one KP: something changed in the store. Over a transient exchange.
 
-A notification proves nothing. Who gets one reads the store before acting on it, and who waits for one reads the store
-once a second anyway: notifications may be lost, repeated, or forged by anybody who can publish, and everything
-works the same, only later. So they are neither persistent nor confirmed nor federated, and what cannot be sent
+A notification proves nothing. A process that gets one reads the store before it acts, and a process that waits for one
+reads the store once a second anyway: notifications may be lost, repeated, or forged by anybody who can publish, and
+everything works the same, only later. So they are neither persistent nor confirmed nor federated, and what cannot be sent
 now is dropped. A process notifies after its commit, never before.
 """
 

@@ -2,7 +2,7 @@
 
 A quorum queue without a leader confirms nothing, and RabbitMQ then makes the whole channel wait, about a minute for
 each message. So every key provider that is sent kept messages has a channel of its own. One whose queue does not
-confirm is left out for a while and then tried again over a new channel; the others notice nothing. What is not kept
+confirm is suspended for a while and then tried again over a new channel; the others notice nothing. What is not kept
 goes to classic queues, which always answer, over one channel for all.
 """
 
@@ -21,7 +21,7 @@ from skipbus.shared.errors import BusUnavailable
 from skipbus.shared.logging import get_logger
 
 CONFIRM_SECONDS = 10.0
-LEFT_OUT_SECONDS = 30.0
+SUSPENDED_SECONDS = 30.0
 _CHECK_ALARMS = "run 'rabbitmq-diagnostics alarms' at the broker: its disk or memory may be short"
 
 _log = get_logger("bus")
@@ -55,9 +55,9 @@ class Publisher:
         """Whether the broker is connected."""
         return self._routes is not None
 
-    def is_left_out(self, target_id: str) -> bool:
+    def is_suspended(self, target_id: str) -> bool:
         """Whether kept messages to this key provider are refused for now, because its queue confirms nothing."""
-        return self._routes is not None and self._routes.is_left_out(target_id)
+        return self._routes is not None and self._routes.is_suspended(target_id)
 
     async def publish(self, target_id: str, body: bytes, *, lifetime_ms: int | None) -> bool:
         """Sends to a key provider's queue and waits until the broker has it; False where there is no such queue.
@@ -108,11 +108,11 @@ class _Routes:
         self._session = session
         self._live = live
         self._kept: dict[str, tuple[AbstractChannel, AbstractExchange]] = {}
-        self._left_out_until: dict[str, float] = {}
+        self._suspended_until: dict[str, float] = {}
         self._opening = asyncio.Lock()
 
-    def is_left_out(self, target_id: str) -> bool:
-        return time.monotonic() < self._left_out_until.get(target_id, 0.0)
+    def is_suspended(self, target_id: str) -> bool:
+        return time.monotonic() < self._suspended_until.get(target_id, 0.0)
 
     async def publish_live(self, target_id: str, body: bytes) -> None:
         message = aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.NOT_PERSISTENT)
@@ -120,7 +120,7 @@ class _Routes:
             await self._live.publish(message, live_routing_key(target_id), mandatory=True)
 
     async def publish_kept(self, target_id: str, body: bytes, lifetime_ms: int) -> None:
-        if self.is_left_out(target_id):
+        if self.is_suspended(target_id):
             raise Unconfirmed("the broker is silent about this peer; it is tried again later")
         message = aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT, expiration=lifetime_ms / 1000)
         try:
@@ -128,7 +128,7 @@ class _Routes:
                 exchange = await self._exchange_for(target_id)
                 await exchange.publish(message, routing_key(target_id), mandatory=True)
         except TimeoutError as error:
-            self._leave_out(target_id)
+            self._suspend(target_id)
             raise Unconfirmed(f"the broker did not confirm a message within {CONFIRM_SECONDS:g} s") from error
 
     async def _exchange_for(self, target_id: str) -> AbstractExchange:
@@ -138,14 +138,14 @@ class _Routes:
                 self._kept[target_id] = (channel, await channel.get_exchange(ENVELOPES, ensure=False))
             return self._kept[target_id][1]
 
-    def _leave_out(self, target_id: str) -> None:
-        if self.is_left_out(target_id):
+    def _suspend(self, target_id: str) -> None:
+        if self.is_suspended(target_id):
             return  # another message of the same moment
-        self._left_out_until[target_id] = time.monotonic() + LEFT_OUT_SECONDS
+        self._suspended_until[target_id] = time.monotonic() + SUSPENDED_SECONDS
         _log.warning(
             "the broker does not confirm envelopes for this peer",
             peer=target_id,
-            next_attempt_seconds=LEFT_OUT_SECONDS,
+            next_attempt_seconds=SUSPENDED_SECONDS,
             advice=f"check the leader of the queue {queue_name(target_id)}",
         )
         if target_id in self._kept:

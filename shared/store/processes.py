@@ -20,7 +20,7 @@ class ProcessSeen:
     detail: str
 
 
-# Put together once, because they are asked again and again.
+# Built once: executed every few seconds.
 _SIGN = insert(T)
 _SIGN = _SIGN.on_duplicate_key_update(seen_ms=_SIGN.inserted.seen_ms, detail=_SIGN.inserted.detail)
 _SEEN = select(T.c.role, T.c.instance, T.c.seen_ms, T.c.detail).where(T.c.local_id == bindparam("local_id"))

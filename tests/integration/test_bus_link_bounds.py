@@ -41,7 +41,7 @@ from tests.waiting import wait_for
 ISSUED, WITHDRAWN = EnvelopeType.KEY_ISSUED, EnvelopeType.KEY_WITHDRAWN
 KP, PEER = "KP_Bob", "KP_Carol"
 HOUR_US = 3_600_000_000
-# Long enough ago for news of such a key to be pointless, and not long enough.
+# Long enough ago for news of such a key to be given up, and not long enough.
 LONG_EXPIRED_MS, LIVE_MS = -61_000, 3_600_000
 
 

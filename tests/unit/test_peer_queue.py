@@ -70,7 +70,7 @@ def test_a_peer_that_acknowledges_nothing_is_sent_a_bounded_number_of_envelopes_
     assert len(queue.due("online", NOW_MS)) == MAX_DUE
 
 
-@pytest.mark.parametrize("outcome", [Outcome.LOST, Outcome.HELD_UP])
+@pytest.mark.parametrize("outcome", [Outcome.LOST, Outcome.UNCONFIRMED])
 def test_what_could_not_be_sent_counts_as_no_attempt_and_is_due_again(outcome: Outcome) -> None:
     one = envelope(1)
     queue = queue_of(one)
@@ -104,14 +104,14 @@ def test_malformed_rows_are_neither_sent_nor_withdrawn_nor_given_up() -> None:
     one.note_content(None)
     queue = queue_of(one)
     assert queue.due("online", NOW_MS) == []
-    assert queue.unread(8) == []
+    assert queue.expiry_unknown(8) == []
     assert queue.abandoned(one.seen_at + 60) == []
-    assert queue.pointless(NOW_MS) == []
+    assert queue.expired(NOW_MS) == []
 
 
-def test_only_what_is_about_expired_keys_is_pointless() -> None:
+def test_only_what_is_about_expired_keys_is_expired() -> None:
     queue = queue_of(envelope(1, expire_ms=NOW_MS - 1), envelope(2, expire_ms=NOW_MS), envelope(3))
-    assert queue.pointless(NOW_MS) == [1]
+    assert queue.expired(NOW_MS) == [1]
 
 
 def test_keys_on_demand_are_abandoned_by_their_age_and_nothing_else_is() -> None:
@@ -121,9 +121,9 @@ def test_keys_on_demand_are_abandoned_by_their_age_and_nothing_else_is() -> None
     assert queue.abandoned(placed.seen_at + 0.001) == [1]
 
 
-def test_an_envelope_that_another_syncer_numbered_is_read_to_learn_when_it_becomes_pointless() -> None:
+def test_an_envelope_that_another_syncer_numbered_is_read_to_learn_when_it_expires() -> None:
     queue = queue_of(Unacknowledged(OutboxEnvelope(BOB, 1, "key.issued", 1, 3, NOW_MS)), envelope(2))
-    assert numbers(queue.unread(8)) == [1]
+    assert numbers(queue.expiry_unknown(8)) == [1]
 
 
 def test_a_queue_is_in_use_until_its_last_attempt_is_recorded() -> None:

@@ -149,17 +149,17 @@ def test_a_transaction_takes_as_many_envelopes_as_have_its_keys_together_and_one
     ]
 
 
-# --- what becomes pointless
+# --- what expires
 
 
-def test_news_of_keys_is_pointless_when_the_last_of_them_has_expired() -> None:
+def test_news_of_keys_is_expired_when_the_last_of_them_has_expired() -> None:
     assert ROW_TYPES["key.withdrawn"].keys_expire_ms([[b"a", 7, ""], [b"b", 9, ""], [b"c", 8, ""]]) == 9
     assert ROW_TYPES["stock.dropped"].keys_expire_ms([[b"a", 7, ""]]) == 7
     assert ROW_TYPES["key.issued"].keys_expire_ms([[b"a", 256, 7, ""]]) == 7
     assert ROW_TYPES["key.stocked"].keys_expire_ms([[b"a", 256, 7, "", b"w", b"n", b"s"]]) == 7
 
 
-def test_what_keys_came_to_and_keys_that_somebody_waits_for_are_never_pointless() -> None:
+def test_what_keys_came_to_and_keys_that_somebody_waits_for_never_expire() -> None:
     assert ROW_TYPES["key.retrieved"].keys_expire_ms([[b"a", 7, ""]]) is None
     assert ROW_TYPES["key.expired"].keys_expire_ms([[b"a", 7, ""]]) is None
     assert ROW_TYPES["key.placed"].keys_expire_ms([[b"a", 256, 7, "", b"w", b"n", b"s"]]) is None
