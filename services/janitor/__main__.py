@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import socket
 import sys
 from collections.abc import Callable
 
@@ -29,7 +28,7 @@ from skipbus.shared.store.election import Election
 from skipbus.shared.store.engine import driver_errors, make_engine
 from skipbus.shared.store.key_records import fetch_expired_exists
 from skipbus.shared.store.migrate import bring_up_to_date
-from skipbus.shared.store.processes import upsert_process
+from skipbus.shared.store.processes import report_process, this_instance
 
 _TICK_SECONDS = 1.0
 _SWEEP_EVERY_TICKS = 15
@@ -99,7 +98,6 @@ class Janitor:
         if not self._schema_checked:
             bring_up_to_date(self._settings.mysql)
             self._schema_checked = True
-        if self._ticks == 0:
             self._report()
         if not self._is_elected():
             return
@@ -126,7 +124,8 @@ class Janitor:
             # Another janitor may have been elected in between, and have made epochs.
             self._listed = False
         if elected != self._elected:
-            _log.info("elected" if elected else "not elected", task="delete keys, make epochs", instance=_instance())
+            name = this_instance()
+            _log.info("elected" if elected else "not elected", task="delete keys, make epochs", instance=name)
             self._elected = elected
             # Immediately, or /health would show the KP as degraded until the next sign of life.
             self._report()
@@ -139,13 +138,8 @@ class Janitor:
     def _report(self) -> None:
         if not self._schema_checked:
             return
-        with driver_errors(), self._engine.begin() as connection:
-            detail = "ok" if self._elected else "standby"
-            upsert_process(connection, self._settings.local_system_id, "janitor", _instance(), now_ms(), detail)
-
-
-def _instance() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+        state = "ok" if self._elected else "standby"
+        report_process(self._engine, self._settings.local_system_id, "janitor", state)
 
 
 if __name__ == "__main__":

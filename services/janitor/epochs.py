@@ -40,7 +40,7 @@ class EpochKeeper:
         self._announced: frozenset[bytes] | None = None
         self._digest = b""
 
-    def tend(self, now_ms: int, *, list_files: bool = True) -> None:
+    def tend(self, now_ms: int, *, list_files: bool) -> None:
         """Destroys ended epochs and makes missing ones. Needs no store. Raises KeyringError, OperatorError.
 
         Without ``list_files`` the folder is not listed unless an epoch is to be destroyed: listing is the largest cost,

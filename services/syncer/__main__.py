@@ -16,15 +16,16 @@ from sqlalchemy import Engine
 from skipbus.services.syncer import metrics
 from skipbus.services.syncer.apply import Applier
 from skipbus.services.syncer.consume import Consumer, Incoming
-from skipbus.services.syncer.heartbeat import Heartbeats, SignsOfLife
+from skipbus.services.syncer.heartbeat import Heartbeats
 from skipbus.services.syncer.leader import Leader, Reservation, SequenceNumbers
 from skipbus.services.syncer.outbox import Outbox
 from skipbus.services.syncer.peers import PeerWatch
+from skipbus.services.syncer.process_report import ProcessReport
 from skipbus.services.syncer.receive import FollowUp, Receiver
 from skipbus.services.syncer.reject import PeerRejections, Rejecter, RejectionLog
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.send import Sender
-from skipbus.services.syncer.stock import StockWatch
+from skipbus.services.syncer.stock_expiry import StockExpiry
 from skipbus.services.syncer.transport import Transport
 from skipbus.services.syncer.verify import Verifier
 from skipbus.shared.broker.connection import BrokerConnection
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from skipbus.services.syncer.https_peer import HttpsPeer
 
 _TICK_SECONDS = 1.0
-# One each for peers, outbox, inbox, stock, replies and signs of life, so that none waits for another's statement, and
+# One each for peers, outbox, inbox, stock, replies and process reports, so that none waits for another's statement, and
 # two for envelopes that are read to be sent again.
 _CONNECTIONS = 8
 
@@ -94,10 +95,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     async def elect() -> None:
         await leader.tick()
         # In this order: /health must not call a process a standby that has just been elected.
-        await signs.tick()
+        await report.tick()
 
-    stock = StockWatch(settings, engine, leader, on_stock_change)
-    signs = SignsOfLife(settings, engine, broker, publisher, leader)
+    stock = StockExpiry(settings, engine, leader, on_stock_change)
+    report = ProcessReport(settings, engine, broker, publisher, leader)
     serve_metrics(settings.metrics_port, metrics.REGISTRY)
 
     try:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from skipbus.services.syncer.stock import drop_rejected_stock
+from skipbus.services.syncer.stock_expiry import drop_rejected_stock
 from skipbus.services.syncer.verify import MAX_LIFETIME_MS
 from skipbus.shared.broker.notifications import NotificationKind, Notifier
 from skipbus.shared.crypto.epochs import MAX_CLOCK_SKEW_MS

@@ -1,5 +1,4 @@
-"""Heartbeats: to every peer, that this KP lives and which announcement is its current one; and the sign of life of this
-process in the store, for /health.
+"""Heartbeats: tell every peer that this KP lives, and which announcement is its current one.
 
 A KP that has not announced itself is unknown to everybody, so it sends nothing until its janitor has. A new
 announcement is sent to all peers immediately.
@@ -8,28 +7,16 @@ announcement is sent to all peers immediately.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import socket
-import time
 
-from sqlalchemy import Engine
-
-from skipbus.services.syncer import metrics
-from skipbus.services.syncer.consume import QueueWithoutLeader
 from skipbus.services.syncer.leader import Leader
 from skipbus.services.syncer.replies import Replies
 from skipbus.services.syncer.transport import OutgoingEnvelope, Transport
-from skipbus.shared.broker.connection import BrokerConnection, NeedsOperator
-from skipbus.shared.broker.publishing import Publisher
-from skipbus.shared.clock import now_ms
 from skipbus.shared.lifecycle import pause
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType
 from skipbus.shared.protocol.payloads import pack_heartbeat
 from skipbus.shared.settings import Settings, project_version
-from skipbus.shared.store.engine import driver_errors
-from skipbus.shared.store.processes import upsert_process
 
 JITTER = 0.1
 CHUNK = 64
@@ -78,45 +65,3 @@ class Heartbeats:
             chunk = peers[start : start + CHUNK]
             await self._transport.send([OutgoingEnvelope(EnvelopeType.HEARTBEAT, peer, payload) for peer in chunk])
         return True
-
-
-class SignsOfLife:
-    """Writes to the store, for /health, what this process does: ``ok`` for the elected syncer, if it has the broker."""
-
-    def __init__(
-        self, settings: Settings, engine: Engine, broker: BrokerConnection, publisher: Publisher, leader: Leader
-    ) -> None:
-        self._local_id = settings.local_system_id
-        self._seconds = settings.heartbeat_seconds
-        self._engine = engine
-        self._broker = broker
-        self._publisher = publisher
-        self._leader = leader
-        self._instance = f"{socket.gethostname()}:{os.getpid()}"
-        self._written, self._due_at = "", 0.0
-
-    async def tick(self) -> None:
-        """To be called every second: writes every ``heartbeat_seconds``, and immediately after a change.
-
-        Raises StoreUnavailable, StoreRefused.
-        """
-        fault = self._broker_fault()
-        metrics.BUS_UP.set(fault is None)
-        metrics.QUEUE_WITHOUT_LEADER.set(isinstance(self._broker.fault, QueueWithoutLeader))
-        state, now = fault or ("ok" if self._leader.elected else "standby"), time.monotonic()
-        if state != self._written or now >= self._due_at:
-            await asyncio.to_thread(self._write, state)
-            self._written, self._due_at = state, now + self._seconds
-
-    def _broker_fault(self) -> str | None:
-        """What /health says of this process while the broker cannot be used."""
-        if not self._broker.up.is_set():
-            fault = self._broker.fault
-            return str(fault) if isinstance(fault, NeedsOperator) else "no connection to the broker"
-        if self._publisher.silent:
-            return "the broker does not confirm messages: check its disk and memory alarms"
-        return None
-
-    def _write(self, state: str) -> None:
-        with driver_errors(), self._engine.begin() as connection:
-            upsert_process(connection, self._local_id, "syncer", self._instance, now_ms(), state)

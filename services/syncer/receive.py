@@ -169,11 +169,11 @@ class Receiver:
             done = action(again)
         except StoreMisconfigured as error:
             if not self._refused:
-                _log.warning("backend away", what="deliveries", reason=str(error))
+                _log.warning("database unavailable", task="deliveries", reason=str(error))
             self._refused = True
             raise
         if self._refused:
-            _log.info("backend back", what="deliveries")
+            _log.info("database available again", task="deliveries")
         self._refused = False
         return done
 

@@ -88,14 +88,14 @@ class Verifier:
     """Of one KP."""
 
     def __init__(
-        self, local_id: str, directory: PeerDirectory, epochs_in_keyring: Callable[[], Collection[bytes]] = frozenset
+        self, local_id: str, directory: PeerDirectory, epochs_in_keyring: Callable[[], Collection[bytes]]
     ) -> None:
         self._local_id = local_id
         self._directory = directory
         self._own_epochs = OwnEpochs(epochs_in_keyring)
         self._refreshed_ms = 0
 
-    def verify(self, body: bytes, redelivered: bool, waited_ms: int = 0) -> Verified | Rejected:
+    def verify(self, body: bytes, redelivered: bool, waited_ms: int) -> Verified | Rejected:
         """The result; ``waited_ms`` is how long ago the envelope arrived.
 
         Raises StoreUnavailable, only where a sender had to be looked up.

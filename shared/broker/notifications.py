@@ -2,8 +2,8 @@
 
 A notification proves nothing. A process that gets one reads the store before it acts, and a process that waits for one
 reads the store once a second anyway: notifications may be lost, repeated, or forged by anybody who can publish, and
-everything works the same, only later. So they are neither persistent nor confirmed nor federated, and what cannot be sent
-now is dropped. A process notifies after its commit, never before.
+everything works the same, only later. So they are neither persistent nor confirmed nor federated, and what cannot be
+sent now is dropped. A process notifies after its commit, never before.
 """
 
 from __future__ import annotations

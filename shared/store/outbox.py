@@ -199,9 +199,9 @@ def update_sent(connection: Connection, local_id: str, peer_id: str, numbers: Co
 # --- acknowledged, withdrawn, given up
 
 
-def delete_acknowledged(connection: Connection, local_id: str, peer_id: str, numbers: Collection[int]) -> int:
-    """Deletes the rows of these envelopes; how many there were. Index outbox_envelope."""
-    return delete_listed(
+def delete_acknowledged(connection: Connection, local_id: str, peer_id: str, numbers: Collection[int]) -> None:
+    """Deletes the rows of these envelopes. Index outbox_envelope."""
+    delete_listed(
         connection, T.name, "outbox_envelope", "envelope_no", list(numbers), local_id=local_id, peer_id=peer_id
     )
 

@@ -128,11 +128,9 @@ def fetch_stock_level(connection: Connection, local_id: str, peer_id: str, usabl
 # --- the source's copies: what the syncer learns from the peer and from the clock
 
 
-def update_stock_placed(connection: Connection, tokens: Collection[bytes], now_ms: int) -> int:
-    """The peer has stored what went under these tokens. Returns how many keys. Index stock_token."""
-    return connection.execute(
-        update(S).where(S.c.token.in_(tokens), S.c.placed_ms.is_(None)).values(placed_ms=now_ms)
-    ).rowcount
+def update_stock_placed(connection: Connection, tokens: Collection[bytes], now_ms: int) -> None:
+    """The peer has stored what went under these tokens. Index stock_token."""
+    connection.execute(update(S).where(S.c.token.in_(tokens), S.c.placed_ms.is_(None)).values(placed_ms=now_ms))
 
 
 def fetch_oldest_stock(connection: Connection, local_id: str) -> dict[str, int]:

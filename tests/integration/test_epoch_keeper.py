@@ -320,7 +320,7 @@ def test_an_epoch_that_was_made_readable_again_is_used_again(
 def test_an_epoch_whose_file_went_away_between_two_lists_of_the_folder_ends_nothing(
     keyring: Keyring, keeper: EpochKeeper
 ) -> None:
-    keeper.tend(START_MS)
+    keeper.tend(START_MS, list_files=True)
     first = min((keyring.read_epoch(i) for i in keyring.epoch_ids()), key=lambda epoch: epoch.span.starts_ms)
     (keyring.path / "epochs" / f"{first.epoch_id.hex()}.json").unlink()
     keeper.tend(first.span.destroy_ms, list_files=False)
@@ -329,7 +329,7 @@ def test_an_epoch_whose_file_went_away_between_two_lists_of_the_folder_ends_noth
 def test_without_a_look_at_the_folder_epochs_are_made_and_destroyed_in_time(
     keyring: Keyring, keeper: EpochKeeper
 ) -> None:
-    keeper.tend(START_MS)
+    keeper.tend(START_MS, list_files=True)
     first = min((keyring.read_epoch(i) for i in keyring.epoch_ids()), key=lambda epoch: epoch.span.starts_ms)
     known = epoch_files(keyring)
     keeper.tend(START_MS + EPOCH_MS, list_files=False)

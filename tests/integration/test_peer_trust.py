@@ -95,13 +95,13 @@ def capabilities(identity: Identity, announced_by: Identity | None = None) -> by
 
 
 def accepted(store: Store, directory: PeerDirectory, body: bytes) -> Verified:
-    verdict = Verifier(ALICE, directory).verify(body, redelivered=False)
+    verdict = Verifier(ALICE, directory, frozenset).verify(body, redelivered=False, waited_ms=0)
     assert isinstance(verdict, Verified), verdict
     return verdict
 
 
 def refused(store: Store, directory: PeerDirectory, body: bytes) -> Rejected:
-    verdict = Verifier(ALICE, directory).verify(body, redelivered=False)
+    verdict = Verifier(ALICE, directory, frozenset).verify(body, redelivered=False, waited_ms=0)
     assert isinstance(verdict, Rejected), verdict
     return verdict
 

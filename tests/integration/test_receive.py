@@ -234,7 +234,7 @@ def receiver_of(
     follow_up = cast("FollowUp", SimpleNamespace(follow_up=follow, finish=lambda: None))
     rejecter = cast("Rejecter", SimpleNamespace(log_left_out=lambda: None))
     deliveries = cast("Incoming", Deliveries(batch, stop))
-    return Receiver(deliveries, Verifier(ALICE, directory), applier, rejecter, follow_up, stop)
+    return Receiver(deliveries, Verifier(ALICE, directory, frozenset), applier, rejecter, follow_up, stop)
 
 
 async def test_an_envelope_that_meets_a_fault_does_not_fail_its_neighbours(database: Database, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from skipbus.services.janitor.__main__ import Janitor
 from skipbus.services.syncer.leader import Leader, Reservation, SequenceNumbers
-from skipbus.services.syncer.stock import StockWatch
+from skipbus.services.syncer.stock_expiry import StockExpiry
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.epochs import EpochSpan, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
@@ -129,7 +129,7 @@ async def test_stock_that_grows_too_old_is_dropped_and_its_age_is_not_asked_for_
     )
     changes = list[bool]()
     leader = Leader(store.engine, KP, Reservation(store.engine, KP, SequenceNumbers()))
-    watch = StockWatch(settings, store.engine, leader, lambda: changes.append(True))
+    watch = StockExpiry(settings, store.engine, leader, lambda: changes.append(True))
     try:
         stocked(store, 1, now_ms() + 70_000)
         stocked(store, 2, now_ms() + 120_000)

@@ -86,7 +86,7 @@ def verifier(directory: Directory | None = None, epochs: Callable[[], frozenset[
 
 @pytest.mark.parametrize("body", [signed, placed], ids=["acknowledgement", "keys"])
 def test_what_is_in_order_is_accepted(body: Callable[[], bytes]) -> None:
-    result = verifier().verify(body(), redelivered=True)
+    result = verifier().verify(body(), redelivered=True, waited_ms=0)
     assert isinstance(result, Verified)
     assert (result.header.sender, result.header.number, result.redelivered) == (ALICE, 7, True)
 
@@ -109,7 +109,7 @@ def test_what_is_in_order_is_accepted(body: Callable[[], bytes]) -> None:
     ],
 )
 def test_whatever_is_wrong_is_refused_with_its_reason(body: Callable[[], bytes], reason: str) -> None:
-    refusal = verifier().verify(body(), redelivered=False)
+    refusal = verifier().verify(body(), redelivered=False, waited_ms=0)
     assert isinstance(refusal, Rejected)
     assert refusal.reason == reason
     assert refusal.explanation.isprintable()
@@ -118,17 +118,17 @@ def test_whatever_is_wrong_is_refused_with_its_reason(body: Callable[[], bytes],
 def test_a_sender_that_was_not_known_a_moment_ago_is_looked_up_once_a_second() -> None:
     directory = Directory(pin=None)
     made = verifier(directory)
-    assert isinstance(made.verify(signed(), redelivered=False), Verified)
+    assert isinstance(made.verify(signed(), redelivered=False, waited_ms=0), Verified)
     directory.known.clear()
     for _ in range(3):
-        refusal = made.verify(signed(), redelivered=False)
+        refusal = made.verify(signed(), redelivered=False, waited_ms=0)
         assert isinstance(refusal, Rejected)
         assert refusal.reason == "unknown_sender"
     assert directory.refreshed == 1
 
 
 def test_keys_from_a_peer_of_the_same_store_are_refused() -> None:
-    refusal = verifier(Directory(bus=False)).verify(placed(), redelivered=False)
+    refusal = verifier(Directory(bus=False)).verify(placed(), redelivered=False, waited_ms=0)
     assert isinstance(refusal, Rejected)
     assert refusal.reason == "not_a_bus_peer"
 
@@ -136,11 +136,11 @@ def test_keys_from_a_peer_of_the_same_store_are_refused() -> None:
 def test_keys_for_an_epoch_that_is_announced_no_more_are_accepted_while_the_keyring_has_it(tmp_path: Path) -> None:
     keyring = Keyring.create(tmp_path / "keyring", BOB)
     made = verifier(Directory(announced=False), lambda: frozenset(keyring.epoch_ids()))
-    refusal = made.verify(placed(), redelivered=False)
+    refusal = made.verify(placed(), redelivered=False, waited_ms=0)
     assert isinstance(refusal, Rejected)
     assert refusal.reason == "unknown_epoch"
     keyring.write_epoch(EPOCH)
-    assert isinstance(made.verify(placed(), redelivered=False), Verified)
+    assert isinstance(made.verify(placed(), redelivered=False, waited_ms=0), Verified)
 
 
 def test_an_error_that_nobody_foresaw_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_an_error_that_nobody_foresaw_is_a_refusal(monkeypatch: pytest.MonkeyPat
         raise RuntimeError
 
     monkeypatch.setattr("skipbus.services.syncer.verify.check_envelope", fail)
-    refusal = verifier().verify(signed(), redelivered=False)
+    refusal = verifier().verify(signed(), redelivered=False, waited_ms=0)
     assert isinstance(refusal, Rejected)
     assert refusal.reason == "malformed"
 
@@ -156,7 +156,8 @@ def test_an_error_that_nobody_foresaw_is_a_refusal(monkeypatch: pytest.MonkeyPat
 def test_a_signed_envelope_keeps_its_bytes() -> None:
     """A receiver verifies what it was sent, and packs nothing anew."""
     protected, payload, proof = encoding.unpack(signed())
-    assert isinstance(verifier().verify(encoding.pack([protected, payload, proof]), redelivered=False), Verified)
+    repacked = encoding.pack([protected, payload, proof])
+    assert isinstance(verifier().verify(repacked, redelivered=False, waited_ms=0), Verified)
 
 
 def test_every_reason_that_stands_in_the_protocol_has_a_label_of_its_own() -> None:

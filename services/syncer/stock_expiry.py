@@ -1,4 +1,4 @@
-"""Keeps the stock: drops what is too old to be useful, and notifies the peer, which holds the other half of it.
+"""Drops stock that is too old to be useful, and notifies the peer, which holds the other half of it.
 
 Keys are made and given out by the api, because the syncer never sees one in clear. Here is only what follows from
 time and from the peer's word. A key in stock is useful while at least half of its lifetime would be left at the target.
@@ -30,7 +30,7 @@ BATCH = 1_000
 _log = get_logger("stock")
 
 
-class StockWatch:
+class StockExpiry:
     """Works only while this syncer is the elected one. ``on_change`` is called on the event loop after a change."""
 
     def __init__(self, settings: Settings, engine: Engine, leader: Leader, on_change: Callable[[], None]) -> None:
