@@ -8,8 +8,10 @@ A store that offers TLS seems not to, or the proxy would not see a COMMIT.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import socket
+import struct
 import threading
 from typing import Literal
 
@@ -19,6 +21,7 @@ Cut = Literal["cut_before", "cut_after"]
 # As it ends a packet of several statements, or is one; "SET AUTOCOMMIT" is something else.
 _COMMIT = re.compile(rb"[;\x03]COMMIT")
 _CLIENT_SSL = 0x0800
+_SO_ATTACH_FILTER = 26
 
 
 class CuttingProxy:
@@ -31,6 +34,7 @@ class CuttingProxy:
         self.cuts: list[Cut] = []
         self.cut_count = 0
         self._open: list[socket.socket] = []
+        self._clients: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -45,12 +49,19 @@ class CuttingProxy:
         """What to do at the next commits, one after another."""
         self.cuts.extend(cuts)
 
+    def forget(self) -> None:
+        """As a firewall that has forgotten the connections: what comes on them vanishes, without a FIN or a RST."""
+        for client in self._clients:
+            drop_packets(client)
+        self._clients.clear()
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
                 store = socket.create_connection((LOOPBACK, self._store_port))
                 self._open += [client, store]
+                self._clients.append(client)
                 threading.Thread(target=self._pass_on, args=(client, store), daemon=True).start()
 
     def _pass_on(self, client: socket.socket, store: socket.socket) -> None:
@@ -71,6 +82,12 @@ class CuttingProxy:
                 store.sendall(data)
         _end(client)
         _end(store)
+
+
+def drop_packets(one: socket.socket) -> None:
+    """Has the kernel discard every packet for this socket, unacknowledged: a BPF filter of one instruction, "ret 0"."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
 def _pump(source: socket.socket, sink: socket.socket, muted: threading.Event) -> None:
