@@ -16,6 +16,7 @@ from pymysql.connections import Connection
 from pymysql.constants import ER
 from pymysql.cursors import Cursor
 
+from skipbus.shared.errors import StoreRefused
 from skipbus.shared.settings import MySqlSettings
 
 CONNECT_TIMEOUT_SECONDS = 3
@@ -87,6 +88,11 @@ class Servers:
                 _set_up(cursor)
                 if len(self._addresses) > 1:
                     _check_writable(cursor)
+        except RuntimeError as error:
+            raise StoreRefused(
+                f"the store's account {self._settings.user} logs in by a plugin that needs a Python package ({error}): "
+                "let it log in by mysql_native_password (MariaDB) or caching_sha2_password (MySQL)"
+            ) from error
         except BaseException:
             if connection.open:
                 connection.close()
