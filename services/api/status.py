@@ -26,6 +26,7 @@ from skipbus.shared.settings import Settings, project_version
 from skipbus.shared.store.migrate import bring_up_to_date
 from skipbus.shared.store.peers import PeerRow, fetch_peer_rows
 from skipbus.shared.store.processes import ProcessSeen, fetch_processes
+from skipbus.shared.store.servers import servers_of
 
 # Signs of life come once per heartbeat interval.
 _PROCESS_LATE_INTERVALS = 3
@@ -109,6 +110,7 @@ class StatusPages:
             "status": "error" if faults else "ok" if set(worker_states.values()) == {"ok"} else "degraded",
             "timestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "database": "ok" if self._view.store_present else "error",
+            **self._servers(),
             "version": self._version,
             "localSystemID": self._settings.local_system_id,
             "epoch": "ok" if self._view.epoch_present else "missing",
@@ -117,6 +119,11 @@ class StatusPages:
             "warnings": self._warnings() + (self._bus.warnings() if self._bus is not None else []),
         }
         return json_response(body, 503 if faults else 200)
+
+    def _servers(self) -> dict[str, str]:
+        """The servers in use: with several of them an operator must see which."""
+        database = {"database_server": servers_of(self._settings.mysql).current}
+        return database | ({"broker_server": self._bus.broker_server} if self._bus is not None else {})
 
     async def get_status_sync(self, _entry: Entry, _query: str) -> web.Response:
         """Every peer: whether it lives, and how many keys were issued for it, wait, were retrieved, have expired."""

@@ -24,6 +24,7 @@ from tenacity import retry, retry_if_exception_type, wait_exponential_jitter
 
 from skipbus.shared.logging import get_logger
 from skipbus.shared.settings import Secret
+from skipbus.shared.settings.values import address_text, split_urls
 
 CONNECT_SECONDS = 5.0
 SET_UP_SECONDS = 10.0
@@ -34,7 +35,8 @@ HEARTBEAT_SECONDS = 5
 FAILURES = (*CONNECTION_EXCEPTIONS, TimeoutError)
 _LOST = (AMQPError, PAMQPException, OSError)
 # For ever: a client of the broker has nothing better to do than to come back. The jitter spreads the load.
-_RECONNECT_WAIT = wait_exponential_jitter(multiplier=0.2, max=5.0, jitter=0.2)
+# At most a second between two attempts: keys on demand wait for the broker.
+_RECONNECT_WAIT = wait_exponential_jitter(multiplier=0.2, max=1.0, jitter=0.2)
 _PAUSE_AFTER_LOSS_SECONDS = 0.2
 # A lost connection is known as such by then.
 _LOSS_NOTED_SECONDS = 1.0
@@ -122,7 +124,9 @@ class BrokerConnection:
     """Connects on entering ``connected`` and stays so; ``up`` is set while every part is set up."""
 
     def __init__(self, url: Secret, name: str, parts: Sequence[Part], *, required: bool = True) -> None:
-        """``name`` is what the broker's operator sees; ``parts`` are set up in this order.
+        """``url`` may be several with commas, the nodes of a cluster: each failure leads to the next one.
+
+        ``name`` is what the broker's operator sees; ``parts`` are set up in this order.
 
         Without ``required`` a broker that is away is no warning: nobody has configured one.
         """
@@ -131,12 +135,19 @@ class BrokerConnection:
         self._parts = tuple(parts)
         self._required = required
         self._fault: BaseException | None = None
+        self._failures = 0
         self.up = asyncio.Event()
 
     @property
     def fault(self) -> BaseException | None:
         """Why the last attempt to connect failed; None while the connection is up, and before the first attempt."""
         return self._fault
+
+    @property
+    def server(self) -> str:
+        """Host and port of the broker in use, or of the one that is tried next."""
+        url = make_url(self._next_url())
+        return address_text(url.host or "", url.port or 0)
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
@@ -171,13 +182,19 @@ class BrokerConnection:
                     await self._end(session)
                     raise
         except _LOST as error:
+            self._failures += 1
             self._note_lost(error)
             raise
         self._note_up()
         return session
 
+    def _next_url(self) -> str:
+        # The file of the URL is read each time, because an operator may change the account's password at any time.
+        urls = split_urls(self._url.current().reveal())
+        return urls[self._failures % len(urls)]
+
     async def _connect(self) -> Session:
-        url = make_url(self._url.reveal(), heartbeat=HEARTBEAT_SECONDS, name=self._name)
+        url = make_url(self._next_url(), heartbeat=HEARTBEAT_SECONDS, name=self._name)
         connection = aio_pika.Connection(url)
         try:
             await connection.connect(timeout=CONNECT_SECONDS)

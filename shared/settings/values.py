@@ -151,6 +151,11 @@ def split_address(text: str) -> tuple[str, int | None]:
     return _host(host), number
 
 
+def address_text(host: str, port: int) -> str:
+    """An address as `split_address` reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _hosts(text: str) -> str:
     addresses = [split_address(part.strip()) for part in text.split(",")]
     if len(set(addresses)) != len(addresses):

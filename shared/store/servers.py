@@ -18,6 +18,7 @@ from pymysql.cursors import Cursor
 
 from skipbus.shared.errors import StoreRefused
 from skipbus.shared.settings import MySqlSettings
+from skipbus.shared.settings.values import address_text
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_SECONDS = 10
@@ -104,11 +105,6 @@ class Servers:
 def servers_of(settings: MySqlSettings) -> Servers:
     """The one object for all connections of this process to that store."""
     return Servers(settings)
-
-
-def address_text(host: str, port: int) -> str:
-    """An address as an operator writes it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _open_socket(host: str, port: int) -> socket.socket:

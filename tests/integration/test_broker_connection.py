@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from sandbox.cable import Cable
-from sandbox.ports import LOOPBACK
+from sandbox.ports import LOOPBACK, free_port
 from sandbox.rabbitmq import RabbitMqServer
 from skipbus.shared.broker.connection import BrokerConnection, Session
 from skipbus.shared.errors import BusUnavailable
@@ -119,3 +119,12 @@ async def test_a_session_whose_task_fails_is_replaced(rabbitmq: RabbitMqServer) 
     broker = BrokerConnection(Secret(rabbitmq.url), "test", [part])
     async with asyncio.timeout(LOADED_SECONDS), broker.connected():
         await asyncio.to_thread(wait_for, lambda: part.sessions == 2, timeout_seconds=LOADED_SECONDS)
+
+
+async def test_of_several_brokers_one_that_is_away_is_passed_over(rabbitmq: RabbitMqServer) -> None:
+    away = free_port()
+    urls = f"amqp://guest:a,b@{LOOPBACK}:{away}/,{rabbitmq.url}"
+    process = BrokerProcess(urls, f"KP_Several.{secrets.token_hex(3)}")
+    assert process.broker.server == f"{LOOPBACK}:{away}"
+    async with process.connected():
+        assert process.broker.server == f"{LOOPBACK}:{rabbitmq.port}"

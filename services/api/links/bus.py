@@ -136,6 +136,11 @@ class BusLink:
             "held": self._keeper.held_from(peer_id),
         }
 
+    @property
+    def broker_server(self) -> str:
+        """Host and port of the broker in use."""
+        return self._broker.server
+
     def warnings(self) -> list[str]:
         """Sentences for /health about what does not work in full."""
         if self._broker.up.is_set() or not self._names_broker:
