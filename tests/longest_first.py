@@ -14,6 +14,7 @@ LONGEST_FIRST = (
     # make test: a minute and more.
     "tests/system/test_sites_meshes.py",
     "tests/system/test_guarantees.py",
+    "tests/integration/test_galera.py",
     "tests/system/test_tls_files.py",
     "tests/system/test_sites_demo.py",
     "tests/integration/test_leaderless_queue.py",
@@ -23,6 +24,7 @@ LONGEST_FIRST = (
     "tests/integration/test_bus_link_bounds.py",
     "tests/integration/test_syncer_exchange.py",
     "tests/system/test_status.py",
+    "tests/system/test_standby.py",
     "tests/integration/test_indexes.py",
     "tests/system/test_tls_many_handshakes.py",
     "tests/system/test_tls_attacks.py",
