@@ -31,9 +31,10 @@ class Filler:
         mysql = database.settings
         self._target_id = target.system_id
         self._engine = make_engine(mysql)
-        self._directory = PeerDirectory(self._engine, source.system_id, RemoteSystemIds([target.system_id]))
-        identity = Keyring.open(source.keyring_dir, source.system_id).identity
-        self._sealer = Sealer(source.system_id, identity, self._directory)
+        keyring = Keyring.open(source.keyring_dir, source.system_id)
+        remote_ids = RemoteSystemIds([target.system_id])
+        self._directory = PeerDirectory(self._engine, source.system_id, remote_ids, keyring.pins, {})
+        self._sealer = Sealer(source.system_id, keyring.identity, self._directory)
 
     def fill(self, count: int, expires_at: float | None = None) -> list[str]:
         """Puts `count` keys into the store; their keyIds. `expires_at` is Unix time in seconds.

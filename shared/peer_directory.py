@@ -69,14 +69,14 @@ class PeerDirectory:
         engine: Engine,
         local_id: str,
         remote_ids: RemoteSystemIds,
-        pin_book: PinBook | None = None,
-        peers: Mapping[str, PeerSettings] | None = None,
+        pin_book: PinBook,
+        peers: Mapping[str, PeerSettings],
     ) -> None:
-        """``pin_book`` is the keyring's; without it the pins in the store decide. ``peers`` are the configured ones."""
+        """``pin_book`` is the keyring's. ``peers`` are the configured ones."""
         self._pin_book = pin_book
-        self._configured = {k: Pin(peer.identity, None) for k, peer in (peers or {}).items() if peer.identity}
-        self._bus_ids = frozenset(k for k, peer in (peers or {}).items() if peer.link == "bus")
-        self._named = remote_ids.exact.union(peers or ())
+        self._configured = {k: Pin(peer.identity, None) for k, peer in peers.items() if peer.identity}
+        self._bus_ids = frozenset(k for k, peer in peers.items() if peer.link == "bus")
+        self._named = remote_ids.exact.union(peers)
         self._presented = PresentedIdentities(local_id, self._configured, self._bus_ids)
         self._reporter = ConflictReporter()
         self._engine = engine
@@ -200,8 +200,6 @@ class PeerDirectory:
 
     def _trusted(self, stored: Mapping[str, Pin]) -> dict[str, Pin]:
         """The pins that are also in the keyring. The local KP's own pin is the store's."""
-        if self._pin_book is None:
-            return dict(stored)
         trusted: dict[str, Pin] = {}
         for system_id, pin in stored.items():
             # `_pin` handles a damaged file.
@@ -213,7 +211,7 @@ class PeerDirectory:
 
     def _keep(self, system_id: str, public_key: bytes) -> bytes:
         """Writes a pin to the keyring, and returns the keyring's pin."""
-        if self._pin_book is None or system_id == self._local_id:
+        if system_id == self._local_id:
             return public_key
         return self._pin_book.get(system_id) or self._pin_book.learn(system_id, public_key)
 

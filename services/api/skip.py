@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 
 import orjson
 from aiohttp import web
 
+from skipbus.services.api.entropy import random_bytes
 from skipbus.services.api.http import parameters
 from skipbus.services.api.http.access_log import Entry
 from skipbus.services.api.http.responses import prepared_response, secret_response
 from skipbus.services.api.links import Link
-from skipbus.shared.errors import CallerError, NoEntropy
+from skipbus.shared.errors import CallerError
 from skipbus.shared.protocol.system_ids import RemoteSystemIds
 from skipbus.shared.settings import Settings
 
@@ -66,10 +66,7 @@ class SkipMethods:
     async def get_entropy(self, _entry: Entry, query: str) -> web.Response:
         """``GET /entropy`` (draft 4.3): random bytes that are used for nothing else."""
         bits = parameters.entropy_size_bits(query)
-        try:
-            random = secrets.token_bytes(bits // 8).hex().upper()
-        except OSError as error:
-            raise NoEntropy("the random number generator of the operating system failed") from error
+        random = random_bytes(bits // 8).hex().upper()
         return secret_response(b'{"randomStr":"%b","minentropy":%d}' % (random.encode(), bits))
 
     def _check_caller(self, entry: Entry, remote_system_id: str) -> None:

@@ -155,10 +155,10 @@ class StatusPages:
         return process_states(reading.processes, now_ms() - round(limit_ms))
 
     def _peer(self, name: str, row: PeerRow | None, at_ms: int) -> dict[str, object]:
-        row = row or PeerRow(name, "", None, 0, 0, 0, 0, 0, 0, 0)
+        row = row or PeerRow(name, None, 0, 0, 0, 0, 0, 0, 0)
         settings = self._settings.peers.get(name)
         shown: dict[str, object] = {
-            "endpoint": (settings.endpoint if settings else None) or row.endpoint,
+            "endpoint": (settings.endpoint if settings else None) or "",
             "status": peer_status(row.last_heartbeat_ms, row.heartbeat_interval_ms, at_ms),
             "last_heartbeat": _seconds(row.last_heartbeat_ms),
             "link": self._settings.link_of(name),

@@ -7,7 +7,6 @@ sizes are multiples of 8 from 128 to 512 bits.
 from __future__ import annotations
 
 import re
-import secrets
 
 KEY_ID_BYTES = 16
 DEFAULT_KEY_BITS = 256
@@ -19,11 +18,6 @@ MAX_ENTROPY_BITS = 8192
 
 _KEY_ID = re.compile(r"(?:[0-9a-fA-F]{2}){16,64}")
 _DECIMAL = re.compile(r"[1-9][0-9]{0,4}")
-
-
-def new_key_id() -> bytes:
-    """A new 128-bit keyId (draft 4.2.1)."""
-    return secrets.token_bytes(KEY_ID_BYTES)
 
 
 def parse_key_id(text: str) -> bytes:

@@ -37,7 +37,6 @@ class PeerRow:
     """
 
     peer_id: str
-    endpoint: str
     last_heartbeat_ms: int | None
     heartbeat_interval_ms: int
     issued: int

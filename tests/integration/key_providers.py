@@ -117,7 +117,7 @@ class KeyProvider:
         self.engine: Engine = store.engine
         self.keeper = EpochKeeper(self.settings, self.engine, self.keyring)
         remote_ids = RemoteSystemIds([*self.settings.remote_system_ids, system_id], system_id)
-        self.directory = PeerDirectory(self.engine, system_id, remote_ids, self.keyring.pins)
+        self.directory = PeerDirectory(self.engine, system_id, remote_ids, self.keyring.pins, {})
         tend(self.keeper, now_ms())
         self.sealer = Sealer(system_id, self.keyring.identity, self.directory)
         self.opener = Opener(self.keyring, self.directory)

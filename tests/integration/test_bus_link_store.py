@@ -37,7 +37,7 @@ from skipbus.services.api.links.confirmation import (
 from skipbus.services.api.links.placing import PlaceBatch, PlacedKey, Placement
 from skipbus.services.api.links.refill import StockKeeper, StockMaker
 from skipbus.services.api.links.sealing import Opener, Sealer
-from skipbus.services.api.links.stock import StockBatch, StockRequest
+from skipbus.services.api.links.stock_claim import StockBatch, StockRequest
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import (
     NotPlaced,
@@ -480,7 +480,7 @@ async def test_a_store_that_refuses_to_count_stock_is_reported_to_operator_and_p
         stop.set()
         await keeping
     reported = [line for line in lines if line["log_level"] == "warning"]
-    assert [line.get("what") for line in reported] == ["stock"]
+    assert [line.get("task") for line in reported] == ["stock"]
     assert "grant" in reported[0]["reason"]
     registry = CollectorRegistry()
     registry.register(_TASKS)

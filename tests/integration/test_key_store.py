@@ -796,7 +796,7 @@ async def test_where_no_key_can_be_made_nothing_is_committed_and_the_next_reques
 
     async with closing(queue):
         with monkeypatch.context() as patched:
-            patched.setattr("skipbus.services.api.links.store.os.urandom", fail)
+            patched.setattr("skipbus.services.api.entropy.os.urandom", fail)
             with pytest.raises(NoEntropy):
                 await queue.submit(IssueRequest("KP_Bob", 256, ""))
         assert (store.count("key_records"), store.count("outbox")) == (0, 0)

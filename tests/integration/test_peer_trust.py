@@ -23,6 +23,7 @@ from skipbus.shared.crypto.epochs import EpochSpan, PublicEpoch, new_epoch_id
 from skipbus.shared.crypto.hpke import HybridPrivateKey
 from skipbus.shared.crypto.identity import Identity, fingerprint
 from skipbus.shared.crypto.keyring import Keyring
+from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.errors import OperatorError, PeerNotReady
 from skipbus.shared.peer_directory import PIN_REREAD_MS, PeerDirectory
 from skipbus.shared.presented_identities import PRESENTED_EVERY_MS, PRESENTED_KEPT_MS
@@ -70,7 +71,8 @@ def announce_over_bus(store: Store, name: str, identity: Identity, local_id: str
 
 def directory_of(store: Store, *peers: PeerSettings, local_id: str = ALICE) -> PeerDirectory:
     remote_ids = RemoteSystemIds(["KP_*"], local_id)
-    made = PeerDirectory(store.engine, local_id, remote_ids, None, {peer.system_id: peer for peer in peers})
+    pins = PinBook(store.folder / f"pins-{local_id}")
+    made = PeerDirectory(store.engine, local_id, remote_ids, pins, {peer.system_id: peer for peer in peers})
     made.refresh(now_ms())
     return made
 

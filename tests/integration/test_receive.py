@@ -23,6 +23,7 @@ from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.publishing import Publisher
 from skipbus.shared.clock import now_ms
 from skipbus.shared.crypto.identity import Identity
+from skipbus.shared.crypto.pins import PinBook
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol import encoding
 from skipbus.shared.protocol.announcements import Announcement, sign_announcement
@@ -225,7 +226,7 @@ def receiver_of(
     with store.engine.begin() as connection:
         said = Announcement(BOB, IDENTITY.public_key, now_ms(), "test", ())
         upsert_announcement(connection, said, sign_announcement(said, IDENTITY))
-    directory = PeerDirectory(store.engine, ALICE, RemoteSystemIds([BOB], ALICE))
+    directory = PeerDirectory(store.engine, ALICE, RemoteSystemIds([BOB], ALICE), PinBook(store.folder / "pins"), {})
     directory.refresh(now_ms())
 
     def follow(verified: Sequence[Verified], _applied: Applied) -> None:

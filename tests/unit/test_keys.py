@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipbus.shared.protocol.keys import new_key_id, parse_entropy_size, parse_key_id, parse_key_size
+from skipbus.services.api.entropy import new_key_id
+from skipbus.shared.protocol.keys import parse_entropy_size, parse_key_id, parse_key_size
 
 
 def test_a_new_key_id_has_16_bytes_and_is_never_the_same() -> None:

@@ -17,7 +17,7 @@ from skipbus.shared.store.peers import PeerRow
 NOW_MS = 1_800_000_000_000
 BOB, THIEF = b"bob's public key", b"another public key"
 EPOCH = PublicEpoch(b"e" * 16, EpochSpan(NOW_MS - 1, NOW_MS + 1, NOW_MS + 2), b"k")
-ROW = PeerRow("KP_Bob", "", NOW_MS - 1000, 5000, 0, 0, 0, 0, 0, 0, clock_skew_ms=-30_000)
+ROW = PeerRow("KP_Bob", NOW_MS - 1000, 5000, 0, 0, 0, 0, 0, 0, clock_skew_ms=-30_000)
 WELL = PeerView(
     peer=PeerSettings("KP_Bob", "bus", BOB, stock=64),
     configured=True,

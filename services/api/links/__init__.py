@@ -1,6 +1,6 @@
 """How an api reaches a key provider: over one store that both use, or over a bus.
 
-``Link`` is the one interface. ``store`` is the link over one store, ``bus`` the link over a bus, ``stock`` and
+``Link`` is the one interface. ``store`` is the link over one store, ``bus`` the link over a bus, ``stock_claim`` and
 ``refill`` the keys that a bus link has ready. ``sealing`` holds the wrapping keys in use.
 """
 

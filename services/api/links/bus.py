@@ -23,7 +23,7 @@ from skipbus.services.api.links.confirmation import ConfirmationWaiter, ConfirmB
 from skipbus.services.api.links.placing import MAX_BATCH, PlaceBatch
 from skipbus.services.api.links.refill import StockKeeper, StockMaker
 from skipbus.services.api.links.sealing import Opener, Sealer, not_usable
-from skipbus.services.api.links.stock import StockBatch, StockRequest
+from skipbus.services.api.links.stock_claim import StockBatch, StockRequest
 from skipbus.shared.broker.connection import BrokerConnection
 from skipbus.shared.broker.notifications import FOR_API, NotificationKind, Notifier
 from skipbus.shared.broker.publishing import Publisher

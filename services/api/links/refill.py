@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 from skipbus.services.api import metrics
 from skipbus.services.api.links.placing import sealed_row
 from skipbus.services.api.links.sealing import Sealer
-from skipbus.services.api.links.stock import usable_until_ms
+from skipbus.services.api.links.stock_claim import usable_until_ms
 from skipbus.services.api.links.store import new_key
 from skipbus.shared.clock import now_ms
 from skipbus.shared.errors import BackendError, PeerNotReady, SkipbusError

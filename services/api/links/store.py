@@ -10,7 +10,6 @@ and the log says which it was.
 from __future__ import annotations
 
 import functools
-import os
 import secrets
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine
 
+from skipbus.services.api.entropy import new_key_id, random_bytes
 from skipbus.services.api.group_commit import GroupCommit, Limits
 from skipbus.services.api.links import ClaimedKey, IssuedKey, IssueRequest
 from skipbus.services.api.links.sealing import Opener, Sealer, not_usable
@@ -27,7 +27,6 @@ from skipbus.shared.crypto.keyring import Keyring
 from skipbus.shared.crypto.sealing import KeyRecord, WrappingKey
 from skipbus.shared.errors import (
     KeyNotAvailable,
-    NoEntropy,
     PeerNotReady,
     SealBroken,
     SkipbusError,
@@ -36,7 +35,6 @@ from skipbus.shared.errors import (
 )
 from skipbus.shared.peer_directory import PeerDirectory
 from skipbus.shared.protocol.envelopes import EnvelopeType
-from skipbus.shared.protocol.keys import new_key_id
 from skipbus.shared.settings import Settings
 from skipbus.shared.store.key_records import (
     claim_key_records,
@@ -136,10 +134,7 @@ def make_key(request: IssueRequest, wrapping_key: WrappingKey, expires_ms: int) 
 
 def new_key(size_bits: int) -> tuple[bytes, bytes]:
     """A fresh keyId and key (draft 4.2.1). Raises NoEntropy."""
-    try:
-        return new_key_id(), os.urandom(size_bits // 8)
-    except OSError as error:
-        raise NoEntropy("the random number generator of the operating system failed") from error
+    return new_key_id(), random_bytes(size_bits // 8)
 
 
 def _issued_events(records: Iterable[KeyRecord], at_ms: int) -> list[OutboxRow]:
