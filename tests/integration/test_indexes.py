@@ -174,10 +174,14 @@ def fill(store: Store) -> None:
 
 
 def public_functions(module: ModuleType) -> set[str]:
+    """Those that execute statements on a connection that they are given."""
     return {
         name
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+        and "connection" in inspect.signature(value).parameters
     }
 
 
