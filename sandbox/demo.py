@@ -1,4 +1,5 @@
-"""`make demo`: two key providers over one store on private servers, or, with `TOPOLOGY=sites`, at two sites.
+"""`make demo`: two key providers over one store on private servers; with `TOPOLOGY=sites` at two sites, with
+`TOPOLOGY=cluster` over a database cluster and a broker cluster of three nodes each.
 
 Until Ctrl-C. It starts everything in a temporary folder, exchanges keys both ways, tells what it did, and then keeps
 what dies alive and `.demo/state.json` true. It leaves nothing behind: no process, no folder; after a failure, the
@@ -22,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from sandbox.cluster import ClusterTopology
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError, write_private
-from sandbox.story import CutStory, Exchange
+from sandbox.story import CutStory, Exchange, LostNodesStory
 from sandbox.supervisor import Supervisor
 from sandbox.topology import SharedStore, Topology
 from sandbox.two_sites import TwoSites
@@ -35,6 +37,12 @@ CHECK_SECONDS = 0.1
 _CLONE = Path(__file__).resolve().parent.parent
 _DEMO_DIR = _CLONE / ".demo"
 _FOLDER_PREFIX = "skipbus-demo-"
+_TOPOLOGIES: Mapping[str, type[SharedStore | TwoSites]] = {"store": SharedStore, "sites": TwoSites}
+_SERVERS = {
+    "store": "MariaDB and RabbitMQ",
+    "sites": "two MariaDB and two federated RabbitMQ",
+    "cluster": "three MariaDB nodes with Galera and three RabbitMQ nodes",
+}
 _CUT_LINES = ["Cut the line between the sites, and heal it:", "", "  touch .demo/cut", "  rm .demo/cut", ""]
 
 
@@ -52,7 +60,7 @@ class Wishes:
 
     once: bool
     port_base: int | None
-    sites: bool
+    topology: str
 
 
 def main() -> int:
@@ -79,11 +87,11 @@ def _run(wishes: Wishes) -> int:
 
 
 def _play(root: Path, wishes: Wishes) -> None:
-    site = TwoSites(root, wishes.port_base) if wishes.sites else SharedStore(root, wishes.port_base)
+    site = _make(root, wishes)
     try:
-        _say(f"starting {'two MariaDB and two federated' if wishes.sites else 'MariaDB and'} RabbitMQ …")
+        _say(f"starting {_SERVERS[wishes.topology]} …")
         site.start_servers()
-        _say("starting KP_Alice and KP_Bob, three processes each …\n")
+        _say(f"starting KP_Alice and KP_Bob, {'six' if wishes.topology == 'cluster' else 'three'} processes each …\n")
         site.start_key_providers()
         _tell_story(site)
         if not wishes.once:
@@ -93,13 +101,21 @@ def _play(root: Path, wishes: Wishes) -> None:
         site.stop()
 
 
+def _make(root: Path, wishes: Wishes) -> Topology:
+    if wishes.topology == "cluster":
+        return ClusterTopology(root)
+    return _TOPOLOGIES[wishes.topology](root, wishes.port_base)
+
+
 def _tell_story(site: Topology) -> None:
-    alice, bob = site.key_providers
+    alice, bob = site.pair
     Exchange(alice, bob, _say).run()
     Exchange(bob, alice, _say).run()
     _say("\nBoth ways as it should be.")
     if isinstance(site, TwoSites):
         CutStory(site.cable, site.key_providers, _say).run()
+    if isinstance(site, ClusterTopology):
+        LostNodesStory(site.mysql_servers, site.rabbitmq_servers, site.key_providers, _say).run()
 
 
 def _keep_running(site: Topology) -> None:
@@ -125,7 +141,7 @@ def _cut_as_wished(sites: TwoSites) -> None:
 
 
 def _how_to_go_on(site: Topology) -> str:
-    alice, bob = site.key_providers
+    alice, bob = site.pair
     lines = [
         "",
         "Try it:",
@@ -163,17 +179,18 @@ def _tls_lines(kp: KeyProvider) -> list[str]:
 
 def _read_wishes(environ: Mapping[str, str]) -> Wishes:
     topology = environ.get("TOPOLOGY", "") or "store"
-    if topology not in ("store", "sites"):
-        raise UsageError(f"TOPOLOGY={topology} is none of store, sites")
-    sites = topology == "sites"
+    if topology not in _SERVERS:
+        raise UsageError(f"TOPOLOGY={topology} is none of {', '.join(_SERVERS)}")
     once = environ.get("ONCE", "") not in ("", "0")
-    return Wishes(once, _read_port_base(environ.get("PORT_BASE", ""), sites), sites)
+    return Wishes(once, _read_port_base(environ.get("PORT_BASE", ""), topology), topology)
 
 
-def _read_port_base(text: str, sites: bool) -> int | None:
+def _read_port_base(text: str, topology: str) -> int | None:
     if not text:
         return None
-    last = 65536 - len((TwoSites if sites else SharedStore).PORTS)
+    if topology not in _TOPOLOGIES:
+        raise UsageError(f"PORT_BASE={text}: a demo with TOPOLOGY={topology} takes free ports; leave PORT_BASE out")
+    last = 65536 - len(_TOPOLOGIES[topology].PORTS)
     if not text.isdecimal() or not 1024 <= int(text) <= last:
         raise UsageError(f"PORT_BASE={text} is not a port number from 1024 to {last}")
     return int(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,6 +16,16 @@ from sandbox.server import Server
 
 _COMPOSE = Path(__file__).resolve().parent.parent / "compose"
 _EPMD_SECONDS = 10.0
+
+
+@dataclass
+class Cluster:
+    """What the nodes of a cluster have in common. `node_names` grows as they are made."""
+
+    epmd_port: int = field(default_factory=free_port)
+    cookie: str = field(default_factory=lambda: secrets.token_hex(16))
+    password: str = field(default_factory=lambda: secrets.token_hex(16))
+    node_names: list[str] = field(default_factory=list)
 
 
 class RabbitMqServer(Server):
@@ -30,20 +41,24 @@ class RabbitMqServer(Server):
         log: Path | None = None,
         dist_port: int | None = None,
         epmd_port: int | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
+        """A node of a cluster uses the epmd, the cookie and the accounts of that."""
         super().__init__(root, log)
         self.host = LOOPBACK
         self.port = port or free_port()
         self.dist_port = dist_port or free_port()
-        self.epmd_port = epmd_port or free_port()
+        self._cluster = cluster
+        self.epmd_port = cluster.epmd_port if cluster else epmd_port or free_port()
         self.user = "skipbus"
-        self.password = secrets.token_hex(16)
+        self.password = cluster.password if cluster else secrets.token_hex(16)
         self.federation_password = secrets.token_hex(16)
         self._upstreams: Mapping[str, Sequence[Upstream]] = {}
         self.node_name = f"skipbus-{secrets.token_hex(4)}@localhost"
+        if cluster is not None:
+            cluster.node_names.append(self.node_name)
         # The wrapper of that name in /usr/sbin changes to another user, who may not read our folder.
         self.program = _rabbitmq_program()
-        self._epmd_program = find_program("epmd")
         self._epmd: Child | None = None
 
     @property
@@ -64,7 +79,8 @@ class RabbitMqServer(Server):
 
     def launch(self) -> None:
         self._write_configuration()
-        self._launch_epmd()
+        if self._cluster is None:
+            self._launch_epmd()
         self._child = Child([self.program], environ=self.environ, log=self.log, cwd=self.root)
 
     def stop(self) -> None:
@@ -116,7 +132,23 @@ class RabbitMqServer(Server):
             "disk_free_limit.absolute = 20MB\n"
             f"{_shipped_message_limit()}\n"
             # Quorum queues reserve their write-ahead log's full size on disk.
-            "raft.wal_max_size_bytes = 33554432\n" + self._write_definitions(),
+            "raft.wal_max_size_bytes = 33554432\n" + self._write_definitions() + self._join_cluster(),
+        )
+
+    def _join_cluster(self) -> str:
+        """The lines of the configuration by which the node finds the others, if it is one of a cluster."""
+        if self._cluster is None:
+            return ""
+        cookie = self.root / ".erlang.cookie"
+        if not cookie.exists():
+            cookie.write_text(self._cluster.cookie)
+            cookie.chmod(0o400)
+        names = enumerate(self._cluster.node_names, 1)
+        return (
+            "cluster_formation.peer_discovery_backend = classic_config\n"
+            # A node that has lost the majority must not go on alone.
+            "cluster_partition_handling = pause_minority\n"
+            + "".join(f"cluster_formation.classic_config.nodes.{number} = {name}\n" for number, name in names)
         )
 
     def _write_definitions(self) -> str:
@@ -128,12 +160,9 @@ class RabbitMqServer(Server):
         return f"load_definitions = {file}\n"
 
     def _launch_epmd(self) -> None:
-        if self._epmd is not None and self._epmd.running:
-            return
-        command = [self._epmd_program, "-port", str(self.epmd_port), "-address", self.host]
-        self._epmd = Child(command, environ=self.environ, log=self.root / "epmd.log", cwd=self.root)
-        # The node would start a stray epmd of its own if it found none.
-        self._epmd.wait_ready(lambda: answers(self.epmd_port), "epmd", _EPMD_SECONDS)
+        if self._epmd is None or not self._epmd.running:
+            # The node would start a stray epmd of its own if it found none.
+            self._epmd = start_epmd(self.epmd_port, self.environ, self.root)
 
     def _serves(self) -> bool:
         """Whether the broker greets: RabbitMQ listens only when it has booted."""
@@ -144,6 +173,14 @@ class RabbitMqServer(Server):
                 return connection.recv(3) == b"\x01\x00\x00"
         except OSError:
             return False
+
+
+def start_epmd(port: int, environ: Mapping[str, str], folder: Path) -> Child:
+    """Erlang's directory of nodes. Returns once it answers. Raises SandboxError."""
+    command = [find_program("epmd"), "-port", str(port), "-address", LOOPBACK]
+    epmd = Child(command, environ=environ, log=folder / "epmd.log", cwd=folder)
+    epmd.wait_ready(lambda: answers(port), "epmd", _EPMD_SECONDS)
+    return epmd
 
 
 def _shipped_message_limit() -> str:

@@ -10,12 +10,15 @@ from sandbox.cable import Cable
 from sandbox.client import get
 from sandbox.key_provider import KeyProvider, stock_of
 from sandbox.processes import SandboxError, wait_until
+from sandbox.server import Server
 from skipbus_testkit.client import Answer, request_target
 
 KEY_HEX_DIGITS = 64
 # More than half of the stock, so that it is being filled up again when the line heals.
 EXCHANGES = 40
 FULL_SECONDS = 30.0
+# A cluster notices within 3 s that a node is gone; a process connects again within as long.
+SERVED_SECONDS = 20.0
 COUNTED_SECONDS = 10.0
 
 Tell = Callable[[str], None]
@@ -115,6 +118,48 @@ class CutStory:
         one, other = self.key_providers
         for source, target in ((one, other), (other, one)):
             wait_full(source, target)
+
+
+@dataclass(frozen=True)
+class LostNodesStory:
+    """A node of each cluster is killed, one after the other, while keys are exchanged; then both come back."""
+
+    databases: Sequence[Server]
+    brokers: Sequence[Server]
+    key_providers: Sequence[KeyProvider]
+    tell: Tell
+
+    def run(self) -> None:
+        """Raises SandboxError at the first thing that is not as it should be. At the end all nodes run."""
+        # The first host of each key provider uses the first nodes.
+        lost = {"database": self.databases[0], "broker": self.brokers[0]}
+        for what, node in lost.items():
+            self.tell(f"\nA node of the {what} cluster is killed.")
+            node.kill()
+            self._exchange()
+        for what, node in lost.items():
+            node.start()
+            self.tell(f"The node of the {what} cluster is back.")
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Between all hosts of both key providers, as soon as each of them serves."""
+        started = time.monotonic()
+        pairs = [(s, t) for s in self.key_providers for t in self.key_providers if s.system_id != t.system_id]
+        for source, target in pairs:
+            wait_until(lambda s=source, t=target: _serves(s, t), f"{source.url} to serve", SERVED_SECONDS)  # type: ignore[misc]
+        seconds = time.monotonic() - started
+        for number in range(EXCHANGES):
+            exchange_once(*pairs[number % len(pairs)])
+        self.tell(f"    all hosts serve after {seconds:.1f} s; {EXCHANGES} exchanges between them")
+
+
+def _serves(source: KeyProvider, target: KeyProvider) -> bool:
+    try:
+        exchange_once(source, target)
+    except (SandboxError, OSError):
+        return False
+    return True
 
 
 def exchange_once(source: KeyProvider, target: KeyProvider) -> None:

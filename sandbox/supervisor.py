@@ -143,7 +143,7 @@ class Supervisor:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "kps": {kp.system_id: _key_provider_state(kp) for kp in self._key_providers},
+            "kps": _key_provider_states(self._key_providers),
             "mysql": [_mysql_state(server, unit.pid) for server, unit in self._mysql],
             "rabbitmq": [{"url": server.url, "pid": unit.pid} for server, unit in self._rabbitmq],
         }
@@ -159,6 +159,19 @@ def _mysql_state(server: MariaDbServer, pid: int) -> dict[str, Any]:
         "pid": pid,
         "datadir": str(server.datadir),
     }
+
+
+def _key_provider_states(key_providers: Sequence[KeyProvider]) -> dict[str, Any]:
+    """By system id. One that has several hosts is described by the first, and has the processes of all of them."""
+    states: dict[str, Any] = {}
+    for kp in key_providers:
+        if (first := states.get(kp.system_id)) is None:
+            states[kp.system_id] = _key_provider_state(kp)
+            continue
+        first.setdefault("other_http", []).append(kp.url)
+        for role, child in kp.processes.items():
+            first["processes"][role].append(child.pid)
+    return states
 
 
 def _key_provider_state(key_provider: KeyProvider) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class Topology:
         self.rabbitmq_servers: list[RabbitMqServer] = []
         self.key_providers: list[KeyProvider] = []
 
+    @property
+    def pair(self) -> tuple[KeyProvider, KeyProvider]:
+        """KP_Alice and KP_Bob, once they are made; where they have several hosts, on one each."""
+        return self.key_providers[0], self.key_providers[-1]
+
     def start_servers(self) -> None:
         """All at the same time; returns when all serve."""
         servers = [*self.mysql_servers, *self.rabbitmq_servers]

@@ -7,6 +7,7 @@ broken without a word is found within seconds. On a cluster every statement sees
 
 from __future__ import annotations
 
+import select
 import socket
 from functools import lru_cache
 from typing import Any
@@ -115,7 +116,17 @@ def _open_socket(host: str, port: int) -> socket.socket:
     for option, value in _KEEPALIVE.items():
         made.setsockopt(socket.IPPROTO_TCP, option, value)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SILENCE_SECONDS * 1000))
+    _wait_greeting(made)
     return made
+
+
+def _wait_greeting(made: socket.socket) -> None:
+    """The server speaks first. One that is frozen has a kernel that accepts connections for it."""
+    greeted = select.poll()
+    greeted.register(made, select.POLLIN)
+    if not greeted.poll(CONNECT_TIMEOUT_SECONDS * 1000):
+        made.close()
+        raise TimeoutError("the server accepts connections and says nothing")
 
 
 def _set_up(cursor: Cursor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from sandbox.ports import free_port
 from skipbus.shared.errors import StoreRefused, StoreUnavailable
 from skipbus.shared.settings import MySqlSettings, Secret, load_settings
 from skipbus.shared.store.engine import connect, make_engine
-from skipbus.shared.store.servers import servers_of
+from skipbus.shared.store.servers import CONNECT_TIMEOUT_SECONDS, servers_of
 
 
 @pytest.fixture
@@ -78,6 +80,14 @@ def test_a_server_that_is_away_is_passed_over_and_the_one_that_answered_stays_th
     assert servers_of(settings).current.endswith(settings.host.split(",")[0])
     connect(settings).close()
     assert servers_of(settings).current == f"127.0.0.1:{mysql.port}"
+
+
+def test_a_frozen_server_is_passed_over_within_seconds(mysql: MySqlSettings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        settings = replace(mysql, host=f"127.0.0.1:{frozen.getsockname()[1]},127.0.0.1:{mysql.port}")
+        begun = time.monotonic()
+        connect(settings).close()
+    assert time.monotonic() - begun < CONNECT_TIMEOUT_SECONDS + 2
 
 
 def test_where_all_servers_are_away_the_store_is_away(mysql: MySqlSettings) -> None:
