@@ -1,6 +1,6 @@
 # Every target brings the machine to what it needs first (scripts/setup); that takes no time when nothing is missing.
 #
-#   make demo [TOPOLOGY=sites] [ONCE=1] [PORT_BASE=n]        make test [TESTS="tests/unit -k ids"]
+#   make demo [TOPOLOGY=sites|cluster] [ONCE=1] [PORT_BASE=n]        make test [TESTS="tests/unit -k ids"]
 #   make test-containers [CONTAINER_TESTS="tests/containers/test_image.py"]        needs Docker with Compose
 #   make lint    make format    make bench [BENCH="..."]     make lock [UPGRADE=1]    make clean
 

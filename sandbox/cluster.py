@@ -6,12 +6,13 @@ they use different ones.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from sandbox.galera import NODES, GaleraCluster
+from sandbox.galera import NODES, PREFIX, GaleraCluster
 from sandbox.key_provider import KeyProvider
 from sandbox.mariadb import Database
 from sandbox.processes import Child, Startable
@@ -19,6 +20,7 @@ from sandbox.rabbitmq import Cluster, RabbitMqServer, start_epmd
 from sandbox.topology import BOTH_WAYS, Topology
 
 HOSTS = 2
+ELSEWHERE = "galera"
 
 T = TypeVar("T")
 
@@ -58,6 +60,8 @@ class ClusterTopology(Topology):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.galera = GaleraCluster(logs=self.logs)
+        # Whoever clears up after a demo that was killed finds the data by it.
+        (root / ELSEWHERE).symlink_to(self.galera.folder)
         self.rabbitmq = RabbitMqCluster(root / "rabbitmq", self.logs)
         self.mysql_servers, self.rabbitmq_servers = list(self.galera.nodes), self.rabbitmq.nodes
 
@@ -94,6 +98,13 @@ class ClusterTopology(Topology):
     def _database(self, number: int) -> Database:
         nodes = _beginning_with(self.galera.nodes, number)
         return replace(nodes[0].dsn, host=",".join(f"{node.host}:{node.port}" for node in nodes))
+
+
+def remove_folder_of_cluster(root: Path) -> None:
+    """Removes the database's data of a topology that was killed, if `root` belonged to one."""
+    link = root / ELSEWHERE
+    if link.is_symlink() and link.readlink().name.startswith(PREFIX):
+        shutil.rmtree(link.readlink(), ignore_errors=True)
 
 
 def _beginning_with(nodes: Sequence[T], number: int) -> Sequence[T]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sandbox.cluster import ClusterTopology
+from sandbox.cluster import ClusterTopology, remove_folder_of_cluster
 from sandbox.key_provider import KeyProvider
 from sandbox.processes import SandboxError, write_private
 from sandbox.story import CutStory, Exchange, LostNodesStory
@@ -229,6 +229,7 @@ def _remove_leftovers() -> None:
         pass
     else:
         if folder.name.startswith(_FOLDER_PREFIX):
+            remove_folder_of_cluster(folder)
             shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(_DEMO_DIR, ignore_errors=True)
 

@@ -1,7 +1,7 @@
 """A private MariaDB Galera cluster of three nodes, all on loopback.
 
 A node that starts as root changes to the user `mysql`: as root it could not be sent the data (rsync refuses to read
-them). That user may not enter our folders, so the cluster has a folder of its own in the machine's temporary folder.
+them). That user may not enter our folders, so the cluster has a folder of its own in /var/tmp.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from sandbox.processes import SandboxError, Startable
 from sandbox.server import START_SECONDS
 
 NODES = 3
+PREFIX = "skipbus-galera-"
 _PROVIDERS = ("/usr/lib/galera/libgalera_smm.so", "/usr/lib64/galera-4/libgalera_smm.so")
 _USER = "mysql"
+_ENTERED_BY_ALL = "/var/tmp"  # noqa: S108 -- mkdtemp makes a folder of our own in it
 # A node that joins is sent all data first.
 _JOIN_SECONDS = 2 * START_SECONDS
 
@@ -116,11 +118,12 @@ class GaleraCluster(Startable):
     """Three nodes; each has a port of its own, and the same accounts and databases."""
 
     def __init__(self, *, logs: Path | None = None, buffer_pool_mib: int = 64) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="skipbus-galera-"))
-        self._folder.chmod(0o755)
+        # TMPDIR may be a folder that only its owner enters.
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_ENTERED_BY_ALL))
+        self.folder.chmod(0o755)
         self.nodes = [
             GaleraNode(
-                self._folder / f"node-{number}",
+                self.folder / f"node-{number}",
                 number,
                 log=logs / f"galera-{number}.log" if logs else None,
                 buffer_pool_mib=buffer_pool_mib,
@@ -142,7 +145,7 @@ class GaleraCluster(Startable):
     def stop(self) -> None:
         for node in reversed(self.nodes):
             node.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def database(self, database: Database, node: GaleraNode) -> Database:
         """The same database by way of one node."""
