@@ -6,8 +6,8 @@ ones; only the clock of what takes the time as an argument is the test's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,15 @@ class Store:
     def close(self) -> None:
         """Gives its connections back."""
         self.engine.dispose()
+
+    @contextmanager
+    def without_table(self, name: str) -> Iterator[None]:
+        """The store refuses every statement on this table while the block runs."""
+        self.rows(f"RENAME TABLE {name} TO elsewhere")
+        try:
+            yield
+        finally:
+            self.rows(f"RENAME TABLE elsewhere TO {name}")
 
     def key_provider(self, system_id: str, **environ: str) -> KeyProvider:
         """A new KP with its own keyring, announced in this store."""

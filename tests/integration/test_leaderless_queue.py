@@ -77,7 +77,7 @@ def rabbitmqctl(broker: RabbitMqServer, *arguments: str) -> str:
 
 
 def has_queue(broker: RabbitMqServer, kp: Kp) -> bool:
-    return f"\n{queue_name(kp.id)}\n" in rabbitmqctl(broker, "list_queues", "--silent", "name")
+    return queue_name(kp.id) in rabbitmqctl(broker, "list_queues", "--silent", "name").split("\n")
 
 
 def alarm(metrics_port: int) -> float:

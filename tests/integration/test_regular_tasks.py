@@ -68,14 +68,11 @@ async def test_a_sweep_that_the_store_refuses_is_not_repeated_each_second(store:
     try:
         await janitor.tick()
         janitor._ticks = 15
-        store.rows("RENAME TABLE withdrawn_keys TO elsewhere")
-        try:
+        with store.without_table("withdrawn_keys"):
             with pytest.raises(StoreRefused):
                 await janitor.tick()
             recorded(store, now_ms() - 1)
             await janitor.tick()
-        finally:
-            store.rows("RENAME TABLE elsewhere TO withdrawn_keys")
         assert store.count("key_records") == 0
     finally:
         janitor.close()
