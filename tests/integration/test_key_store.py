@@ -631,19 +631,6 @@ async def test_commits_that_are_interrupted_again_and_again_lose_no_answered_key
         assert bob.claim(issued.key_id, alice).key == issued.key
 
 
-async def test_a_connection_that_a_firewall_has_forgotten_costs_a_wait_and_no_answer(
-    kps: list[KeyProvider], proxy: CuttingProxy
-) -> None:
-    alice, bob, _ = kps
-    engine, limits = queue_engine(alice.settings, proxy.port), Limits(16, 1000, alice.settings.request_timeout_seconds)
-    queue = GroupCommit("test", alice.issue_batch, engine, limits)
-    async with closing(queue):
-        for _ in range(2):
-            issued = await queue.submit(IssueRequest("KP_Bob", 256, ""))
-            assert bob.claim(issued.key_id, alice).key == issued.key
-            proxy.forget()
-
-
 def run_and_lose_the_connection(batch: IssueBatch | ClaimBatch, provider: KeyProvider, proxy: CuttingProxy) -> None:
     """Runs a batch whose commit the proxy cuts."""
     with pytest.raises(StoreUnavailable):

@@ -12,10 +12,14 @@ import pytest
 
 from sandbox.mariadb import Database, MariaDbServer
 from sandbox.ports import free_port
+from skipbus.services.api.group_commit import GroupCommit, Limits
+from skipbus.services.api.links import IssueRequest
 from skipbus.shared.errors import StoreRefused, StoreUnavailable
 from skipbus.shared.settings import MySqlSettings, Secret, load_settings
 from skipbus.shared.store.engine import connect, make_engine
 from skipbus.shared.store.servers import CONNECT_TIMEOUT_SECONDS, servers_of
+from tests.integration.cutting_proxy import CuttingProxy
+from tests.integration.key_providers import Store, announced, queue_engine
 
 
 @pytest.fixture
@@ -123,3 +127,18 @@ def test_a_pool_leaves_a_server_that_has_become_read_only(mariadb: MariaDbServer
         assert connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar() != first
         connection.exec_driver_sql("DROP TABLE written")
     engine.dispose()
+
+
+async def test_a_connection_that_a_firewall_has_forgotten_costs_a_wait_and_no_answer(store: Store) -> None:
+    alice, bob = announced(store, "KP_Alice", "KP_Bob")
+    proxy = CuttingProxy(store.settings.mysql.port)
+    limits = Limits(16, 1000, alice.settings.request_timeout_seconds)
+    queue = GroupCommit("test", alice.issue_batch, queue_engine(alice.settings, proxy.port), limits)
+    try:
+        for _ in range(2):
+            issued = await queue.submit(IssueRequest("KP_Bob", 256, ""))
+            assert bob.claim(issued.key_id, alice).key == issued.key
+            proxy.forget()
+    finally:
+        await queue.close()
+        proxy.close()
