@@ -132,13 +132,13 @@ def _host() -> str:
 
 def _has_ended(holder: str) -> bool:
     """Whether the holder was a process of this host that is there no more."""
-    host, pid, _ = holder.rsplit(" ", 2)
-    if host != _host():
-        return False
     try:
-        os.kill(int(pid), 0)
+        host, pid, _ = holder.rsplit(" ", 2)
+        if host == _host():
+            os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it lives, and belongs to another user
+    except (OSError, ValueError, OverflowError):
+        # It lives and belongs to another user; or another account of the store has written what no process is called.
         return False
     return False

@@ -176,6 +176,19 @@ def test_an_ended_process_of_another_host_is_waited_for(
     assert candidates[0].tick()
 
 
+@pytest.mark.parametrize("holder", ["x", " ", "a b", "{host} many ab", "{host} 99999999999999999999999 ab"])
+def test_a_holder_that_is_no_process_is_waited_for_like_any_other(
+    database: Database, candidates: list[Election], clock: Clock, holder: str
+) -> None:
+    host = candidates[0]._holder.rsplit(" ", 2)[0]
+    with database.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("INSERT INTO leases VALUES (%s, %s, 7)", (NAME, holder.format(host=host)))
+        connection.commit()
+    assert not candidates[0].tick()
+    clock.now += SILENCE_SECONDS
+    assert candidates[0].tick()
+
+
 def test_elections_of_other_names_go_on_side_by_side(engine: Engine) -> None:
     names = ["janitor KP_Alice", "janitor KP_Bob", "syncer KP_Alice", "janitor " + "x" * 64]
     assert [Election(engine, name).tick() for name in names] == [True] * 4
